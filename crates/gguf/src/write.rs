@@ -1,0 +1,334 @@
+use crate::error::thing;
+use crate::parse::{ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAX_ENTRIES, alignment, data_len};
+use crate::value::{MAX_DEPTH, MAX_NAME};
+use crate::{Array, Error, MAX_ALIGNMENT, TensorType, Value, ValueType};
+use std::collections::HashSet;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+/// Collects the directory of a GGUF version 3 file, then writes the file.
+///
+/// ```
+/// # use bitnet_gguf::{Gguf, TensorType, Value, ValueType, Writer};
+/// let mut writer = Writer::new("small.gguf".as_ref());
+/// writer.meta("general.architecture", Value::Str("none"))?;
+/// writer.meta_array("sizes", ValueType::U32, [3, 4].map(Value::U32))?;
+/// writer.tensor("x", &[2], TensorType::F32)?;
+/// let mut data = writer.write_to(Vec::new())?; // or .create()?
+/// data.tensor("x", &[0; 8])?;
+/// let file = Gguf::from_vec("small.gguf", data.end()?)?; // or .finish()?
+/// # assert_eq!(file.tensors().len(), 1);
+/// # Ok::<(), bitnet_gguf::Error>(())
+/// ```
+pub struct Writer {
+    path: PathBuf,
+    alignment: u64,
+    keys: HashSet<String>,
+    metadata: Vec<u8>,
+    tensors: Vec<Declared>,
+    names: HashSet<String>,
+}
+
+/// A tensor of the file to be.
+struct Declared {
+    name: String,
+    dims: Vec<u64>,
+    ty: TensorType,
+    byte_len: u64,
+}
+
+impl Writer {
+    /// A file without keys and tensors. Nothing is written before [`create`](Self::create).
+    pub fn new(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            alignment: DEFAULT_ALIGNMENT,
+            keys: HashSet::new(),
+            metadata: Vec::new(),
+            tensors: Vec::new(),
+            names: HashSet::new(),
+        }
+    }
+
+    /// Adds a key. `general.alignment` also sets the alignment of this file, 32 bytes without it.
+    pub fn meta(&mut self, key: &str, value: Value<'_>) -> Result<(), Error> {
+        let refuse = |problem| Err(refused(&self.path, thing("key", key), problem));
+        if key.len() as u64 > MAX_NAME {
+            return refuse(format!("the name has {} bytes, at most {MAX_NAME} are allowed", key.len()));
+        }
+        if self.keys.len() as u64 == MAX_ENTRIES {
+            return refuse(format!("at most {MAX_ENTRIES} keys are allowed"));
+        }
+        if self.keys.contains(key) {
+            return refuse("it was already written".into());
+        }
+        if value.as_array().is_some_and(|array| depth(array) > MAX_DEPTH) {
+            return refuse(format!("arrays are nested more than {MAX_DEPTH} deep"));
+        }
+        if key == ALIGNMENT_KEY {
+            match alignment(value) {
+                Some(alignment) => self.alignment = alignment,
+                None => return refuse(format!("{value:?} is no power of two from 8 to {MAX_ALIGNMENT}")),
+            }
+        }
+        self.keys.insert(key.to_owned());
+        Value::Str(key).encode(&mut self.metadata);
+        self.metadata.extend((value.ty() as u32).to_le_bytes());
+        value.encode(&mut self.metadata);
+        Ok(())
+    }
+
+    /// Adds a key with an array of values of one type.
+    pub fn meta_array<'a>(
+        &mut self,
+        key: &str,
+        element: ValueType,
+        values: impl IntoIterator<Item = Value<'a>>,
+    ) -> Result<(), Error> {
+        let mut bytes = Vec::new();
+        let mut len = 0;
+        for value in values {
+            if value.ty() != element {
+                let problem = format!("element {len} of an array of {element} is {}", value.ty());
+                return Err(refused(&self.path, thing("key", key), problem));
+            }
+            value.encode(&mut bytes);
+            len += 1;
+        }
+        self.meta(key, Value::Array(Array::new(element, len, &bytes)))
+    }
+
+    /// Declares a tensor: one to four dimensions, fastest first. The data follows in the order of declaration.
+    pub fn tensor(&mut self, name: &str, dims: &[u64], ty: TensorType) -> Result<(), Error> {
+        let refuse = |problem| refused(&self.path, thing("tensor", name), problem);
+        if name.len() as u64 > MAX_NAME {
+            return Err(refuse(format!("the name has {} bytes, at most {MAX_NAME} are allowed", name.len())));
+        }
+        if self.tensors.len() as u64 == MAX_ENTRIES {
+            return Err(refuse(format!("at most {MAX_ENTRIES} tensors are allowed")));
+        }
+        if !ty.size_is_known() {
+            return Err(refuse(format!("the size of type {ty} is not known")));
+        }
+        let byte_len = data_len(ty, dims).map_err(|fault| refuse(fault.to_string()))?;
+        if !self.names.insert(name.to_owned()) {
+            return Err(refuse("it was already declared".into()));
+        }
+        self.tensors.push(Declared { name: name.to_owned(), dims: dims.to_owned(), ty, byte_len });
+        Ok(())
+    }
+
+    /// Starts the file on disk. It appears at its path only with [`TensorWriter::finish`].
+    pub fn create(self) -> Result<TensorWriter<AtomicFile>, Error> {
+        let file = AtomicFile::create(&self.path).map_err(|e| io_error(&self.path, "create", e))?;
+        self.write_to(file)
+    }
+
+    /// Starts the file in any sink, such as a `Vec<u8>`.
+    pub fn write_to<W: Write>(self, mut sink: W) -> Result<TensorWriter<W>, Error> {
+        let header = self.header();
+        sink.write_all(&header).map_err(|e| io_error(&self.path, "write", e))?;
+        Ok(TensorWriter {
+            path: self.path,
+            alignment: self.alignment,
+            tensors: self.tensors,
+            next: 0,
+            left: 0,
+            sink,
+        })
+    }
+
+    /// All bytes up to the data section.
+    fn header(&self) -> Vec<u8> {
+        let mut out = b"GGUF".to_vec();
+        out.extend(3u32.to_le_bytes());
+        out.extend((self.tensors.len() as u64).to_le_bytes());
+        out.extend((self.keys.len() as u64).to_le_bytes());
+        out.extend(&self.metadata);
+        let mut offset = 0u64;
+        for t in &self.tensors {
+            Value::Str(&t.name).encode(&mut out);
+            out.extend((t.dims.len() as u32).to_le_bytes());
+            for dim in &t.dims {
+                out.extend(dim.to_le_bytes());
+            }
+            out.extend(t.ty.id().to_le_bytes());
+            out.extend(offset.to_le_bytes());
+            offset = (offset + t.byte_len).next_multiple_of(self.alignment);
+        }
+        out.resize(out.len().next_multiple_of(self.alignment as usize), 0);
+        out
+    }
+}
+
+/// Levels of arrays.
+fn depth(array: Array<'_>) -> u64 {
+    1 + array.arrays().map_or(0, |arrays| arrays.map(depth).max().unwrap_or(0))
+}
+
+/// Takes the tensors' data in the order in which they were declared.
+///
+/// Between [`start`](Self::start) and the next it is an [`io::Write`] for the bytes of one tensor.
+pub struct TensorWriter<W: Write> {
+    path: PathBuf,
+    alignment: u64,
+    tensors: Vec<Declared>,
+    /// Index of the tensor after the current one.
+    next: usize,
+    /// Bytes that the current tensor still needs.
+    left: u64,
+    sink: W,
+}
+
+impl<W: Write> TensorWriter<W> {
+    /// Writes the whole data of the next tensor.
+    pub fn tensor(&mut self, name: &str, data: &[u8]) -> Result<(), Error> {
+        self.start(name)?;
+        if data.len() as u64 != self.left {
+            let problem = format!("expected {} bytes of data, got {}", self.left, data.len());
+            return Err(refused(&self.path, thing("tensor", name), problem));
+        }
+        self.write_all(data).map_err(|e| io_error(&self.path, "write", e))
+    }
+
+    /// Starts the next tensor, whose data is then written in any number of parts.
+    pub fn start(&mut self, name: &str) -> Result<(), Error> {
+        let problem = match self.tensors.get(self.next) {
+            Some(t) if t.name == name => {
+                let byte_len = t.byte_len;
+                self.complete()?;
+                self.left = byte_len;
+                self.next += 1;
+                return Ok(());
+            }
+            Some(t) => format!("expected {} to be next", thing("tensor", &t.name)),
+            None => "expected no more tensors".into(),
+        };
+        Err(refused(&self.path, thing("tensor", name), problem))
+    }
+
+    /// Ends the file: every tensor must be complete. Returns the sink, flushed.
+    pub fn end(mut self) -> Result<W, Error> {
+        self.complete()?;
+        if let Some(missing) = self.tensors.get(self.next) {
+            let problem = "expected its data before the end".into();
+            return Err(refused(&self.path, thing("tensor", &missing.name), problem));
+        }
+        self.sink.flush().map_err(|e| io_error(&self.path, "write", e))?;
+        Ok(self.sink)
+    }
+
+    /// Checks that the current tensor has all of its bytes, and pads them. Padding counts as `left` while it is written,
+    /// so that after a failed write nothing can follow.
+    fn complete(&mut self) -> Result<(), Error> {
+        let Some(current) = self.next.checked_sub(1).map(|i| &self.tensors[i]) else { return Ok(()) };
+        if self.left > 0 {
+            let problem = format!("{} bytes of {} are missing", self.left, current.byte_len);
+            return Err(refused(&self.path, thing("tensor", &current.name), problem));
+        }
+        self.left = current.byte_len.next_multiple_of(self.alignment) - current.byte_len;
+        self.write_all(&vec![0; self.left as usize]).map_err(|e| io_error(&self.path, "write", e))
+    }
+}
+
+impl TensorWriter<AtomicFile> {
+    /// Ends the file and puts it in its place, durably: an older file of that name is replaced at once or not at all.
+    pub fn finish(self) -> Result<(), Error> {
+        let path = self.path.clone();
+        self.end()?.commit().map_err(|e| io_error(&path, "finish", e))
+    }
+}
+
+impl<W: Write> Write for TensorWriter<W> {
+    /// Refuses more bytes than the current tensor has.
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        if data.len() as u64 > self.left {
+            let problem =
+                format!("{} bytes of data for a tensor that has room for {}", data.len(), self.left);
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
+        }
+        let n = self.sink.write(data)?;
+        self.left -= n as u64;
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.sink.flush()
+    }
+}
+
+fn refused(path: &Path, thing: String, problem: String) -> Error {
+    Error::Write { file: path.display().to_string(), thing, problem }
+}
+
+fn io_error(path: &Path, action: &'static str, error: io::Error) -> Error {
+    Error::Io { file: path.display().to_string(), action, error }
+}
+
+/// A file that appears under its name only when it is complete: it is written beside it under a temporary name, which is
+/// removed if this is dropped before.
+pub struct AtomicFile {
+    destination: PathBuf,
+    /// Empty once the file has its name.
+    temporary: PathBuf,
+    file: BufWriter<File>,
+}
+
+impl AtomicFile {
+    fn create(destination: &Path) -> io::Result<Self> {
+        // A rename would put a file in the place of a device or a pipe.
+        if fs::metadata(destination).is_ok_and(|m| !m.is_file()) {
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "not a regular file"));
+        }
+        let name = destination.file_name().ok_or(io::ErrorKind::InvalidFilename)?;
+        let mut attempt = 0;
+        loop {
+            let mut temporary = OsString::from(".");
+            temporary.push(name);
+            temporary.push(format!(".{}-{attempt}.tmp", std::process::id()));
+            let temporary = destination.with_file_name(temporary);
+            match File::create_new(&temporary) {
+                Ok(file) => {
+                    let file = BufWriter::with_capacity(1 << 20, file);
+                    return Ok(Self { destination: destination.to_owned(), temporary, file });
+                }
+                // Another writer of this process, or a file left by a killed one.
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists && attempt < 1000 => attempt += 1,
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    fn commit(mut self) -> io::Result<()> {
+        self.file.flush()?;
+        self.file.get_ref().sync_all()?;
+        fs::rename(&self.temporary, &self.destination)?;
+        self.temporary = PathBuf::new();
+        // The rename itself is durable once the folder is.
+        #[cfg(unix)]
+        if let Some(folder) = self.destination.parent() {
+            File::open(if folder.as_os_str().is_empty() { Path::new(".") } else { folder })?.sync_all()?;
+        }
+        Ok(())
+    }
+}
+
+impl Write for AtomicFile {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        self.file.write(data)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+impl Drop for AtomicFile {
+    fn drop(&mut self) {
+        if self.temporary != PathBuf::new() {
+            let _ = fs::remove_file(&self.temporary);
+        }
+    }
+}
