@@ -1,0 +1,153 @@
+//! Byte-pair encoding of one piece by merges in order of rank.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::hash::BuildHasher;
+
+use hashbrown::{DefaultHashBuilder, HashTable};
+
+/// No rank, no symbol.
+const NONE: u32 = u32::MAX;
+
+/// Bytes of a piece that are encoded at once; no piece is longer except in a text of gigabytes.
+const MAX_PIECE: usize = u32::MAX as usize;
+
+/// One merge: the tokens `left` and `right` side by side become `merged`.
+#[derive(Clone, Copy)]
+pub(super) struct Merge {
+    pub(super) left: u32,
+    pub(super) right: u32,
+    pub(super) merged: u32,
+}
+
+/// All merges, by rank and by pair.
+pub(super) struct Merges {
+    by_rank: Vec<Merge>,
+    ranks: HashTable<u32>,
+    hasher: DefaultHashBuilder,
+}
+
+impl Merges {
+    pub(super) fn with_capacity(n: usize) -> Self {
+        Self {
+            by_rank: Vec::with_capacity(n),
+            ranks: HashTable::with_capacity(n),
+            hasher: DefaultHashBuilder::default(),
+        }
+    }
+
+    /// Appends the merge of the next rank, or returns the rank that the pair has already.
+    pub(super) fn push(&mut self, merge: Merge) -> Result<(), u32> {
+        if let Some(rank) = self.rank(merge.left, merge.right) {
+            return Err(rank);
+        }
+        let (by_rank, hasher) = (&mut self.by_rank, &self.hasher);
+        let rank = by_rank.len() as u32;
+        by_rank.push(merge);
+        let rehash = |&rank: &u32| hash(hasher, by_rank[rank as usize].left, by_rank[rank as usize].right);
+        self.ranks.insert_unique(hash(hasher, merge.left, merge.right), rank, rehash);
+        Ok(())
+    }
+
+    fn rank(&self, left: u32, right: u32) -> Option<u32> {
+        let same = |&rank: &u32| {
+            let merge = self.by_rank[rank as usize];
+            merge.left == left && merge.right == right
+        };
+        self.ranks.find(hash(&self.hasher, left, right), same).copied()
+    }
+}
+
+fn hash(hasher: &DefaultHashBuilder, left: u32, right: u32) -> u64 {
+    hasher.hash_one(u64::from(left) << 32 | u64::from(right))
+}
+
+/// Memory that [`Merger::encode`] reuses from piece to piece.
+#[derive(Default)]
+pub(super) struct Merger {
+    symbols: Vec<Symbol>,
+    heap: BinaryHeap<Reverse<u64>>,
+}
+
+/// A token in the list of those that make up a piece.
+struct Symbol {
+    id: u32,
+    /// Rank of the merge with the symbol after this one, or `NONE`.
+    rank: u32,
+    prev: u32,
+    next: u32,
+}
+
+impl Merger {
+    /// Appends the tokens of a piece: while a merge applies, the one of the lowest rank, the leftmost first.
+    /// Time is n log n in the length of the piece.
+    pub(super) fn encode(
+        &mut self,
+        merges: &Merges,
+        byte_ids: &[u32; 256],
+        piece: &[u8],
+        ids: &mut Vec<u32>,
+    ) {
+        for part in piece.chunks(MAX_PIECE) {
+            self.encode_part(merges, byte_ids, part, ids);
+        }
+    }
+
+    fn encode_part(&mut self, merges: &Merges, byte_ids: &[u32; 256], part: &[u8], ids: &mut Vec<u32>) {
+        let id_at = |at: usize| part.get(at).map(|&byte| byte_ids[usize::from(byte)]);
+        let mut entries = std::mem::take(&mut self.heap).into_vec();
+        entries.clear();
+        self.symbols.clear();
+        for at in 0..part.len() {
+            let rank = id_at(at).zip(id_at(at + 1)).and_then(|(left, right)| merges.rank(left, right));
+            entries.extend(rank.map(|rank| entry(rank, at as u32)));
+            self.symbols.push(Symbol {
+                id: byte_ids[usize::from(part[at])],
+                rank: rank.unwrap_or(NONE),
+                prev: (at as u32).wrapping_sub(1), // NONE at 0
+                next: if at + 1 < part.len() { at as u32 + 1 } else { NONE },
+            });
+        }
+        self.heap = BinaryHeap::from(entries);
+
+        while let Some(Reverse(entry)) = self.heap.pop() {
+            let (rank, at) = ((entry >> 32) as u32, entry as u32);
+            let symbol = &mut self.symbols[at as usize];
+            if symbol.rank != rank {
+                continue; // one of the two has been merged since
+            }
+            symbol.id = merges.by_rank[rank as usize].merged;
+            let (prev, merged) = (symbol.prev, symbol.next as usize);
+            let next = self.symbols[merged].next;
+            self.symbols[merged].rank = NONE;
+            self.symbols[at as usize].next = next;
+            if next != NONE {
+                self.symbols[next as usize].prev = at;
+            }
+            self.rank_again(merges, at);
+            if prev != NONE {
+                self.rank_again(merges, prev);
+            }
+        }
+
+        let mut at = 0;
+        while let Some(symbol) = self.symbols.get(at as usize) {
+            ids.push(symbol.id);
+            at = symbol.next;
+        }
+    }
+
+    /// Looks up the merge of the symbol at `at` with its neighbour on the right.
+    fn rank_again(&mut self, merges: &Merges, at: u32) {
+        let Symbol { id, next, .. } = self.symbols[at as usize];
+        let right = self.symbols.get(next as usize);
+        let rank = right.and_then(|right| merges.rank(id, right.id));
+        self.symbols[at as usize].rank = rank.unwrap_or(NONE);
+        self.heap.extend(rank.map(|rank| entry(rank, at)));
+    }
+}
+
+/// Orders by rank, then by position.
+fn entry(rank: u32, at: u32) -> Reverse<u64> {
+    Reverse(u64::from(rank) << 32 | u64::from(at))
+}

@@ -1,0 +1,133 @@
+//! The LLaMA-3 split: text into the pieces that byte-pair encoding never merges across.
+//!
+//! Written by hand because a regex engine with lookahead is slower by a factor and must be compiled at start.
+
+use super::classes::{BOUNDARIES, LETTER, NUMBER, OTHER, SPACE};
+
+/// The pattern that [`pieces`] follows, as `tokenizer.json` spells it.
+pub(super) const PATTERN: &str = concat!(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|",
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+);
+
+/// The pieces of a text in order; together they are the text. Time is linear in its length.
+pub(super) fn pieces(text: &str) -> impl Iterator<Item = &str> {
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        let (piece, after) = rest.split_at(piece_len(rest));
+        rest = after;
+        (!piece.is_empty()).then_some(piece)
+    })
+}
+
+/// Bytes of the first piece. The branches stand in the order of the pattern's alternatives.
+fn piece_len(text: &str) -> usize {
+    let mut chars = text.chars();
+    let Some(first) = chars.next() else { return 0 };
+    let class = class_of(first);
+    let rest = chars.as_str();
+    let next = chars.next().map_or(SPACE, class_of);
+    let start = first.len_utf8();
+
+    if first == '\''
+        && let Some(len) = contraction(rest)
+    {
+        return start + len;
+    }
+    let may_lead = class != NUMBER && first != '\r' && first != '\n';
+    if class == LETTER || (may_lead && next == LETTER) {
+        return run_end(text, start, LETTER);
+    }
+    if class == NUMBER {
+        return text.chars().take(3).take_while(|&c| class_of(c) == NUMBER).map(char::len_utf8).sum();
+    }
+    if class == OTHER || (first == ' ' && next == OTHER) {
+        let end = run_end(text, start, OTHER);
+        return text[end..].find(|c| c != '\r' && c != '\n').map_or(text.len(), |n| end + n);
+    }
+    spaces_len(text)
+}
+
+/// `\s*[\r\n]+|\s+(?!\S)|\s+`: through the last line end of the run; else the run, less its last character if text follows.
+fn spaces_len(text: &str) -> usize {
+    let end = run_end(text, 0, SPACE);
+    let run = &text[..end];
+    if let Some(line_end) = run.rfind(['\r', '\n']) {
+        return line_end + 1;
+    }
+    let last = run.chars().next_back().map_or(0, char::len_utf8);
+    if end == text.len() || end == last { end } else { end - last }
+}
+
+/// Bytes of `s|t|re|ve|m|ll|d` in any case at the start of a text. The long s (U+017F) folds to s.
+fn contraction(text: &str) -> Option<usize> {
+    let mut chars = text.chars();
+    let first = chars.next()?;
+    match first.to_ascii_lowercase() {
+        's' | 't' | 'm' | 'd' | 'ſ' => Some(first.len_utf8()),
+        'r' | 'v' => chars.next().filter(|c| c.eq_ignore_ascii_case(&'e')).map(|_| 2),
+        'l' => chars.next().filter(|c| c.eq_ignore_ascii_case(&'l')).map(|_| 2),
+        _ => None,
+    }
+}
+
+/// End of the run of one class that starts at `from`; `from` itself if there is none.
+fn run_end(text: &str, from: usize, class: u8) -> usize {
+    text[from..].find(|c| class_of(c) != class).map_or(text.len(), |n| from + n)
+}
+
+fn class_of(c: char) -> u8 {
+    const ASCII: [u8; 128] = {
+        let mut table = [0; 128];
+        let mut c = 0;
+        while c < table.len() {
+            table[c] = search(c as u32);
+            c += 1;
+        }
+        table
+    };
+    if c.is_ascii() { ASCII[c as usize] } else { search(c as u32) }
+}
+
+/// The class of the last boundary at or below `c`.
+const fn search(c: u32) -> u8 {
+    let (mut low, mut high) = (0, BOUNDARIES.len()); // the first boundary is 0
+    while high - low > 1 {
+        let middle = (low + high) / 2;
+        if BOUNDARIES[middle] >> 2 <= c {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    (BOUNDARIES[low] & 3) as u8
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn split(text: &str) -> Vec<&str> {
+        pieces(text).collect()
+    }
+
+    #[test]
+    fn classes_are_those_of_unicode_16() {
+        let mut counts = [0; 4];
+        ('\0'..=char::MAX).for_each(|c| counts[usize::from(class_of(c))] += 1);
+        assert_eq!(counts[usize::from(LETTER)], 141_028);
+        assert_eq!(counts[usize::from(NUMBER)], 1_911);
+        assert_eq!(counts[usize::from(SPACE)], 25);
+        assert!(('\0'..=char::MAX).all(|c| c.is_whitespace() == (class_of(c) == SPACE)));
+    }
+
+    #[test]
+    fn alternatives_in_order() {
+        assert_eq!(split("It'S he'llo can'ſt"), ["It", "'S", " he", "'ll", "o", " can", "'ſ", "t"]);
+        assert_eq!(split("12345x²³Ⅷ"), ["123", "45", "x", "²³Ⅷ"]);
+        assert_eq!(split(" !?\r\n\n a\t b"), [" !?\r\n\n", " a", "\t", " b"]);
+        assert_eq!(split("  \n \r\n  x  "), ["  \n \r\n", " ", " x", "  "]);
+        assert_eq!(split("\n  1"), ["\n", " ", " ", "1"]);
+        assert_eq!(split("'\u{301}e(f)\n"), ["'\u{301}", "e", "(f", ")\n"]);
+    }
+}

@@ -1,0 +1,418 @@
+//! Byte-level BPE with the LLaMA-3 split.
+
+use std::hash::BuildHasher;
+
+use hashbrown::{DefaultHashBuilder, HashTable};
+
+use super::bpe::{Merge, Merger, Merges};
+use super::hf::HfVocab;
+use super::split::pieces;
+
+/// What a tokenizer is made of, in the form of GGUF's `tokenizer.ggml` arrays.
+pub struct Vocab<'a> {
+    /// Token texts by id: in GPT-2's byte alphabet for normal tokens, as they are for all others.
+    pub tokens: Vec<&'a str>,
+    /// One per token: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused.
+    pub token_types: Vec<i32>,
+    /// `left right` in the byte alphabet; a merge's rank is its index.
+    pub merges: Vec<&'a str>,
+    /// Whether a piece that is a token is that token, even where the merges would not lead to it.
+    pub ignore_merges: bool,
+}
+
+/// Whether control tokens such as `<|eot_id|>` are recognised in a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Specials {
+    /// They are text like any other: for all text that is not our own.
+    AsText,
+    /// They become the control token.
+    Parse,
+}
+
+/// Why a vocabulary was refused, or a token id.
+#[derive(Debug, thiserror::Error)]
+pub enum TokenizerError {
+    /// The vocabulary's arrays differ in length.
+    #[error("the vocabulary has {tokens} tokens but {types} token types")]
+    Lengths {
+        /// Number of tokens.
+        tokens: usize,
+        /// Number of token types.
+        types: usize,
+    },
+    /// More than 2^32 - 1 tokens, merges or bytes of token text.
+    #[error("the vocabulary is too large")]
+    TooLarge,
+    /// A type that byte-level BPE has no use for.
+    #[error("token {id} is of type {found}; expected 1 to 5")]
+    TokenType {
+        /// The token.
+        id: usize,
+        /// Its type in the file.
+        found: i32,
+    },
+    /// A token without text.
+    #[error("token {id} is empty")]
+    EmptyToken {
+        /// The token.
+        id: usize,
+    },
+    /// A normal token with a character that stands for no byte.
+    #[error("token {id} has the character {found:?}, which is not in GPT-2's byte alphabet")]
+    TokenAlphabet {
+        /// The token.
+        id: usize,
+        /// The character.
+        found: char,
+    },
+    /// Two tokens of one text.
+    #[error("tokens {first} and {id} are the same")]
+    DuplicateToken {
+        /// The earlier token.
+        first: u32,
+        /// The later token.
+        id: usize,
+    },
+    /// A byte of UTF-8 that no token stands for.
+    #[error("no token stands for the byte {byte:#04x}")]
+    MissingByte {
+        /// The byte.
+        byte: u8,
+    },
+    /// A merge that is not two non-empty texts with one space between them.
+    #[error("merge {rank} ({text:?}) is not of the form \"left right\" in GPT-2's byte alphabet")]
+    MergeForm {
+        /// The merge's index.
+        rank: usize,
+        /// Its text, possibly shortened.
+        text: String,
+    },
+    /// A merge of which a part or the result is no normal token.
+    #[error("merge {rank} ({text:?}) needs a token that the vocabulary lacks: its {part}")]
+    MergeToken {
+        /// The merge's index.
+        rank: usize,
+        /// Its text, possibly shortened.
+        text: String,
+        /// "left part", "right part" or "result".
+        part: &'static str,
+    },
+    /// One pair twice in the list.
+    #[error("merges {first} and {rank} are the same")]
+    DuplicateMerge {
+        /// The earlier merge.
+        first: u32,
+        /// The later merge.
+        rank: usize,
+    },
+    /// An id that is not in the vocabulary.
+    #[error("token id {id} is not in the vocabulary of {n_vocab}")]
+    UnknownId {
+        /// The id.
+        id: u32,
+        /// Size of the vocabulary.
+        n_vocab: usize,
+    },
+    /// A `tokenizer.json` that is not JSON of the expected form.
+    #[error("tokenizer.json: {0}")]
+    Json(#[from] serde_json::Error),
+    /// A `tokenizer.json` that asks for another algorithm.
+    #[error("tokenizer.json: {what} is {found}; only byte-level BPE with LLaMA-3's split is supported")]
+    Unsupported {
+        /// The setting.
+        what: &'static str,
+        /// Its value.
+        found: String,
+    },
+    /// A `tokenizer.json` whose ids are not 0, 1, 2, … without holes.
+    #[error("tokenizer.json: the ids of its {count} tokens are not 0 to {} ({id} is out of place)", count.saturating_sub(1))]
+    Ids {
+        /// The first id that is missing, too large or given twice.
+        id: u32,
+        /// Number of tokens.
+        count: usize,
+    },
+}
+
+/// Text to token ids and back.
+pub struct Tokenizer {
+    texts: Texts,
+    kinds: Vec<Kind>,
+    /// Normal tokens by their bytes.
+    index: HashTable<u32>,
+    hasher: DefaultHashBuilder,
+    byte_ids: [u32; 256],
+    merges: Merges,
+    ignore_merges: bool,
+    user_defined: SpecialSet,
+    /// Control and user-defined tokens.
+    specials: SpecialSet,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Normal,
+    Control,
+    UserDefined,
+    Unused,
+}
+
+impl Tokenizer {
+    /// Builds a tokenizer. Nothing in `vocab` is trusted.
+    pub fn new(vocab: &Vocab<'_>) -> Result<Self, TokenizerError> {
+        let n_vocab = vocab.tokens.len();
+        if vocab.token_types.len() != n_vocab {
+            return Err(TokenizerError::Lengths { tokens: n_vocab, types: vocab.token_types.len() });
+        }
+        let n_bytes: usize = vocab.tokens.iter().map(|token| token.len()).sum();
+        if n_vocab.max(n_bytes).max(vocab.merges.len()) >= u32::MAX as usize {
+            return Err(TokenizerError::TooLarge);
+        }
+
+        let hasher = DefaultHashBuilder::default();
+        let mut texts = Texts { bytes: Vec::with_capacity(n_bytes), ends: Vec::with_capacity(n_vocab) };
+        let mut kinds = Vec::with_capacity(n_vocab);
+        let mut index = HashTable::with_capacity(n_vocab);
+        for (id, (&token, &token_type)) in vocab.tokens.iter().zip(&vocab.token_types).enumerate() {
+            let kind = match token_type {
+                1 => Kind::Normal,
+                2 | 3 => Kind::Control,
+                4 => Kind::UserDefined,
+                5 => Kind::Unused,
+                found => return Err(TokenizerError::TokenType { id, found }),
+            };
+            if token.is_empty() && kind != Kind::Unused {
+                return Err(TokenizerError::EmptyToken { id });
+            }
+            kinds.push(kind);
+            if kind == Kind::Normal {
+                push_decoded(token, &mut texts.bytes)
+                    .map_err(|found| TokenizerError::TokenAlphabet { id, found })?;
+            } else {
+                texts.bytes.extend(token.as_bytes());
+            }
+            texts.ends.push(texts.bytes.len() as u32);
+            if kind == Kind::Normal {
+                let bytes = texts.get(id as u32);
+                let hash = hasher.hash_one(bytes);
+                if let Some(&first) = index.find(hash, |&other| texts.get(other) == bytes) {
+                    return Err(TokenizerError::DuplicateToken { first, id });
+                }
+                index.insert_unique(hash, id as u32, |&other| hasher.hash_one(texts.get(other)));
+            }
+        }
+
+        let mut tokenizer = Self {
+            user_defined: SpecialSet::new(&texts, &kinds, &[Kind::UserDefined])?,
+            specials: SpecialSet::new(&texts, &kinds, &[Kind::UserDefined, Kind::Control])?,
+            texts,
+            kinds,
+            index,
+            hasher,
+            byte_ids: [u32::MAX; 256],
+            merges: Merges::with_capacity(vocab.merges.len()),
+            ignore_merges: vocab.ignore_merges,
+        };
+        for byte in 0..=u8::MAX {
+            match tokenizer.normal_id(&[byte]) {
+                Some(id) => tokenizer.byte_ids[usize::from(byte)] = id,
+                None if matches!(byte, 0xc0 | 0xc1 | 0xf5..) => {} // never in UTF-8
+                None => return Err(TokenizerError::MissingByte { byte }),
+            }
+        }
+        tokenizer.push_merges(&vocab.merges)?;
+        Ok(tokenizer)
+    }
+
+    /// Builds the tokenizer of a Hugging Face `tokenizer.json`.
+    pub fn from_hf_json(json: &[u8]) -> Result<Self, TokenizerError> {
+        Self::new(&HfVocab::parse(json)?.vocab())
+    }
+
+    fn push_merges(&mut self, merges: &[&str]) -> Result<(), TokenizerError> {
+        let shortened = |text: &str| text.chars().take(80).collect::<String>();
+        let mut pair = Vec::new();
+        let mut previous = None;
+        for (rank, &text) in merges.iter().enumerate() {
+            let form = || TokenizerError::MergeForm { rank, text: shortened(text) };
+            let (left, right) = text.split_once(' ').ok_or_else(form)?;
+            pair.clear();
+            push_decoded(left, &mut pair).map_err(|_| form())?;
+            let middle = pair.len();
+            push_decoded(right, &mut pair).map_err(|_| form())?;
+            if left.is_empty() || right.is_empty() {
+                return Err(form());
+            }
+            let token = |bytes: &[u8], part| {
+                let lacks = || TokenizerError::MergeToken { rank, text: shortened(text), part };
+                self.normal_id(bytes).ok_or_else(lacks)
+            };
+            let left = token(&pair[..middle], "left part")?;
+            let right = token(&pair[middle..], "right part")?;
+            // Lists often hold all the ways to one token in a row.
+            let merged = match previous.filter(|&id| self.texts.get(id) == pair) {
+                Some(id) => id,
+                None => token(&pair, "result")?,
+            };
+            previous = Some(merged);
+            let merge = Merge { left, right, merged };
+            self.merges.push(merge).map_err(|first| TokenizerError::DuplicateMerge { first, rank })?;
+        }
+        Ok(())
+    }
+
+    /// The tokens of a text. Adds no begin-of-text token. User-defined tokens are always recognised.
+    pub fn encode(&self, text: &str, specials: Specials) -> Vec<u32> {
+        let set = match specials {
+            Specials::AsText => &self.user_defined,
+            Specials::Parse => &self.specials,
+        };
+        let mut ids = Vec::with_capacity(text.len() / 4);
+        let mut merger = Merger::default();
+        let mut rest = text;
+        loop {
+            let special = set.find(&self.texts, rest.as_bytes());
+            let plain = &rest[..special.map_or(rest.len(), |(at, _)| at)];
+            for piece in pieces(plain) {
+                let whole = if self.ignore_merges { self.normal_id(piece.as_bytes()) } else { None };
+                match whole {
+                    Some(id) => ids.push(id),
+                    None => merger.encode(&self.merges, &self.byte_ids, piece.as_bytes(), &mut ids),
+                }
+            }
+            let Some((at, id)) = special else { return ids };
+            ids.push(id);
+            rest = &rest[at + self.texts.get(id).len()..];
+        }
+    }
+
+    /// The bytes of tokens one after the other; control tokens are left out unless `specials`.
+    /// The bytes need not be UTF-8, since tokens may be parts of a character.
+    pub fn decode(&self, ids: &[u32], specials: bool) -> Result<Vec<u8>, TokenizerError> {
+        let mut bytes = Vec::new();
+        for &id in ids {
+            let unknown = TokenizerError::UnknownId { id, n_vocab: self.n_vocab() };
+            let token = self.token_bytes(id).ok_or(unknown)?;
+            if specials || !self.is_control(id) {
+                bytes.extend(token);
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// The bytes of a token, which may be part of a character; a control token gives its text.
+    pub fn token_bytes(&self, id: u32) -> Option<&[u8]> {
+        ((id as usize) < self.n_vocab()).then(|| self.texts.get(id))
+    }
+
+    /// Whether a token is no text: a control token or an unused one.
+    pub fn is_control(&self, id: u32) -> bool {
+        matches!(self.kinds.get(id as usize), Some(Kind::Control | Kind::Unused))
+    }
+
+    /// The token with this text, such as `<|eot_id|>` or ` the` (with a plain space).
+    pub fn token_id(&self, text: &str) -> Option<u32> {
+        self.specials.id(&self.texts, text.as_bytes()).or_else(|| self.normal_id(text.as_bytes()))
+    }
+
+    /// Number of token ids.
+    pub fn n_vocab(&self) -> usize {
+        self.kinds.len()
+    }
+
+    fn normal_id(&self, bytes: &[u8]) -> Option<u32> {
+        self.index.find(self.hasher.hash_one(bytes), |&id| self.texts.get(id) == bytes).copied()
+    }
+}
+
+/// The bytes of all tokens in one block.
+struct Texts {
+    bytes: Vec<u8>,
+    /// Where each token ends in `bytes`.
+    ends: Vec<u32>,
+}
+
+impl Texts {
+    fn get(&self, id: u32) -> &[u8] {
+        let id = id as usize;
+        let start = if id == 0 { 0 } else { self.ends[id - 1] };
+        &self.bytes[start as usize..self.ends[id] as usize]
+    }
+}
+
+/// Tokens that are looked for in raw text.
+struct SpecialSet {
+    /// In order of their bytes.
+    sorted: Vec<u32>,
+    first_bytes: [bool; 256],
+}
+
+impl SpecialSet {
+    fn new(texts: &Texts, all: &[Kind], kinds: &[Kind]) -> Result<Self, TokenizerError> {
+        let mut sorted: Vec<u32> =
+            (0..).zip(all).filter(|(_, k)| kinds.contains(k)).map(|(id, _)| id).collect();
+        sorted.sort_by_key(|&id| texts.get(id));
+        if let Some(pair) = sorted.windows(2).find(|pair| texts.get(pair[0]) == texts.get(pair[1])) {
+            return Err(TokenizerError::DuplicateToken { first: pair[0], id: pair[1] as usize });
+        }
+        let mut first_bytes = [false; 256];
+        sorted.iter().for_each(|&id| first_bytes[usize::from(texts.get(id)[0])] = true);
+        Ok(Self { sorted, first_bytes })
+    }
+
+    /// The leftmost token of the set in a text, the longest of those that start there: (where, id).
+    fn find(&self, texts: &Texts, text: &[u8]) -> Option<(usize, u32)> {
+        if self.sorted.is_empty() {
+            return None;
+        }
+        let starts = text.iter().enumerate().filter(|&(_, &byte)| self.first_bytes[usize::from(byte)]);
+        starts.filter_map(|(at, _)| Some((at, self.longest(texts, &text[at..])?))).next()
+    }
+
+    /// The longest token that `text` starts with.
+    fn longest(&self, texts: &Texts, mut text: &[u8]) -> Option<u32> {
+        loop {
+            // A token that `text` starts with is not above `text`, and no other such token is above the longest.
+            let above = self.sorted.partition_point(|&id| texts.get(id) <= text);
+            let id = self.sorted[above.checked_sub(1)?];
+            let token = texts.get(id);
+            let common = token.iter().zip(text).take_while(|(a, b)| a == b).count();
+            if common == token.len() {
+                return Some(id);
+            }
+            text = &text[..common]; // whatever else it starts with is in what the two share
+        }
+    }
+
+    fn id(&self, texts: &Texts, text: &[u8]) -> Option<u32> {
+        self.sorted.binary_search_by_key(&text, |&id| texts.get(id)).ok().map(|at| self.sorted[at])
+    }
+}
+
+/// Appends the bytes that a text in GPT-2's byte alphabet stands for, or returns its first other character.
+fn push_decoded(text: &str, bytes: &mut Vec<u8>) -> Result<(), char> {
+    for c in text.chars() {
+        match ALPHABET.get(c as usize) {
+            Some(&Some(byte)) => bytes.push(byte),
+            _ => return Err(c),
+        }
+    }
+    Ok(())
+}
+
+/// Character to byte: printable Latin-1 characters stand for themselves, those from U+0100 on for the other bytes in order.
+const ALPHABET: [Option<u8>; 0x144] = {
+    let mut table = [None; 0x144];
+    let mut others = 0x100;
+    let mut byte = 0;
+    while byte < 256 {
+        if matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff) {
+            table[byte] = Some(byte as u8);
+        } else {
+            table[others] = Some(byte as u8);
+            others += 1;
+        }
+        byte += 1;
+    }
+    table
+};
