@@ -1,1 +1,20 @@
-//! Numeric kernels.
+//! The numeric kernels of BitNet-Rust: everything that is fast and everything that must be exact.
+//!
+//! [`Compute`] runs the phases of a forward pass on a [`Pool`] with one set of [`Kernels`]. All kernels compute the same
+//! definition to the bit; the scalar one is the specification. This crate knows no model.
+
+mod compute;
+pub mod half;
+mod isa;
+pub mod math;
+mod memory;
+mod ops;
+mod pool;
+mod table;
+pub mod ternary;
+
+pub use compute::{Activation, Compute, FloatMatrix, KvStore, QuantizedRows, TernaryMatrix};
+pub use memory::{Bytes, HugeBuffer};
+pub use ops::{FloatType, PAGE};
+pub use pool::{Pool, allowed_threads};
+pub use table::{Kernels, best, supported};

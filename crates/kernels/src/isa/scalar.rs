@@ -1,0 +1,88 @@
+//! The specification: plain Rust, one lane after the other.
+
+use super::Isa;
+use crate::half::{bf16_to_f32, f16_to_f32};
+
+/// Plain Rust; any CPU.
+#[derive(Clone, Copy)]
+pub(crate) struct Scalar;
+
+impl Isa for Scalar {
+    type F = [f32; 16];
+    const TILE_TOKENS: usize = 4;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> [f32; 16] {
+        [x; 16]
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32; 16]) -> [f32; 16] {
+        *x
+    }
+    #[inline(always)]
+    fn store(self, v: [f32; 16], out: &mut [f32; 16]) {
+        *out = v;
+    }
+    #[inline(always)]
+    fn add(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    fn sub(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|i| a[i] - b[i])
+    }
+    #[inline(always)]
+    fn mul(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    fn div(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|i| a[i] / b[i])
+    }
+    #[inline(always)]
+    fn max(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    fn abs(self, a: [f32; 16]) -> [f32; 16] {
+        a.map(f32::abs)
+    }
+    #[inline(always)]
+    fn round(self, a: [f32; 16]) -> [f32; 16] {
+        a.map(f32::round_ties_even)
+    }
+    #[inline(always)]
+    fn pow2(self, n: [f32; 16]) -> [f32; 16] {
+        n.map(|n| f32::from_bits(((n as i32 + 127) as u32) << 23))
+    }
+    #[inline(always)]
+    fn from_f16(self, x: &[u16; 16]) -> [f32; 16] {
+        x.map(f16_to_f32)
+    }
+    #[inline(always)]
+    fn from_bf16(self, x: &[u16; 16]) -> [f32; 16] {
+        x.map(bf16_to_f32)
+    }
+    #[inline(always)]
+    fn to_i8(self, v: [f32; 16], out: &mut [i8; 16]) {
+        // A NaN fails both comparisons of `clamp` and would pass through, so it is caught by name.
+        *out = v.map(|x| if x.is_nan() { -128 } else { x.round_ties_even().clamp(-128.0, 127.0) as i8 });
+    }
+    #[inline(always)]
+    fn dot_tile<const R: usize, const T: usize>(self, w: [&[u8]; R], a: [&[i8]; T]) -> [[i32; T]; R] {
+        w.map(|w| {
+            a.map(|a| {
+                let mut sum = 0;
+                for (bytes, codes) in w.as_chunks::<64>().0.iter().zip(a.as_chunks::<256>().0) {
+                    for field in 0..4 {
+                        for j in 0..64 {
+                            let code = i32::from(bytes[j] >> (6 - 2 * field) & 3);
+                            sum += code * i32::from(codes[64 * field + j]);
+                        }
+                    }
+                }
+                sum
+            })
+        })
+    }
+}

@@ -1,0 +1,124 @@
+//! Large buffers on huge pages, and weight bytes that may live in one or in the model file itself.
+
+use std::ops::{Deref, DerefMut, Range};
+use std::sync::Arc;
+
+/// A zeroed buffer aligned to 2 MiB, on huge pages where the system has them. Pages are taken from the system as they
+/// are first written.
+pub struct HugeBuffer {
+    ptr: *mut u8,
+    len: usize,
+    #[cfg(unix)]
+    map: (*mut libc::c_void, usize),
+}
+
+// SAFETY: the buffer owns its memory, as a Vec does.
+unsafe impl Send for HugeBuffer {}
+// SAFETY: as above; shared access is read-only.
+unsafe impl Sync for HugeBuffer {}
+
+const ALIGN: usize = 2 << 20;
+
+impl HugeBuffer {
+    /// A buffer of `len` zero bytes, or None where the system has no room for it.
+    #[cfg(unix)]
+    pub fn new(len: usize) -> Option<Self> {
+        let size = len.checked_next_multiple_of(ALIGN)?.checked_add(ALIGN)?;
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: a new private mapping, no fixed address: nothing existing is touched.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), size, prot, flags, -1, 0) };
+        if base == libc::MAP_FAILED {
+            return None;
+        }
+        let ptr = base.cast::<u8>().wrapping_add(base.cast::<u8>().align_offset(ALIGN));
+        #[cfg(target_os = "linux")]
+        // SAFETY: the range lies in the mapping just made. A refusal only means small pages.
+        unsafe {
+            libc::madvise(ptr.cast(), size - ALIGN, libc::MADV_HUGEPAGE);
+        }
+        Some(Self { ptr, len, map: (base, size) })
+    }
+
+    /// A buffer of `len` zero bytes, or None where the system has no room for it.
+    #[cfg(not(unix))]
+    pub fn new(len: usize) -> Option<Self> {
+        let layout = std::alloc::Layout::from_size_align(len.max(1), ALIGN).ok()?;
+        // SAFETY: the size is not zero.
+        let ptr = unsafe { std::alloc::alloc_zeroed(layout) };
+        (!ptr.is_null()).then_some(Self { ptr, len })
+    }
+}
+
+impl HugeBuffer {
+    /// The buffer as float32.
+    pub fn floats(&self) -> &[f32] {
+        // SAFETY: aligned to 2 MiB, and any bits are a float.
+        unsafe { std::slice::from_raw_parts(self.ptr.cast(), self.len / 4) }
+    }
+    /// The buffer as float32.
+    pub fn floats_mut(&mut self) -> &mut [f32] {
+        // SAFETY: as above, and `self` is borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.cast(), self.len / 4) }
+    }
+}
+
+impl Drop for HugeBuffer {
+    fn drop(&mut self) {
+        #[cfg(unix)]
+        // SAFETY: the mapping made in `new`, given back once.
+        unsafe {
+            libc::munmap(self.map.0, self.map.1);
+        }
+        #[cfg(not(unix))]
+        if let Ok(layout) = std::alloc::Layout::from_size_align(self.len.max(1), ALIGN) {
+            // SAFETY: allocated in `new` with this layout.
+            unsafe { std::alloc::dealloc(self.ptr, layout) }
+        }
+    }
+}
+
+impl Deref for HugeBuffer {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: `ptr` is to `len` initialised bytes that live as long as `self`.
+        unsafe { std::slice::from_raw_parts(self.ptr, self.len) }
+    }
+}
+
+impl DerefMut for HugeBuffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and `self` is borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr, self.len) }
+    }
+}
+
+impl AsRef<[u8]> for HugeBuffer {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
+
+/// A shared range of bytes: part of a [`HugeBuffer`], of a mapped file, or of anything else that gives bytes.
+#[derive(Clone)]
+pub struct Bytes {
+    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    range: Range<usize>,
+}
+
+impl Bytes {
+    /// The bytes of `owner` in `range`.
+    ///
+    /// # Panics
+    /// If the range is not inside.
+    pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Self {
+        assert!((*owner).as_ref().get(range.clone()).is_some(), "range outside of its owner");
+        Self { owner, range }
+    }
+}
+
+impl Deref for Bytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &(*self.owner).as_ref()[self.range.clone()]
+    }
+}

@@ -1,0 +1,512 @@
+//! Float operations, each written once over the sixteen lanes of an [`Isa`].
+//!
+//! Reductions follow the definition in ARCHITECTURE.md: element i goes to lane i mod 16; a row that ends inside a
+//! register is padded with zeros; lanes are folded 8, 4, 2, 1.
+
+use crate::isa::Isa;
+
+/// Positions in a key/value page, and in a segment of the attention sum.
+pub const PAGE: usize = 64;
+
+/// The folded sum of sixteen lanes.
+#[inline(always)]
+fn fold<I: Isa>(isa: I, v: I::F) -> f32 {
+    let mut lanes = [0.0; 16];
+    isa.store(v, &mut lanes);
+    let mut width = 8;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// The last, incomplete register of a row, filled up with zeros.
+#[inline(always)]
+fn padded<T: Copy + Default>(tail: &[T]) -> [T; 16] {
+    let mut full = [T::default(); 16];
+    full[..tail.len()].copy_from_slice(tail);
+    full
+}
+
+/// out = f(inputs), register by register.
+#[inline(always)]
+fn map<I: Isa, const N: usize>(isa: I, inputs: [&[f32]; N], out: &mut [f32], f: impl Fn([I::F; N]) -> I::F) {
+    let n = out.len();
+    let inputs = inputs.map(|x| &x[..n]);
+    let (blocks, tail) = out.as_chunks_mut::<16>();
+    for (i, block) in blocks.iter_mut().enumerate() {
+        let v = inputs.map(
+            #[inline(always)]
+            |x| isa.load(&x.as_chunks::<16>().0[i]),
+        );
+        isa.store(f(v), block);
+    }
+    if !tail.is_empty() {
+        let v = inputs.map(
+            #[inline(always)]
+            |x| isa.load(&padded(x.as_chunks::<16>().1)),
+        );
+        let mut full = [0.0; 16];
+        isa.store(f(v), &mut full);
+        tail.copy_from_slice(&full[..tail.len()]);
+    }
+}
+
+/// out = x * w / sqrt(mean(x^2) + eps), computed as (x * r) * w with r = 1 / sqrt(...).
+#[inline(always)]
+pub(crate) fn rmsnorm<I: Isa>(isa: I, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let (blocks, tail) = x.as_chunks::<16>();
+    let mut sum = isa.splat(0.0);
+    for block in blocks {
+        let v = isa.load(block);
+        sum = isa.add(sum, isa.mul(v, v));
+    }
+    if !tail.is_empty() {
+        let v = isa.load(&padded(tail));
+        sum = isa.add(sum, isa.mul(v, v));
+    }
+    let r = isa.splat(1.0 / (fold(isa, sum) / x.len() as f32 + eps).sqrt());
+    map(
+        isa,
+        [x, weight],
+        out,
+        #[inline(always)]
+        |[x, w]| isa.mul(isa.mul(x, r), w),
+    );
+}
+
+/// Quantises a row to int8 with absmax scaling: q = round_half_even(x * s), s = 127 / max(max|x|, 1e-5). The codes are
+/// written in the order of [`crate::ternary::position`], the padding with zeros. Returns s and the sum of the codes.
+#[inline(always)]
+pub(crate) fn quantize<I: Isa>(isa: I, x: &[f32], codes: &mut [i8]) -> (f32, i32) {
+    let (blocks, tail) = x.as_chunks::<16>();
+    let mut top = isa.splat(1e-5);
+    for block in blocks {
+        top = isa.max(isa.abs(isa.load(block)), top);
+    }
+    if !tail.is_empty() {
+        top = isa.max(isa.abs(isa.load(&padded(tail))), top);
+    }
+    let mut lanes = [0.0; 16];
+    isa.store(top, &mut lanes);
+    let scale = 127.0 / lanes.into_iter().fold(0.0, |a: f32, b| if b > a { b } else { a });
+    let s = isa.splat(scale);
+    for chunk in 0..codes.len() / 256 {
+        let out = &mut codes.as_chunks_mut::<256>().0[chunk];
+        for half_run in 0..16 {
+            let i = 256 * chunk + 16 * half_run;
+            let at = crate::ternary::position(16 * half_run);
+            let out = &mut out[at..].as_chunks_mut::<16>().0[0];
+            match x.len().saturating_sub(i) {
+                0 => *out = [0; 16],
+                left => {
+                    let v = if left >= 16 { isa.load(&blocks[i / 16]) } else { isa.load(&padded(tail)) };
+                    isa.to_i8(isa.mul(v, s), out);
+                }
+            }
+        }
+    }
+    (scale, codes.iter().map(|&q| i32::from(q)).sum())
+}
+
+/// x += y.
+#[inline(always)]
+pub(crate) fn add<I: Isa>(isa: I, x: &mut [f32], y: &[f32]) {
+    let y = &y[..x.len()];
+    let (blocks, tail) = x.as_chunks_mut::<16>();
+    let (y_blocks, y_tail) = y.as_chunks::<16>();
+    for (x, y) in blocks.iter_mut().zip(y_blocks) {
+        isa.store(isa.add(isa.load(x), isa.load(y)), x);
+    }
+    for (x, y) in tail.iter_mut().zip(y_tail) {
+        *x += y;
+    }
+}
+
+/// out = max(gate, 0)^2 * up.
+#[inline(always)]
+pub(crate) fn relu2_mul<I: Isa>(isa: I, gate: &[f32], up: &[f32], out: &mut [f32]) {
+    map(
+        isa,
+        [gate, up],
+        out,
+        #[inline(always)]
+        |[gate, up]| {
+            let relu = isa.max(gate, isa.splat(0.0));
+            isa.mul(isa.mul(relu, relu), up)
+        },
+    );
+}
+
+/// out = gate / (1 + exp(-gate)) * up.
+#[inline(always)]
+pub(crate) fn silu_mul<I: Isa>(isa: I, gate: &[f32], up: &[f32], out: &mut [f32]) {
+    map(
+        isa,
+        [gate, up],
+        out,
+        #[inline(always)]
+        |[gate, up]| {
+            let e = exp(isa, isa.sub(isa.splat(0.0), gate));
+            isa.mul(isa.div(gate, isa.add(isa.splat(1.0), e)), up)
+        },
+    );
+}
+
+/// e^x within a few ulp for -87 <= x <= 88, to which x is clamped. exp(0) is exactly 1.
+///
+/// x = n ln 2 + r with ln 2 in two parts (the first of 10 bits, so that n times it is exact), and the Taylor polynomial of
+/// degree 7 for |r| <= 0.35.
+#[inline(always)]
+fn exp<I: Isa>(isa: I, x: I::F) -> I::F {
+    let zero = isa.splat(0.0);
+    let x = isa.max(x, isa.splat(-87.0));
+    // min(x, 88) by the only comparison there is.
+    let x = isa.sub(zero, isa.max(isa.sub(zero, x), isa.splat(-88.0)));
+    let n = isa.round(isa.mul(x, isa.splat(std::f32::consts::LOG2_E)));
+    let r = isa.sub(x, isa.mul(n, isa.splat(0.693_359_4)));
+    let r = isa.sub(r, isa.mul(n, isa.splat(-2.121_944_4e-4)));
+    let mut p = isa.splat(1.0 / 5040.0);
+    for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        p = isa.add(isa.mul(p, r), isa.splat(c));
+    }
+    isa.mul(p, isa.pow2(n))
+}
+
+/// Rotates one head in place. `cos`, `sin`: half the rotated width each. Pairs are (i, i + half), as in
+/// GPT-NeoX; elements past the rotated width stay.
+#[inline(always)]
+pub(crate) fn rope<I: Isa>(isa: I, head: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let half = cos.len();
+    let (a, b) = head[..2 * half].split_at_mut(half);
+    let whole = half / 16;
+    for i in 0..whole {
+        let (x, y) = (&mut a.as_chunks_mut::<16>().0[i], &mut b.as_chunks_mut::<16>().0[i]);
+        let (c, s) = (isa.load(&cos.as_chunks::<16>().0[i]), isa.load(&sin.as_chunks::<16>().0[i]));
+        let (vx, vy) = (isa.load(x), isa.load(y));
+        isa.store(isa.sub(isa.mul(vx, c), isa.mul(vy, s)), x);
+        isa.store(isa.add(isa.mul(vy, c), isa.mul(vx, s)), y);
+    }
+    for i in 16 * whole..half {
+        let (x, y) = (a[i], b[i]);
+        a[i] = x * cos[i] - y * sin[i];
+        b[i] = y * cos[i] + x * sin[i];
+    }
+}
+
+/// One page of one key/value head.
+#[derive(Clone, Copy)]
+pub(crate) struct Page<'a> {
+    /// `[PAGE / 16][head_dim][16]`: sixteen positions side by side.
+    pub(crate) keys: &'a [f32],
+    /// `[PAGE][head_dim]`.
+    pub(crate) values: &'a [f32],
+}
+
+/// Attention of the query heads of one token over the first `len` positions of one key/value head, whose pages `page`
+/// gives. `q`, `out`: `[heads][head_dim]`.
+///
+/// Per segment of PAGE positions: scores `(Σ_d q_d k_d) * scale`, summed in order of d; m = their maximum; weights
+/// e = exp(score - m); l = the folded sum of e; o = Σ e v in order of position. Segments are joined in order, rescaled
+/// by exp(m - max), and the result is o / l.
+#[inline(always)]
+pub(crate) fn attention<'a, I: Isa>(
+    isa: I,
+    q: &[f32],
+    head_dim: usize,
+    scale: f32,
+    page: impl Fn(usize) -> Page<'a>,
+    len: usize,
+    out: &mut [f32],
+) {
+    let heads = q.len() / head_dim;
+    let mut h = 0;
+    while h < heads {
+        let step = if heads - h >= 4 { 4 } else { 1 };
+        let range = h * head_dim..(h + step) * head_dim;
+        let (q, out) = (&q[range.clone()], &mut out[range]);
+        match step {
+            4 => attend::<I, 4>(isa, q, head_dim, scale, &page, len, out),
+            _ => attend::<I, 1>(isa, q, head_dim, scale, &page, len, out),
+        }
+        h += step;
+    }
+}
+
+#[inline(always)]
+fn attend<'a, I: Isa, const Q: usize>(
+    isa: I,
+    q: &[f32],
+    head_dim: usize,
+    scale: f32,
+    page: impl Fn(usize) -> Page<'a>,
+    len: usize,
+    out: &mut [f32],
+) {
+    let (mut top, mut total) = ([0.0f32; Q], [0.0f32; Q]);
+    for segment in 0..len.div_ceil(PAGE) {
+        let Page { keys, values } = page(segment);
+        let count = (len - segment * PAGE).min(PAGE);
+        let mut weights = [[0.0f32; PAGE]; Q];
+        for (block, keys) in keys.chunks_exact(16 * head_dim).take(count.div_ceil(16)).enumerate() {
+            let mut sums = [isa.splat(0.0); Q];
+            for (d, k) in keys.as_chunks::<16>().0.iter().enumerate() {
+                let k = isa.load(k);
+                for h in 0..Q {
+                    sums[h] = isa.add(sums[h], isa.mul(k, isa.splat(q[h * head_dim + d])));
+                }
+            }
+            for h in 0..Q {
+                let out = &mut weights[h].as_chunks_mut::<16>().0[block];
+                isa.store(isa.mul(sums[h], isa.splat(scale)), out);
+            }
+        }
+        // The factors that join this segment (`own`) to what came before (`old`).
+        let (mut own, mut old) = ([0.0f32; Q], [0.0f32; Q]);
+        for h in 0..Q {
+            let m = weights[h][..count].iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
+            let mut sum = isa.splat(0.0);
+            for (block, w) in weights[h].as_chunks_mut::<16>().0.iter_mut().enumerate() {
+                isa.store(exp(isa, isa.sub(isa.load(w), isa.splat(m))), w);
+                for i in 0..16 {
+                    if 16 * block + i >= count {
+                        w[i] = 0.0;
+                    }
+                }
+                sum = isa.add(sum, isa.load(w));
+            }
+            let l = fold(isa, sum);
+            if segment == 0 {
+                (top[h], total[h], own[h], old[h]) = (m, l, 1.0, 0.0);
+            } else {
+                let new_top = if m > top[h] { m } else { top[h] };
+                let mut factors = [0.0; 16];
+                let both = isa.load(&padded(&[m - new_top, top[h] - new_top]));
+                isa.store(exp(isa, both), &mut factors);
+                (own[h], old[h]) = (factors[0], factors[1]);
+                total[h] = total[h] * old[h] + l * own[h];
+                top[h] = new_top;
+            }
+        }
+        let width = head_dim.next_multiple_of(16);
+        for d in (0..head_dim).step_by(16) {
+            let mut sums = [isa.splat(0.0); Q];
+            for p in 0..count {
+                let v = isa.load(&values[p * width + d..].as_chunks::<16>().0[0]);
+                for h in 0..Q {
+                    sums[h] = isa.add(sums[h], isa.mul(v, isa.splat(weights[h][p])));
+                }
+            }
+            let n = (head_dim - d).min(16);
+            for h in 0..Q {
+                let out = &mut out[h * head_dim + d..][..n];
+                let mut joined = isa.mul(sums[h], isa.splat(own[h]));
+                if segment > 0 {
+                    let before = isa.load(&padded(out));
+                    joined = isa.add(isa.mul(before, isa.splat(old[h])), joined);
+                }
+                let mut full = [0.0; 16];
+                isa.store(joined, &mut full);
+                out.copy_from_slice(&full[..n]);
+            }
+        }
+    }
+    for h in 0..Q {
+        for x in &mut out[h * head_dim..(h + 1) * head_dim] {
+            *x /= total[h];
+        }
+    }
+}
+
+/// The encoding of the embedding and the output head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FloatType {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    BF16,
+}
+
+impl FloatType {
+    /// Bytes of one element.
+    pub const fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::BF16 => 2,
+        }
+    }
+}
+
+/// Sixteen stored little-endian elements as lanes; a shorter slice is filled up with zeros.
+#[inline(always)]
+fn decode<I: Isa>(isa: I, ty: FloatType, bytes: &[u8]) -> I::F {
+    #[inline(always)]
+    fn words(bytes: &[u8]) -> [u16; 16] {
+        match <&[u8; 32]>::try_from(bytes) {
+            Ok(full) => std::array::from_fn(|i| u16::from_le_bytes([full[2 * i], full[2 * i + 1]])),
+            Err(_) => {
+                let mut words = [0; 16];
+                for (word, b) in words.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *word = u16::from_le_bytes(*b);
+                }
+                words
+            }
+        }
+    }
+    match ty {
+        FloatType::F16 => isa.from_f16(&words(bytes)),
+        FloatType::BF16 => isa.from_bf16(&words(bytes)),
+        FloatType::F32 => {
+            let mut floats = [0.0; 16];
+            for (float, b) in floats.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                *float = f32::from_le_bytes(*b);
+            }
+            isa.load(&floats)
+        }
+    }
+}
+
+/// Decodes a stored row to float32. Returns whether every element is finite.
+#[inline(always)]
+pub(crate) fn decode_row<I: Isa>(isa: I, ty: FloatType, row: &[u8], out: &mut [f32]) -> bool {
+    let mut full = [0.0; 16];
+    for (bytes, out) in row.chunks(16 * ty.size()).zip(out.chunks_mut(16)) {
+        isa.store(decode(isa, ty, bytes), &mut full);
+        out.copy_from_slice(&full[..out.len()]);
+    }
+    out.iter().all(|x| x.is_finite())
+}
+
+/// Dot products of the stored float rows `w` with each token of `x` (`[tokens][columns]`), to `out` at
+/// (t, first_row + r).
+///
+/// # Safety
+/// `out` must have room for all those elements, and nobody else may touch them meanwhile.
+#[inline(always)]
+pub(crate) unsafe fn head_rows<I: Isa>(
+    isa: I,
+    ty: FloatType,
+    w: &[u8],
+    x: &[f32],
+    columns: usize,
+    first_row: usize,
+    out: crate::ternary::OutPtr,
+) {
+    // SAFETY: the caller's contract, handed on.
+    unsafe {
+        match ty {
+            FloatType::F16 => head_typed(isa, FloatType::F16, w, x, columns, first_row, out),
+            FloatType::BF16 => head_typed(isa, FloatType::BF16, w, x, columns, first_row, out),
+            FloatType::F32 => head_typed(isa, FloatType::F32, w, x, columns, first_row, out),
+        }
+    }
+}
+
+/// # Safety
+/// As [`head_rows`].
+#[inline(always)]
+unsafe fn head_typed<I: Isa>(
+    isa: I,
+    ty: FloatType,
+    w: &[u8],
+    x: &[f32],
+    columns: usize,
+    first_row: usize,
+    out: crate::ternary::OutPtr,
+) {
+    let row_bytes = columns * ty.size();
+    let (rows, tokens) = (w.len() / row_bytes, x.len() / columns);
+    let mut t = 0;
+    while t < tokens {
+        let step = if tokens - t >= 4 { 4 } else { 1 };
+        let x = &x[t * columns..][..step * columns];
+        let mut r = 0;
+        while r < rows {
+            let left = rows - r;
+            let step_rows = if left >= 4 { 4 } else { 1 };
+            let w = &w[r * row_bytes..][..step_rows * row_bytes];
+            let at = first_row + r;
+            // SAFETY: the caller's contract, handed on.
+            unsafe {
+                match (step_rows, step) {
+                    (4, 4) => head_tile::<I, 4, 4>(isa, ty, w, x, columns, t, at, out),
+                    (4, _) => head_tile::<I, 4, 1>(isa, ty, w, x, columns, t, at, out),
+                    (_, 4) => head_tile::<I, 1, 4>(isa, ty, w, x, columns, t, at, out),
+                    _ => head_tile::<I, 1, 1>(isa, ty, w, x, columns, t, at, out),
+                }
+            }
+            r += step_rows;
+        }
+        t += step;
+    }
+}
+
+/// R rows against T tokens.
+///
+/// # Safety
+/// As [`head_rows`].
+#[inline(always)]
+unsafe fn head_tile<I: Isa, const R: usize, const T: usize>(
+    isa: I,
+    ty: FloatType,
+    w: &[u8],
+    x: &[f32],
+    columns: usize,
+    t0: usize,
+    first_row: usize,
+    out: crate::ternary::OutPtr,
+) {
+    let size = ty.size();
+    let row: [&[u8]; R] = std::array::from_fn(|r| &w[r * columns * size..][..columns * size]);
+    let token: [&[f32]; T] = std::array::from_fn(|t| &x[t * columns..][..columns]);
+    let mut sums = [[isa.splat(0.0); T]; R];
+    let whole = columns / 16;
+    for i in 0..whole {
+        let x = token.map(
+            #[inline(always)]
+            |x| isa.load(&x.as_chunks::<16>().0[i]),
+        );
+        for r in 0..R {
+            let w = decode(isa, ty, &row[r][16 * size * i..][..16 * size]);
+            for t in 0..T {
+                sums[r][t] = isa.add(sums[r][t], isa.mul(w, x[t]));
+            }
+        }
+    }
+    if !columns.is_multiple_of(16) {
+        let x = token.map(
+            #[inline(always)]
+            |x| isa.load(&padded(&x[16 * whole..])),
+        );
+        for r in 0..R {
+            let w = decode(isa, ty, &row[r][16 * size * whole..]);
+            for t in 0..T {
+                sums[r][t] = isa.add(sums[r][t], isa.mul(w, x[t]));
+            }
+        }
+    }
+    for r in 0..R {
+        for t in 0..T {
+            // SAFETY: the caller's contract: (t0 + t, first_row + r) is ours and in bounds.
+            unsafe { out.write(t0 + t, first_row + r, fold(isa, sums[r][t])) }
+        }
+    }
+}
+
+/// The exclusive or of all 64-bit words: reads memory at the speed the machine can.
+#[inline(always)]
+pub(crate) fn stream_read<I: Isa>(_isa: I, bytes: &[u8]) -> u64 {
+    let (blocks, _) = bytes.as_chunks::<256>();
+    let mut acc = [0u64; 32];
+    for block in blocks {
+        for (a, w) in acc.iter_mut().zip(block.as_chunks::<8>().0) {
+            *a ^= u64::from_le_bytes(*w);
+        }
+    }
+    acc.into_iter().fold(0, |a, b| a ^ b)
+}

@@ -1,0 +1,222 @@
+//! The kernels of one instruction set as a plain struct of functions, chosen once.
+
+use crate::isa::scalar::Scalar;
+#[cfg(target_arch = "x86_64")]
+use crate::isa::{avx2::Avx2, avx512::Avx512};
+use crate::ops::{self, FloatType, Page};
+use crate::ternary::{self, Activations, OutPtr};
+
+/// Where the keys and values of one key/value head of one sequence are.
+#[derive(Clone, Copy)]
+pub(crate) struct HeadPages<'a> {
+    /// The whole cache.
+    pub(crate) data: &'a [f32],
+    /// The sequence's pages, in order.
+    pub(crate) pages: &'a [u32],
+    /// Floats of a whole page.
+    pub(crate) page_floats: usize,
+    /// Where in a page this head begins.
+    pub(crate) head_offset: usize,
+}
+
+impl<'a> HeadPages<'a> {
+    #[inline(always)]
+    fn page(self, segment: usize, head_dim: usize) -> Page<'a> {
+        let at = self.pages[segment] as usize * self.page_floats + self.head_offset;
+        let (keys, values) = (head_dim * ops::PAGE, head_dim.next_multiple_of(16) * ops::PAGE);
+        let head = &self.data[at..at + keys + values];
+        Page { keys: &head[..keys], values: &head[keys..] }
+    }
+}
+
+/// The kernels of one instruction set. One is only to be had where the CPU can run it: [`supported`], [`best`].
+pub struct Kernels {
+    name: &'static str,
+    rmsnorm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
+    quantize: unsafe fn(&[f32], &mut [i8]) -> (f32, i32),
+    add: unsafe fn(&mut [f32], &[f32]),
+    relu2_mul: unsafe fn(&[f32], &[f32], &mut [f32]),
+    silu_mul: unsafe fn(&[f32], &[f32], &mut [f32]),
+    rope: unsafe fn(&mut [f32], &[f32], &[f32]),
+    attention: unsafe fn(&[f32], usize, f32, HeadPages<'_>, usize, &mut [f32]),
+    decode_row: unsafe fn(FloatType, &[u8], &mut [f32]) -> bool,
+    matmul_rows: unsafe fn(&[u8], usize, f32, Activations<'_>, usize, OutPtr),
+    head_rows: unsafe fn(FloatType, &[u8], &[f32], usize, usize, OutPtr),
+    stream_read: unsafe fn(&[u8]) -> u64,
+}
+
+/// Compiles every body for one instruction set. The functions are unsafe because of their target features: whoever calls
+/// them must know that the CPU has these, and `Kernels` is only handed out after detection.
+macro_rules! kernels {
+    ($module:ident, $name:literal, $isa:expr $(, $features:literal)?) => {
+        mod $module {
+            use super::*;
+            pub(super) static KERNELS: Kernels = Kernels {
+                name: $name, rmsnorm, quantize, add, relu2_mul, silu_mul, rope, attention, decode_row, matmul_rows,
+                head_rows, stream_read,
+            };
+            $(#[target_feature(enable = $features)])?
+            unsafe fn rmsnorm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+                ops::rmsnorm($isa, x, weight, eps, out);
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn quantize(x: &[f32], codes: &mut [i8]) -> (f32, i32) {
+                ops::quantize($isa, x, codes)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn add(x: &mut [f32], y: &[f32]) {
+                ops::add($isa, x, y);
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn relu2_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+                ops::relu2_mul($isa, gate, up, out);
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+                ops::silu_mul($isa, gate, up, out);
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn rope(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+                ops::rope($isa, head, cos, sin);
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn attention(
+                q: &[f32], head_dim: usize, scale: f32, pages: HeadPages<'_>, len: usize, out: &mut [f32],
+            ) {
+                ops::attention($isa, q, head_dim, scale, |segment| pages.page(segment, head_dim), len, out);
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn decode_row(ty: FloatType, row: &[u8], out: &mut [f32]) -> bool {
+                ops::decode_row($isa, ty, row, out)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn matmul_rows(
+                w: &[u8], row_bytes: usize, weight_scale: f32, a: Activations<'_>, first_row: usize, out: OutPtr,
+            ) {
+                let isa = $isa;
+                // SAFETY: the caller's contract, handed on.
+                unsafe { ternary::matmul_rows(isa, w, row_bytes, weight_scale, a, first_row, out) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn head_rows(
+                ty: FloatType, w: &[u8], x: &[f32], columns: usize, first_row: usize, out: OutPtr,
+            ) {
+                let isa = $isa;
+                // SAFETY: the caller's contract, handed on.
+                unsafe { ops::head_rows(isa, ty, w, x, columns, first_row, out) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn stream_read(bytes: &[u8]) -> u64 {
+                ops::stream_read($isa, bytes)
+            }
+        }
+    };
+}
+
+kernels!(scalar, "scalar", Scalar);
+#[cfg(target_arch = "x86_64")]
+// SAFETY: the functions of this table are only called where `supported` detected these features.
+kernels!(avx2, "avx2", unsafe { Avx2::assume() }, "avx2,f16c");
+#[cfg(target_arch = "x86_64")]
+// SAFETY: as above.
+kernels!(avx512, "avx512", unsafe { Avx512::<false>::assume() }, "avx512f,avx512bw");
+#[cfg(target_arch = "x86_64")]
+// SAFETY: as above.
+kernels!(avx512vnni, "avx512vnni", unsafe { Avx512::<true>::assume() }, "avx512f,avx512bw,avx512vnni");
+
+/// All kernels this CPU can run, the best last.
+pub fn supported() -> Vec<&'static Kernels> {
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
+    let mut list = vec![&scalar::KERNELS];
+    #[cfg(target_arch = "x86_64")]
+    {
+        list.extend(Avx2::detect().map(|_| &avx2::KERNELS));
+        list.extend(Avx512::<false>::detect().map(|_| &avx512::KERNELS));
+        list.extend(Avx512::<true>::detect().map(|_| &avx512vnni::KERNELS));
+    }
+    list
+}
+
+/// The best kernels this CPU can run.
+pub fn best() -> &'static Kernels {
+    supported().pop().unwrap_or(&scalar::KERNELS)
+}
+
+impl Kernels {
+    /// The instruction set: `scalar`, `avx2`, `avx512` or `avx512vnni`.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+    pub(crate) fn rmsnorm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        // SAFETY: `self` exists only where its features were detected.
+        unsafe { (self.rmsnorm)(x, weight, eps, out) }
+    }
+    pub(crate) fn quantize(&self, x: &[f32], codes: &mut [i8]) -> (f32, i32) {
+        // SAFETY: as above.
+        unsafe { (self.quantize)(x, codes) }
+    }
+    pub(crate) fn add(&self, x: &mut [f32], y: &[f32]) {
+        // SAFETY: as above.
+        unsafe { (self.add)(x, y) }
+    }
+    pub(crate) fn relu2_mul(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { (self.relu2_mul)(gate, up, out) }
+    }
+    pub(crate) fn silu_mul(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { (self.silu_mul)(gate, up, out) }
+    }
+    pub(crate) fn rope(&self, head: &mut [f32], cos: &[f32], sin: &[f32]) {
+        // SAFETY: as above.
+        unsafe { (self.rope)(head, cos, sin) }
+    }
+    pub(crate) fn attention(
+        &self,
+        q: &[f32],
+        head_dim: usize,
+        scale: f32,
+        pages: HeadPages<'_>,
+        len: usize,
+        out: &mut [f32],
+    ) {
+        // SAFETY: as above.
+        unsafe { (self.attention)(q, head_dim, scale, pages, len, out) }
+    }
+    pub(crate) fn decode_row(&self, ty: FloatType, row: &[u8], out: &mut [f32]) -> bool {
+        // SAFETY: as above.
+        unsafe { (self.decode_row)(ty, row, out) }
+    }
+    /// # Safety
+    /// As [`ternary::matmul_rows`].
+    pub(crate) unsafe fn matmul_rows(
+        &self,
+        w: &[u8],
+        row_bytes: usize,
+        weight_scale: f32,
+        a: Activations<'_>,
+        first_row: usize,
+        out: OutPtr,
+    ) {
+        // SAFETY: as above, and the caller's contract.
+        unsafe { (self.matmul_rows)(w, row_bytes, weight_scale, a, first_row, out) }
+    }
+    /// # Safety
+    /// As [`ops::head_rows`].
+    pub(crate) unsafe fn head_rows(
+        &self,
+        ty: FloatType,
+        w: &[u8],
+        x: &[f32],
+        columns: usize,
+        first_row: usize,
+        out: OutPtr,
+    ) {
+        // SAFETY: as above, and the caller's contract.
+        unsafe { (self.head_rows)(ty, w, x, columns, first_row, out) }
+    }
+    pub(crate) fn stream_read(&self, bytes: &[u8]) -> u64 {
+        // SAFETY: as above.
+        unsafe { (self.stream_read)(bytes) }
+    }
+}

@@ -1,0 +1,272 @@
+//! Every instruction set and every number of threads computes what the scalar kernels compute on one thread, to the bit,
+//! and those compute the formulas.
+
+use bitnet_kernels::ternary::{position, row_bytes};
+use bitnet_kernels::{
+    Activation, Bytes, Compute, FloatMatrix, FloatType, Kernels, KvStore, QuantizedRows, TernaryMatrix,
+    supported,
+};
+use std::sync::Arc;
+
+/// splitmix64.
+struct Random(u64);
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+    fn float(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+    fn floats(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.float() * 3.0).collect()
+    }
+    fn trits(&mut self, n: usize) -> Vec<i8> {
+        (0..n).map(|_| (self.next() % 3) as i8 - 1).collect()
+    }
+}
+
+fn matrix(trits: &[i8], columns: usize, scale: f32) -> TernaryMatrix {
+    let rows = trits.len() / columns;
+    let mut bytes = vec![0x55u8; rows * row_bytes(columns)];
+    for (row, stored) in trits.chunks(columns).zip(bytes.chunks_mut(row_bytes(columns))) {
+        for (i, trit) in row.iter().enumerate() {
+            let (byte, shift) = (i / 128 * 32 + i % 32, 6 - 2 * (i % 128 / 32));
+            stored[byte] = stored[byte] & !(3 << shift) | ((trit + 1) as u8) << shift;
+        }
+    }
+    let n = bytes.len();
+    TernaryMatrix::new(Bytes::new(Arc::new(bytes), 0..n), rows, columns, scale)
+}
+
+/// What `f` gives for each kernel set and thread count; all must be equal, and one of them is returned.
+fn everywhere<T: PartialEq + std::fmt::Debug>(f: impl Fn(&Compute) -> T) -> T {
+    let run = |kernels: &'static Kernels, threads| f(&Compute::new(kernels, threads));
+    let reference = run(supported()[0], 1);
+    for kernels in supported() {
+        for threads in [1, 2, 3] {
+            let got = run(kernels, threads);
+            assert!(got == reference, "{} on {threads} threads differs from scalar", kernels.name());
+        }
+    }
+    reference
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn linear_is_exact_everywhere() {
+    let mut random = Random(1);
+    for (tokens, columns, rows) in [
+        (1, 256, 64),
+        (1, 2560, 129),
+        (2, 192, 33),
+        (3, 640, 7),
+        (5, 1000, 50),
+        (8, 8640, 11),
+        (13, 256, 300),
+        (9, 6912, 5),
+    ] {
+        let (trits, other) = (random.trits(rows * columns), random.trits(3 * columns));
+        let (w, v) = (matrix(&trits, columns, 0.37), matrix(&other, columns, 1.5));
+        let x = random.floats(tokens * columns);
+        let norm = random.floats(columns);
+        let (codes, out) = everywhere(|compute| {
+            let mut q = QuantizedRows::new(tokens, columns);
+            let mut scratch = vec![0.0; compute.scratch_floats(columns)];
+            compute.norm_quantize(&x, &norm, 1e-5, &mut scratch, &mut q);
+            let (mut out, mut out2) = (vec![f32::NAN; tokens * rows], vec![f32::NAN; tokens * 3]);
+            compute.linear(&q, [(&w, &mut out), (&v, &mut out2)]);
+            out.extend(out2);
+            let codes: Vec<_> = (0..tokens).map(|t| (q.row(t).0, q.row(t).1.to_bits())).collect();
+            (codes, bits(&out))
+        });
+        for t in 0..tokens {
+            let x = &x[t * columns..][..columns];
+            let mean = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>() / columns as f64;
+            let r = 1.0 / (mean + 1e-5).sqrt();
+            let h: Vec<f64> = x.iter().zip(&norm).map(|(&x, &w)| f64::from(x) * r * f64::from(w)).collect();
+            let amax = h.iter().fold(0.0f64, |a, b| a.max(b.abs()));
+            let (q, s) = (&codes[t].0, f32::from_bits(codes[t].1));
+            assert!((f64::from(s) * amax / 127.0 - 1.0).abs() < 1e-6);
+            for (q, h) in q.iter().zip(&h) {
+                assert!((f64::from(*q) - h * 127.0 / amax).abs() <= 0.501);
+            }
+            for r in 0..rows {
+                let dot: i32 = trits[r * columns..][..columns]
+                    .iter()
+                    .zip(q)
+                    .map(|(&w, &q)| i32::from(w) * i32::from(q))
+                    .sum();
+                assert_eq!(out[t * rows + r], (dot as f32 * (0.37 / s)).to_bits());
+            }
+        }
+    }
+}
+
+#[test]
+fn extreme_codes_do_not_overflow() {
+    // All weights +1 and all activations equal: every partial sum is as large as it can be.
+    for columns in [256 * 40, 256 * 41 + 128] {
+        let w = matrix(&vec![1; 2 * columns], columns, 1.0);
+        for sign in [1.0, -1.0] {
+            let x = vec![sign; 9 * columns];
+            let out = everywhere(|compute| {
+                let mut q = QuantizedRows::new(9, columns);
+                let mut scratch = vec![0.0; compute.scratch_floats(columns)];
+                compute.norm_quantize(&x, &vec![1.0; columns], 1e-5, &mut scratch, &mut q);
+                let mut out = vec![0.0; 18];
+                compute.linear(&q, [(&w, &mut out)]);
+                bits(&out)
+            });
+            assert!(out.iter().all(|&y| (f32::from_bits(y) - sign * columns as f32).abs() < 0.1));
+        }
+    }
+}
+
+#[test]
+fn activations_are_the_same_everywhere() {
+    let mut random = Random(2);
+    for columns in [16, 100, 768, 2563] {
+        let mut gate = random.floats(3 * columns);
+        for (i, x) in [0.0, -0.0, 1e-30, 90.0, -90.0, 40.0, -40.0].into_iter().enumerate() {
+            gate[i] = x;
+        }
+        let (up, norm) = (random.floats(3 * columns), random.floats(columns));
+        for activation in [Activation::Relu2, Activation::Silu] {
+            for norm in [None, Some((&norm[..], 1e-5))] {
+                let rows = everywhere(|compute| {
+                    let mut q = QuantizedRows::new(3, columns);
+                    let mut scratch = vec![0.0; compute.scratch_floats(columns)];
+                    compute.activate_quantize(activation, &gate, &up, columns, norm, &mut scratch, &mut q);
+                    (0..3).map(|t| (q.row(t).0, q.row(t).1.to_bits())).collect::<Vec<_>>()
+                });
+                if norm.is_none() {
+                    for t in 0..3 {
+                        let f: Vec<f64> = (0..columns)
+                            .map(|i| {
+                                let (g, u) =
+                                    (f64::from(gate[t * columns + i]), f64::from(up[t * columns + i]));
+                                match activation {
+                                    Activation::Relu2 => g.max(0.0).powi(2) * u,
+                                    Activation::Silu => g / (1.0 + (-g).exp()) * u,
+                                }
+                            })
+                            .collect();
+                        let top = f.iter().fold(0.0f64, |a, b| a.max(b.abs()));
+                        for (q, f) in rows[t].0.iter().zip(f) {
+                            assert!((f64::from(*q) - f * 127.0 / top).abs() < 0.501);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn attention_is_the_same_everywhere_and_right() {
+    let mut random = Random(3);
+    for (head_dim, kv_heads, group, positions) in
+        [(128, 2, 4, 200), (64, 2, 2, 65), (48, 1, 5, 64), (20, 3, 1, 130)]
+    {
+        let (layers, width, kv_width) = (2, head_dim * kv_heads * group, head_dim * kv_heads);
+        let pages: Vec<u32> = (0..4).map(|p| 3 - p).collect();
+        let (k, v) = (random.floats(positions * kv_width), random.floats(positions * kv_width));
+        let q = random.floats(positions * width);
+        let fill = || {
+            let mut kv = KvStore::new(4, layers, kv_heads, head_dim).unwrap();
+            for p in 0..positions {
+                let range = p * kv_width..(p + 1) * kv_width;
+                kv.store(1, &pages, p, &k[range.clone()], &v[range]);
+            }
+            kv
+        };
+        let out = everywhere(|compute| {
+            let mut out = vec![f32::NAN; q.len()];
+            compute.attention(&fill(), 1, &q, positions, |t| (&pages, t + 1), &mut out);
+            bits(&out)
+        });
+        for t in [0, 1, positions / 2, positions - 1] {
+            for h in 0..kv_heads * group {
+                let q = &q[t * width + h * head_dim..][..head_dim];
+                let at = |p: usize| p * kv_width + h / group * head_dim;
+                let dot =
+                    |p| q.iter().zip(&k[at(p)..]).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>();
+                let scores: Vec<f64> = (0..=t).map(|p| dot(p) / (head_dim as f64).sqrt()).collect();
+                let top = scores.iter().copied().fold(f64::MIN, f64::max);
+                let weights: Vec<f64> = scores.iter().map(|s| (s - top).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                for d in 0..head_dim {
+                    let want: f64 =
+                        (0..=t).map(|p| weights[p] * f64::from(v[at(p) + d])).sum::<f64>() / total;
+                    let got = f32::from_bits(out[t * width + h * head_dim + d]);
+                    assert!((f64::from(got) - want).abs() < 2e-5, "{got} {want}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn head_embedding_rope_and_sums_are_the_same_everywhere() {
+    let mut random = Random(4);
+    for (columns, rows, tokens) in [(256, 41, 1), (100, 7, 6), (2560, 9, 4), (24, 130, 5)] {
+        let x = random.floats(tokens * columns);
+        for ty in [FloatType::F16, FloatType::BF16, FloatType::F32] {
+            // Any finite bit pattern may be stored, subnormal halves included.
+            let bytes: Vec<u8> = match ty {
+                FloatType::F32 => {
+                    random.floats(rows * columns).iter().flat_map(|x| x.to_le_bytes()).collect()
+                }
+                FloatType::F16 | FloatType::BF16 => (0..rows * columns)
+                    .flat_map(|_| ((random.next() & 0xbbff) as u16).to_le_bytes())
+                    .collect(),
+            };
+            let n = bytes.len();
+            let w = FloatMatrix::new(Bytes::new(Arc::new(bytes), 0..n), ty, rows, columns);
+            let (embedded, logits) = everywhere(|compute| {
+                let mut embedded = vec![f32::NAN; rows * columns];
+                compute.embed(&w, &(0..rows as u32).collect::<Vec<_>>(), &mut embedded).unwrap();
+                let mut logits = vec![f32::NAN; tokens * rows];
+                compute.head(&w, &x, &mut logits);
+                (bits(&embedded), bits(&logits))
+            });
+            for t in 0..tokens {
+                for r in 0..rows {
+                    let row =
+                        embedded[r * columns..][..columns].iter().map(|&w| f64::from(f32::from_bits(w)));
+                    let (mut want, mut size) = (0.0, 0.0);
+                    for (w, &x) in row.zip(&x[t * columns..]) {
+                        want += w * f64::from(x);
+                        size += (w * f64::from(x)).abs();
+                    }
+                    let got = f64::from(f32::from_bits(logits[t * rows + r]));
+                    assert!((got - want).abs() <= size * 1e-5, "{got} {want}");
+                }
+            }
+        }
+        let (cos, sin) = (random.floats(tokens * (columns / 8)), random.floats(tokens * (columns / 8)));
+        let y = random.floats(tokens * columns);
+        everywhere(|compute| {
+            let mut x = x.clone();
+            compute.rope(&mut x, columns / 2, &cos, &sin, tokens);
+            compute.add(&mut x, &y);
+            let mut normed = vec![0.0; x.len()];
+            compute.rmsnorm(&x, &y[..columns], 1e-6, &mut normed);
+            bits(&normed)
+        });
+    }
+}
+
+#[test]
+fn positions_are_a_permutation() {
+    let mut seen = vec![false; 1024];
+    (0..1024).for_each(|i| seen[position(i)] = true);
+    assert!(seen.into_iter().all(|seen| seen));
+}
