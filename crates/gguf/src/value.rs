@@ -253,7 +253,7 @@ impl<'a> Iterator for Values<'a> {
     fn next(&mut self) -> Option<Value<'a>> {
         self.left = self.left.checked_sub(1)?;
         // Cannot fail on bytes that were checked; it ends the iteration if a mapped file changed since.
-        self.cursor.value(self.element, 1).ok()
+        self.cursor.value(self.element, 0).ok()
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
@@ -285,6 +285,7 @@ impl<'a> Cursor<'a> {
         (self.bytes.len() - self.pos) as u64
     }
 
+    #[inline]
     pub(crate) fn take(&mut self, n: u64) -> Read<&'a [u8]> {
         if n > self.left() {
             return Err((self.pos(), Fault::Short { needed: n, left: self.left() }));
@@ -319,6 +320,7 @@ impl<'a> Cursor<'a> {
         Ok(count)
     }
 
+    #[inline]
     pub(crate) fn str(&mut self) -> Read<&'a str> {
         let start = self.pos();
         let len = self.u64()?;
@@ -380,7 +382,12 @@ impl<'a> Cursor<'a> {
         let len = self.count(element.min_size(), 0)?;
         let start = self.pos;
         match element {
-            ValueType::Str | ValueType::Array | ValueType::Bool => {
+            ValueType::Str => {
+                for _ in 0..len {
+                    self.str()?;
+                }
+            }
+            ValueType::Array | ValueType::Bool => {
                 for _ in 0..len {
                     self.value(element, depth)?;
                 }
