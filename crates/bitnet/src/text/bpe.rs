@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::hash::BuildHasher;
 
+use hashbrown::hash_table::Entry;
 use hashbrown::{DefaultHashBuilder, HashTable};
 
 /// No rank, no symbol.
@@ -38,14 +39,14 @@ impl Merges {
 
     /// Appends the merge of the next rank, or returns the rank that the pair has already.
     pub(super) fn push(&mut self, merge: Merge) -> Result<(), u32> {
-        if let Some(rank) = self.rank(merge.left, merge.right) {
-            return Err(rank);
-        }
-        let (by_rank, hasher) = (&mut self.by_rank, &self.hasher);
-        let rank = by_rank.len() as u32;
+        let Self { by_rank, ranks, hasher } = self;
+        let pair = |&rank: &u32| (by_rank[rank as usize].left, by_rank[rank as usize].right);
+        let new = (merge.left, merge.right);
+        match ranks.entry(hash(hasher, new), |rank| pair(rank) == new, |rank| hash(hasher, pair(rank))) {
+            Entry::Occupied(rank) => return Err(*rank.get()),
+            Entry::Vacant(slot) => slot.insert(by_rank.len() as u32),
+        };
         by_rank.push(merge);
-        let rehash = |&rank: &u32| hash(hasher, by_rank[rank as usize].left, by_rank[rank as usize].right);
-        self.ranks.insert_unique(hash(hasher, merge.left, merge.right), rank, rehash);
         Ok(())
     }
 
@@ -54,11 +55,11 @@ impl Merges {
             let merge = self.by_rank[rank as usize];
             merge.left == left && merge.right == right
         };
-        self.ranks.find(hash(&self.hasher, left, right), same).copied()
+        self.ranks.find(hash(&self.hasher, (left, right)), same).copied()
     }
 }
 
-fn hash(hasher: &DefaultHashBuilder, left: u32, right: u32) -> u64 {
+fn hash(hasher: &DefaultHashBuilder, (left, right): (u32, u32)) -> u64 {
     hasher.hash_one(u64::from(left) << 32 | u64::from(right))
 }
 

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::split::PATTERN;
-use super::tokenizer::{TokenizerError, Vocab};
+use super::tokenizer::{TokenizerError, Vocab, shortened};
 
 /// The vocabulary of a `tokenizer.json`, in the form of GGUF's `tokenizer.ggml` arrays.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,10 +38,10 @@ impl HfVocab {
             ("model.byte_fallback", &model.byte_fallback, model.byte_fallback == true),
         ];
         if let Some((what, found, _)) = refusals.into_iter().find(|refusal| refusal.2) {
-            return Err(TokenizerError::Unsupported { what, found: found.to_string() });
+            return Err(TokenizerError::Unsupported { what, found: shortened(&found.to_string()) });
         }
         if let Some(token) = added_tokens.iter().find(|t| t.single_word || t.lstrip || t.rstrip) {
-            let found = format!("{:?} with single_word, lstrip or rstrip", token.content);
+            let found = format!("{:?} with single_word, lstrip or rstrip", shortened(&token.content));
             return Err(TokenizerError::Unsupported { what: "an added token", found });
         }
 
@@ -99,33 +99,28 @@ struct File {
     model: Model,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Default)]
+#[serde(default)]
 struct AddedToken {
     id: u32,
     content: String,
-    #[serde(default)]
     single_word: bool,
-    #[serde(default)]
     lstrip: bool,
-    #[serde(default)]
     rstrip: bool,
-    #[serde(default)]
     special: bool,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Default)]
+#[serde(default)]
 struct Model {
-    #[serde(rename = "type", default)]
+    #[serde(rename = "type")]
     model_type: Value,
-    #[serde(default)]
     dropout: Value,
-    #[serde(rename = "continuing_subword_prefix", default)]
+    #[serde(rename = "continuing_subword_prefix")]
     prefix: Value,
-    #[serde(rename = "end_of_word_suffix", default)]
+    #[serde(rename = "end_of_word_suffix")]
     suffix: Value,
-    #[serde(default)]
     byte_fallback: Value,
-    #[serde(default)]
     ignore_merges: bool,
     vocab: HashMap<String, u32>,
     merges: Vec<Merge>,

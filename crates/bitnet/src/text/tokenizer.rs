@@ -2,6 +2,7 @@
 
 use std::hash::BuildHasher;
 
+use hashbrown::hash_table::Entry;
 use hashbrown::{DefaultHashBuilder, HashTable};
 
 use super::bpe::{Merge, Merger, Merges};
@@ -29,109 +30,54 @@ pub enum Specials {
     Parse,
 }
 
-/// Why a vocabulary was refused, or a token id.
+/// Why a vocabulary or a token id was refused. A `rank` is the index of a merge; long texts are cut.
+#[allow(missing_docs)] // the names and messages of the fields say it all
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
     /// The vocabulary's arrays differ in length.
     #[error("the vocabulary has {tokens} tokens but {types} token types")]
-    Lengths {
-        /// Number of tokens.
-        tokens: usize,
-        /// Number of token types.
-        types: usize,
-    },
-    /// More than 2^32 - 1 tokens, merges or bytes of token text.
+    Lengths { tokens: usize, types: usize },
+    /// 2^32 - 1 or more tokens, merges or bytes of token text.
     #[error("the vocabulary is too large")]
     TooLarge,
     /// A type that byte-level BPE has no use for.
     #[error("token {id} is of type {found}; expected 1 to 5")]
-    TokenType {
-        /// The token.
-        id: usize,
-        /// Its type in the file.
-        found: i32,
-    },
+    TokenType { id: usize, found: i32 },
     /// A token without text.
     #[error("token {id} is empty")]
-    EmptyToken {
-        /// The token.
-        id: usize,
-    },
+    EmptyToken { id: usize },
     /// A normal token with a character that stands for no byte.
     #[error("token {id} has the character {found:?}, which is not in GPT-2's byte alphabet")]
-    TokenAlphabet {
-        /// The token.
-        id: usize,
-        /// The character.
-        found: char,
-    },
+    TokenAlphabet { id: usize, found: char },
     /// Two tokens of one text.
     #[error("tokens {first} and {id} are the same")]
-    DuplicateToken {
-        /// The earlier token.
-        first: u32,
-        /// The later token.
-        id: usize,
-    },
+    DuplicateToken { first: u32, id: usize },
     /// A byte of UTF-8 that no token stands for.
     #[error("no token stands for the byte {byte:#04x}")]
-    MissingByte {
-        /// The byte.
-        byte: u8,
-    },
+    MissingByte { byte: u8 },
     /// A merge that is not two non-empty texts with one space between them.
     #[error("merge {rank} ({text:?}) is not of the form \"left right\" in GPT-2's byte alphabet")]
-    MergeForm {
-        /// The merge's index.
-        rank: usize,
-        /// Its text, possibly shortened.
-        text: String,
-    },
-    /// A merge of which a part or the result is no normal token.
+    MergeForm { rank: usize, text: String },
+    /// A merge of which the left part, the right part or the result is no normal token.
     #[error("merge {rank} ({text:?}) needs a token that the vocabulary lacks: its {part}")]
-    MergeToken {
-        /// The merge's index.
-        rank: usize,
-        /// Its text, possibly shortened.
-        text: String,
-        /// "left part", "right part" or "result".
-        part: &'static str,
-    },
+    MergeToken { rank: usize, text: String, part: &'static str },
     /// One pair twice in the list.
     #[error("merges {first} and {rank} are the same")]
-    DuplicateMerge {
-        /// The earlier merge.
-        first: u32,
-        /// The later merge.
-        rank: usize,
-    },
+    DuplicateMerge { first: u32, rank: usize },
     /// An id that is not in the vocabulary.
     #[error("token id {id} is not in the vocabulary of {n_vocab}")]
-    UnknownId {
-        /// The id.
-        id: u32,
-        /// Size of the vocabulary.
-        n_vocab: usize,
-    },
+    UnknownId { id: u32, n_vocab: usize },
     /// A `tokenizer.json` that is not JSON of the expected form.
     #[error("tokenizer.json: {0}")]
     Json(#[from] serde_json::Error),
     /// A `tokenizer.json` that asks for another algorithm.
     #[error("tokenizer.json: {what} is {found}; only byte-level BPE with LLaMA-3's split is supported")]
-    Unsupported {
-        /// The setting.
-        what: &'static str,
-        /// Its value.
-        found: String,
-    },
-    /// A `tokenizer.json` whose ids are not 0, 1, 2, … without holes.
-    #[error("tokenizer.json: the ids of its {count} tokens are not 0 to {} ({id} is out of place)", count.saturating_sub(1))]
-    Ids {
-        /// The first id that is missing, too large or given twice.
-        id: u32,
-        /// Number of tokens.
-        count: usize,
-    },
+    Unsupported { what: &'static str, found: String },
+    /// A `tokenizer.json` with an id that is missing, too large or given twice.
+    #[error(
+        "tokenizer.json: the ids of its {count} tokens do not run from 0 without holes: {id} is out of place"
+    )]
+    Ids { id: u32, count: usize },
 }
 
 /// Text to token ids and back.
@@ -141,6 +87,7 @@ pub struct Tokenizer {
     /// Normal tokens by their bytes.
     index: HashTable<u32>,
     hasher: DefaultHashBuilder,
+    /// Tokens of one byte; `u32::MAX` for bytes that have none.
     byte_ids: [u32; 256],
     merges: Merges,
     ignore_merges: bool,
@@ -173,6 +120,7 @@ impl Tokenizer {
         let mut texts = Texts { bytes: Vec::with_capacity(n_bytes), ends: Vec::with_capacity(n_vocab) };
         let mut kinds = Vec::with_capacity(n_vocab);
         let mut index = HashTable::with_capacity(n_vocab);
+        let mut byte_ids = [u32::MAX; 256];
         for (id, (&token, &token_type)) in vocab.tokens.iter().zip(&vocab.token_types).enumerate() {
             let kind = match token_type {
                 1 => Kind::Normal,
@@ -194,12 +142,22 @@ impl Tokenizer {
             texts.ends.push(texts.bytes.len() as u32);
             if kind == Kind::Normal {
                 let bytes = texts.get(id as u32);
-                let hash = hasher.hash_one(bytes);
-                if let Some(&first) = index.find(hash, |&other| texts.get(other) == bytes) {
-                    return Err(TokenizerError::DuplicateToken { first, id });
+                let same = |&other: &u32| texts.get(other) == bytes;
+                match index.entry(hasher.hash_one(bytes), same, |&other| hasher.hash_one(texts.get(other))) {
+                    Entry::Occupied(first) => {
+                        return Err(TokenizerError::DuplicateToken { first: *first.get(), id });
+                    }
+                    Entry::Vacant(slot) => slot.insert(id as u32),
+                };
+                if let &[byte] = bytes {
+                    byte_ids[usize::from(byte)] = id as u32;
                 }
-                index.insert_unique(hash, id as u32, |&other| hasher.hash_one(texts.get(other)));
             }
+        }
+        // Other bytes never occur in UTF-8.
+        let mut bytes_of_text = (0..=0xf4).filter(|byte| !matches!(byte, 0xc0 | 0xc1));
+        if let Some(byte) = bytes_of_text.find(|&byte| byte_ids[usize::from(byte)] == u32::MAX) {
+            return Err(TokenizerError::MissingByte { byte });
         }
 
         let mut tokenizer = Self {
@@ -209,17 +167,10 @@ impl Tokenizer {
             kinds,
             index,
             hasher,
-            byte_ids: [u32::MAX; 256],
+            byte_ids,
             merges: Merges::with_capacity(vocab.merges.len()),
             ignore_merges: vocab.ignore_merges,
         };
-        for byte in 0..=u8::MAX {
-            match tokenizer.normal_id(&[byte]) {
-                Some(id) => tokenizer.byte_ids[usize::from(byte)] = id,
-                None if matches!(byte, 0xc0 | 0xc1 | 0xf5..) => {} // never in UTF-8
-                None => return Err(TokenizerError::MissingByte { byte }),
-            }
-        }
         tokenizer.push_merges(&vocab.merges)?;
         Ok(tokenizer)
     }
@@ -230,7 +181,6 @@ impl Tokenizer {
     }
 
     fn push_merges(&mut self, merges: &[&str]) -> Result<(), TokenizerError> {
-        let shortened = |text: &str| text.chars().take(80).collect::<String>();
         let mut pair = Vec::new();
         let mut previous = None;
         for (rank, &text) in merges.iter().enumerate() {
@@ -321,6 +271,9 @@ impl Tokenizer {
     }
 
     fn normal_id(&self, bytes: &[u8]) -> Option<u32> {
+        if let &[byte] = bytes {
+            return Some(self.byte_ids[usize::from(byte)]).filter(|&id| id != u32::MAX);
+        }
         self.index.find(self.hasher.hash_one(bytes), |&id| self.texts.get(id) == bytes).copied()
     }
 }
@@ -387,6 +340,11 @@ impl SpecialSet {
     fn id(&self, texts: &Texts, text: &[u8]) -> Option<u32> {
         self.sorted.binary_search_by_key(&text, |&id| texts.get(id)).ok().map(|at| self.sorted[at])
     }
+}
+
+/// The start of a text, for a message: a hostile file's texts may be long.
+pub(super) fn shortened(text: &str) -> String {
+    text.chars().take(400).collect()
 }
 
 /// Appends the bytes that a text in GPT-2's byte alphabet stands for, or returns its first other character.
