@@ -1,0 +1,605 @@
+//! From logits to a token.
+//!
+//! The steps and their order are those of llama.cpp (`common/sampling.cpp`):
+//! logit bias, penalties, top-k, top-p, min-p, temperature, draw. So the filters see the probabilities at temperature 1.
+//! The penalties are those of `llama_sampler_penalties`: a token that occurs `count` times among the last
+//! `repeat_last_n` has its logit divided by `repeat_penalty` if positive, multiplied otherwise, and then reduced by
+//! `count * frequency_penalty + presence_penalty`.
+//!
+//! Logits and seed determine the token on every machine: tokens of equal logit rank by id, the exponential is our own,
+//! and the random numbers are SplitMix64's (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
+
+use std::cmp::Ordering;
+
+use bitnet_kernels::math::exp64;
+
+/// How tokens are chosen. The default is llama.cpp's.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplerConfig {
+    /// Divides the logits before the draw; 0 always takes the most probable token.
+    pub temperature: f32,
+    /// Keeps this many tokens of the highest logits; 0 keeps all.
+    pub top_k: u32,
+    /// Keeps the fewest of the most probable tokens whose probabilities sum to this; 1 keeps all, 0 one.
+    pub top_p: f32,
+    /// Keeps the tokens whose probability is at least this share of the highest one; 0 keeps all.
+    pub min_p: f32,
+    /// Factor against tokens that occurred already; 1 is none.
+    pub repeat_penalty: f32,
+    /// How many of the last tokens the three penalties look at.
+    pub repeat_last_n: u32,
+    /// Taken off a logit for each time the token occurred.
+    pub frequency_penalty: f32,
+    /// Taken off the logit of a token that occurred.
+    pub presence_penalty: f32,
+    /// Added to the logits of single tokens; negative infinity forbids a token.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Start of the random numbers.
+    pub seed: u64,
+}
+
+impl Default for SamplerConfig {
+    fn default() -> Self {
+        Self {
+            temperature: 0.8,
+            top_k: 40,
+            top_p: 0.95,
+            min_p: 0.05,
+            repeat_penalty: 1.0,
+            repeat_last_n: 64,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            logit_bias: Vec::new(),
+            seed: 0,
+        }
+    }
+}
+
+impl SamplerConfig {
+    /// The most probable token each time.
+    pub fn greedy() -> Self {
+        Self { temperature: 0.0, ..Self::default() }
+    }
+}
+
+/// A setting outside its range; the caller's fault.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("{setting} is {found}; expected {expected}")]
+pub struct SamplerConfigError {
+    /// The field, or `logit_bias` of a token.
+    pub setting: String,
+    /// Its value.
+    pub found: f32,
+    /// Its range.
+    pub expected: &'static str,
+}
+
+/// Why no token could be chosen.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum SampleError {
+    /// The model computed garbage, or a bias or penalty overflowed.
+    #[error("the logit of token {id} is {value}; expected a finite number or negative infinity")]
+    Logit {
+        /// The first such token.
+        id: usize,
+        /// NaN or infinity.
+        value: f32,
+    },
+    /// Every logit is negative infinity, or there is none.
+    #[error("none of {n_vocab} tokens is allowed: each logit is negative infinity")]
+    NothingAllowed {
+        /// Number of logits.
+        n_vocab: usize,
+    },
+    /// A token of the history or of `logit_bias` that has no logit; the caller's fault.
+    #[error("{what} has token {id}; there are {n_vocab} logits")]
+    UnknownToken {
+        /// "the history" or "logit_bias".
+        what: &'static str,
+        /// The token.
+        id: u32,
+        /// Number of logits.
+        n_vocab: usize,
+    },
+}
+
+/// Chooses tokens; its only state is that of the random numbers, of which each token not chosen greedily takes one.
+pub struct Sampler {
+    config: SamplerConfig,
+    state: u64,
+    // Buffers, kept so that nothing is allocated per token.
+    logits: Vec<f32>,
+    window: Vec<u32>,
+    candidates: Vec<Candidate>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Candidate {
+    /// Not yet normalised probability; the most probable token has 1.
+    weight: f64,
+    logit: f32,
+    id: u32,
+}
+
+/// Higher logits first; a lower id breaks the tie. Total, as NaN was refused.
+fn rank(a: &Candidate, b: &Candidate) -> Ordering {
+    b.logit.partial_cmp(&a.logit).unwrap_or(Ordering::Equal).then(a.id.cmp(&b.id))
+}
+
+impl Sampler {
+    /// Fails if a setting is outside its range.
+    pub fn new(config: SamplerConfig) -> Result<Self, SamplerConfigError> {
+        let c = &config;
+        let finite = "a finite number";
+        let positive = "a finite number above 0";
+        let share = "a number from 0 to 1";
+        for (setting, found, ok, expected) in [
+            (
+                "temperature",
+                c.temperature,
+                (0.0..f32::INFINITY).contains(&c.temperature),
+                "0 or a positive, finite number",
+            ),
+            ("top_p", c.top_p, (0.0..=1.0).contains(&c.top_p), share),
+            ("min_p", c.min_p, (0.0..=1.0).contains(&c.min_p), share),
+            (
+                "repeat_penalty",
+                c.repeat_penalty,
+                c.repeat_penalty > 0.0 && c.repeat_penalty.is_finite(),
+                positive,
+            ),
+            ("frequency_penalty", c.frequency_penalty, c.frequency_penalty.is_finite(), finite),
+            ("presence_penalty", c.presence_penalty, c.presence_penalty.is_finite(), finite),
+        ] {
+            if !ok {
+                return Err(SamplerConfigError { setting: setting.to_owned(), found, expected });
+            }
+        }
+        if let Some(&(id, found)) =
+            c.logit_bias.iter().find(|(_, bias)| bias.is_nan() || *bias == f32::INFINITY)
+        {
+            let setting = format!("logit_bias of token {id}");
+            return Err(SamplerConfigError {
+                setting,
+                found,
+                expected: "a finite number or negative infinity",
+            });
+        }
+        let state = config.seed;
+        Ok(Self { config, state, logits: Vec::new(), window: Vec::new(), candidates: Vec::new() })
+    }
+
+    /// The settings.
+    pub fn config(&self) -> &SamplerConfig {
+        &self.config
+    }
+
+    /// Chooses the next token, from logits `[vocab]`. `history` holds the tokens so far, the latest last.
+    pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<u32, SampleError> {
+        let c = &self.config;
+        let penalises = c.repeat_penalty != 1.0 || c.frequency_penalty != 0.0 || c.presence_penalty != 0.0;
+        if !penalises && c.logit_bias.is_empty() {
+            return self.choose(logits);
+        }
+        let mut edited = std::mem::take(&mut self.logits);
+        edited.clear();
+        edited.extend_from_slice(logits);
+        let chosen = self.edit(&mut edited, history, penalises).and_then(|()| self.choose(&edited));
+        self.logits = edited;
+        chosen
+    }
+
+    /// Adds the biases and applies the penalties.
+    fn edit(&mut self, logits: &mut [f32], history: &[u32], penalises: bool) -> Result<(), SampleError> {
+        let c = &self.config;
+        let n_vocab = logits.len();
+        for &(id, bias) in &c.logit_bias {
+            let unknown = SampleError::UnknownToken { what: "logit_bias", id, n_vocab };
+            *logits.get_mut(id as usize).ok_or(unknown)? += bias;
+        }
+        if !penalises {
+            return Ok(());
+        }
+        self.window.clear();
+        self.window.extend_from_slice(&history[history.len().saturating_sub(c.repeat_last_n as usize)..]);
+        self.window.sort_unstable();
+        for same in self.window.chunk_by(|a, b| a == b) {
+            let unknown = SampleError::UnknownToken { what: "the history", id: same[0], n_vocab };
+            let logit = logits.get_mut(same[0] as usize).ok_or(unknown)?;
+            if *logit <= 0.0 {
+                *logit *= c.repeat_penalty;
+            } else {
+                *logit /= c.repeat_penalty;
+            }
+            *logit -= same.len() as f32 * c.frequency_penalty + c.presence_penalty;
+        }
+        Ok(())
+    }
+
+    fn choose(&mut self, logits: &[f32]) -> Result<u32, SampleError> {
+        let best = argmax(logits)?;
+        if self.config.temperature == 0.0 {
+            return Ok(best as u32);
+        }
+        self.filter(logits, logits[best]);
+        let candidates = &self.candidates;
+        let total: f64 = candidates.iter().map(|c| c.weight).sum();
+        let mut left = random(&mut self.state) * total;
+        for c in candidates {
+            left -= c.weight;
+            if left < 0.0 {
+                return Ok(c.id);
+            }
+        }
+        // Only rounding leads here: the last that could have been drawn.
+        Ok(candidates.iter().rfind(|c| c.weight > 0.0).map_or(best as u32, |c| c.id))
+    }
+
+    /// Leaves in `candidates` what passes the filters, weighted for the draw.
+    fn filter(&mut self, logits: &[f32], max: f32) {
+        let (c, candidates) = (&self.config, &mut self.candidates);
+        let k = c.top_k as usize;
+        let sorted = k > 0 && k < logits.len();
+        if sorted {
+            select_top(candidates, logits, k);
+        } else {
+            candidates.clear();
+            candidates.extend((0..).zip(logits).map(|(id, &logit)| Candidate { weight: 0.0, logit, id }));
+        }
+        for c in candidates.iter_mut() {
+            c.weight = exp64(f64::from(c.logit) - f64::from(max));
+        }
+        // Both filters keep a prefix of the ranking, so they may be applied in either order, but top-p's share is one
+        // of all that top-k left.
+        let total: f64 = candidates.iter().map(|c| c.weight).sum();
+        let min_weight = f64::from(c.min_p);
+        if min_weight > 0.0 {
+            candidates.retain(|c| c.weight >= min_weight);
+        }
+        if c.top_p < 1.0 {
+            let share = f64::from(c.top_p) * total;
+            let (mut sum, mut kept) = (0.0, 0);
+            let mut ranked = if sorted { candidates.len() } else { 0 };
+            while kept < candidates.len() {
+                if kept == ranked {
+                    // Few tokens hold most of the probability: rank no more than needed.
+                    ranked = (4 * ranked).max(256).min(candidates.len());
+                    let rest = &mut candidates[kept..];
+                    if ranked - kept < rest.len() {
+                        rest.select_nth_unstable_by(ranked - kept, rank);
+                    }
+                    rest[..ranked - kept].sort_unstable_by(rank);
+                }
+                sum += candidates[kept].weight;
+                kept += 1;
+                if sum >= share {
+                    break;
+                }
+            }
+            candidates.truncate(kept);
+        }
+        if c.temperature != 1.0 {
+            let temperature = f64::from(c.temperature);
+            for c in candidates.iter_mut() {
+                c.weight = exp64((f64::from(c.logit) - f64::from(max)) / temperature);
+            }
+        }
+    }
+}
+
+/// The lowest index of the highest logit. Fails on NaN and infinity.
+fn argmax(logits: &[f32]) -> Result<usize, SampleError> {
+    const BLOCK: usize = 1024;
+    let mut best = f32::NEG_INFINITY;
+    let mut best_block = 0;
+    for (b, block) in logits.chunks(BLOCK).enumerate() {
+        // Independent lanes, so that the compiler can use vectors. A bad logit is one not below infinity, even NaN.
+        let (mut max, mut good) = ([f32::NEG_INFINITY; 16], [true; 16]);
+        let (lanes, rest) = block.as_chunks::<16>();
+        for lane in lanes {
+            for i in 0..16 {
+                max[i] = if lane[i] > max[i] { lane[i] } else { max[i] };
+                good[i] &= lane[i] < f32::INFINITY;
+            }
+        }
+        for (i, &logit) in rest.iter().enumerate() {
+            max[i] = max[i].max(logit);
+            good[i] &= logit < f32::INFINITY;
+        }
+        if good.contains(&false) {
+            let bad = |x: &f32| x.is_nan() || *x == f32::INFINITY;
+            let id = b * BLOCK + block.iter().position(bad).unwrap_or(0);
+            return Err(SampleError::Logit { id, value: logits[id] });
+        }
+        let max = max.into_iter().fold(f32::NEG_INFINITY, f32::max);
+        if max > best {
+            (best, best_block) = (max, b);
+        }
+    }
+    let from = best_block * BLOCK;
+    match logits[from..].iter().position(|&logit| logit == best) {
+        Some(at) if best > f32::NEG_INFINITY => Ok(from + at),
+        _ => Err(SampleError::NothingAllowed { n_vocab: logits.len() }),
+    }
+}
+
+/// The `k` first by rank, in order; `k` below the number of logits.
+fn select_top(top: &mut Vec<Candidate>, logits: &[f32], k: usize) {
+    top.clear();
+    let room = (2 * k).max(256);
+    // The lowest logit that still ranks among the first k. A later equal has a higher id and ranks behind.
+    let mut floor = f32::NEG_INFINITY;
+    for (id, &logit) in (0..).zip(logits) {
+        if logit > floor {
+            top.push(Candidate { weight: 0.0, logit, id });
+            if top.len() == room {
+                floor = top.select_nth_unstable_by(k - 1, rank).1.logit;
+                top.truncate(k);
+            }
+        }
+    }
+    top.sort_unstable_by(rank);
+    top.truncate(k);
+}
+
+/// Uniform in [0, 1), a multiple of 2^-53: the upper bits of SplitMix64.
+fn random(state: &mut u64) -> f64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut z = *state;
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    ((z ^ (z >> 31)) >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// No filters, no penalties.
+    fn plain() -> SamplerConfig {
+        SamplerConfig { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, ..SamplerConfig::default() }
+    }
+
+    fn sampler(config: SamplerConfig) -> Sampler {
+        Sampler::new(config).unwrap()
+    }
+
+    /// The distribution as the documentation defines it: (id, probability), most probable first.
+    fn naive(c: &SamplerConfig, logits: &[f32], history: &[u32]) -> Vec<(u32, f64)> {
+        let mut logits = logits.to_vec();
+        for &(id, bias) in &c.logit_bias {
+            logits[id as usize] += bias;
+        }
+        let window = &history[history.len().saturating_sub(c.repeat_last_n as usize)..];
+        for (id, logit) in logits.iter_mut().enumerate() {
+            let count = window.iter().filter(|&&token| token as usize == id).count();
+            if count > 0 {
+                *logit = if *logit > 0.0 { *logit / c.repeat_penalty } else { *logit * c.repeat_penalty };
+                *logit -= count as f32 * c.frequency_penalty + c.presence_penalty;
+            }
+        }
+        let mut ids: Vec<u32> =
+            (0..logits.len() as u32).filter(|&id| logits[id as usize] > f32::NEG_INFINITY).collect();
+        ids.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b)));
+        if c.top_k > 0 {
+            ids.truncate(c.top_k as usize);
+        }
+        let softmax = |ids: &[u32], temperature: f64| -> Vec<f64> {
+            let max = f64::from(logits[ids[0] as usize]);
+            let w: Vec<f64> =
+                ids.iter().map(|&id| exp64((f64::from(logits[id as usize]) - max) / temperature)).collect();
+            let sum: f64 = w.iter().sum();
+            w.iter().map(|w| w / sum).collect()
+        };
+        if c.top_p < 1.0 {
+            let (mut sum, mut kept) = (0.0, 0);
+            for p in softmax(&ids, 1.0) {
+                sum += p;
+                kept += 1;
+                if sum >= f64::from(c.top_p) {
+                    break;
+                }
+            }
+            ids.truncate(kept);
+        }
+        if c.min_p > 0.0 {
+            let p = softmax(&ids, 1.0);
+            ids.truncate(p.iter().filter(|&&x| x >= f64::from(c.min_p) * p[0]).count());
+        }
+        let p = softmax(&ids, f64::from(c.temperature));
+        ids.into_iter().zip(p).collect()
+    }
+
+    /// The sampler's own distribution, in the same form.
+    fn distribution(s: &mut Sampler, logits: &[f32], history: &[u32]) -> Vec<(u32, f64)> {
+        s.sample(logits, history).unwrap();
+        s.candidates.retain(|c| c.logit > f32::NEG_INFINITY);
+        s.candidates.sort_by(rank);
+        let sum: f64 = s.candidates.iter().map(|c| c.weight).sum();
+        s.candidates.iter().map(|c| (c.id, c.weight / sum)).collect()
+    }
+
+    /// Logits with ties and forbidden tokens.
+    fn logit() -> impl Strategy<Value = f32> {
+        prop_oneof![
+            6 => -12.0f32..12.0,
+            3 => (-8i8..8).prop_map(|x| f32::from(x) * 0.5),
+            1 => Just(f32::NEG_INFINITY),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn filters_agree_with_their_definition(
+            mut logits in proptest::collection::vec(logit(), 1..3000),
+            history in proptest::collection::vec(0u32..40, 0..100),
+            top_k in prop_oneof![Just(0u32), 1u32..60, 1u32..4000],
+            top_p in prop_oneof![Just(1.0f32), 0.0f32..1.0],
+            min_p in prop_oneof![Just(0.0f32), 0.0f32..1.0],
+            temperature in prop_oneof![Just(1.0f32), 0.05f32..3.0],
+            (repeat_penalty, frequency_penalty, presence_penalty) in (0.5f32..2.0, -1.0f32..1.0, -1.0f32..1.0),
+            repeat_last_n in 0u32..120,
+            bias in -5.0f32..5.0,
+        ) {
+            logits.resize(logits.len().max(40), 0.25);
+            let config = SamplerConfig {
+                temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, frequency_penalty, presence_penalty,
+                logit_bias: vec![(0, bias), (3, f32::NEG_INFINITY)], seed: 1,
+            };
+            let want = naive(&config, &logits, &history);
+            let mut s = sampler(config);
+            let got = distribution(&mut s, &logits, &history);
+            prop_assert_eq!(got.len(), want.len());
+            for (got, want) in got.iter().zip(&want) {
+                prop_assert_eq!(got.0, want.0);
+                prop_assert!((got.1 - want.1).abs() < 1e-12, "{:?} {:?}", got, want);
+            }
+            let chosen = s.sample(&logits, &history).unwrap();
+            prop_assert!(want.iter().any(|&(id, p)| id == chosen && p > 0.0));
+        }
+
+        #[test]
+        fn greedy_takes_the_first_of_the_highest(logits in proptest::collection::vec(logit(), 1..3000)) {
+            let mut first = 0;
+            for (i, logit) in logits.iter().enumerate() {
+                if *logit > logits[first] {
+                    first = i;
+                }
+            }
+            let got = sampler(SamplerConfig::greedy()).sample(&logits, &[]);
+            let expected = if logits[first] > f32::NEG_INFINITY {
+                Ok(first as u32)
+            } else {
+                Err(SampleError::NothingAllowed { n_vocab: logits.len() })
+            };
+            prop_assert_eq!(got, expected);
+        }
+    }
+
+    #[test]
+    fn draws_follow_the_probabilities() {
+        let logits: Vec<f32> = (0..12u8).map(|i| f32::from(i * 7 % 12) * 0.3).collect();
+        for config in [
+            plain(),
+            SamplerConfig { temperature: 0.6, ..plain() },
+            SamplerConfig { top_k: 6, ..plain() },
+            SamplerConfig { top_p: 0.8, min_p: 0.1, temperature: 1.7, ..plain() },
+        ] {
+            let config = SamplerConfig { seed: 20_260_701, ..config };
+            let want = naive(&config, &logits, &[]);
+            let mut s = sampler(config);
+            let mut counts = [0u32; 12];
+            let draws = 100_000;
+            for _ in 0..draws {
+                counts[s.sample(&logits, &[]).unwrap() as usize] += 1;
+            }
+            let chi2: f64 = want
+                .iter()
+                .map(|&(id, p)| {
+                    let expected = p * f64::from(draws);
+                    (f64::from(counts[id as usize]) - expected).powi(2) / expected
+                })
+                .sum();
+            // 5 standard deviations above the mean of chi-square.
+            let freedom = (want.len() - 1) as f64;
+            assert!(
+                chi2 < freedom + 5.0 * (2.0 * freedom).sqrt(),
+                "{chi2} with {freedom} degrees of freedom"
+            );
+            assert_eq!(want.iter().map(|&(id, _)| counts[id as usize]).sum::<u32>(), draws);
+        }
+    }
+
+    #[test]
+    fn penalties_follow_llama_cpp() {
+        let config = SamplerConfig {
+            repeat_penalty: 2.0,
+            frequency_penalty: 0.25,
+            presence_penalty: 0.5,
+            repeat_last_n: 4,
+            ..plain()
+        };
+        let mut s = sampler(config);
+        // Token 3 is outside the window of 4; token 0 occurs twice, token 1 twice.
+        s.sample(&[4.0, -1.0, 1.5, 2.0], &[3, 0, 1, 1, 0]).unwrap();
+        let logits: Vec<f32> = s.candidates.iter().map(|c| c.logit).collect();
+        assert_eq!(logits, [4.0 / 2.0 - 0.5 - 0.5, -2.0 - 0.5 - 0.5, 1.5, 2.0]);
+    }
+
+    #[test]
+    fn a_seed_is_a_sequence() {
+        // The first outputs of SplitMix64 for seed 1234567, as published with the algorithm.
+        let mut state = 1_234_567;
+        let want = [6_457_827_717_110_365_317u64, 3_203_168_211_198_807_973, 9_817_491_932_198_370_423];
+        assert!(want.iter().all(|&w| random(&mut state) == (w >> 11) as f64 / (1u64 << 53) as f64));
+
+        let logits = vec![0.0; 1000];
+        let tokens = |seed| {
+            let mut s = sampler(SamplerConfig { seed, ..plain() });
+            std::array::from_fn::<u32, 6, _>(|_| s.sample(&logits, &[]).unwrap())
+        };
+        assert_eq!(tokens(7), tokens(7));
+        assert_ne!(tokens(7), tokens(8));
+        // With equal logits the draw is the random number itself.
+        assert_eq!(
+            tokens(1_234_567)[..3],
+            want.map(|w| ((w >> 11) as f64 / (1u64 << 53) as f64 * 1000.0) as u32)
+        );
+    }
+
+    #[test]
+    fn ties_at_the_edge_of_a_filter_go_to_the_lower_ids() {
+        let logits = vec![1.0; 5000];
+        let mut s = sampler(SamplerConfig { top_k: 3, ..plain() });
+        let ids = |d: Vec<(u32, f64)>| d.into_iter().map(|(id, _)| id).collect::<Vec<_>>();
+        assert_eq!(ids(distribution(&mut s, &logits, &[])), [0, 1, 2]);
+        let mut s = sampler(SamplerConfig { top_p: 0.5, ..plain() });
+        assert_eq!(ids(distribution(&mut s, &logits, &[])), (0..2500).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn bad_logits_are_named() {
+        for temperature in [0.0, 1.0] {
+            let mut s = sampler(SamplerConfig { temperature, ..plain() });
+            for (bad, at) in [(f32::NAN, 1030), (f32::INFINITY, 5), (f32::NAN, 4998)] {
+                let mut logits = vec![0.5; 5000];
+                logits[at] = bad;
+                let error = s.sample(&logits, &[]);
+                assert!(matches!(error, Err(SampleError::Logit { id, .. }) if id == at), "{error:?}");
+            }
+            assert_eq!(s.sample(&[], &[]), Err(SampleError::NothingAllowed { n_vocab: 0 }));
+            assert_eq!(
+                s.sample(&[f32::NEG_INFINITY; 3], &[]),
+                Err(SampleError::NothingAllowed { n_vocab: 3 })
+            );
+            assert_eq!(s.sample(&[f32::NEG_INFINITY, f32::MIN, f32::NEG_INFINITY], &[]), Ok(1));
+        }
+        let bias = |id, bias| {
+            sampler(SamplerConfig { logit_bias: vec![(id, bias)], ..plain() }).sample(&[f32::MAX], &[])
+        };
+        assert!(matches!(bias(0, f32::MAX), Err(SampleError::Logit { id: 0, .. })));
+        assert!(matches!(bias(1, 0.0), Err(SampleError::UnknownToken { id: 1, n_vocab: 1, .. })));
+        let mut s = sampler(SamplerConfig { presence_penalty: 1.0, ..plain() });
+        assert!(matches!(s.sample(&[0.0], &[0, 9]), Err(SampleError::UnknownToken { id: 9, .. })));
+    }
+
+    #[test]
+    fn settings_out_of_range_are_refused() {
+        for bad in [
+            SamplerConfig { temperature: -0.1, ..plain() },
+            SamplerConfig { temperature: f32::INFINITY, ..plain() },
+            SamplerConfig { top_p: f32::NAN, ..plain() },
+            SamplerConfig { top_p: 1.01, ..plain() },
+            SamplerConfig { min_p: -0.5, ..plain() },
+            SamplerConfig { repeat_penalty: 0.0, ..plain() },
+            SamplerConfig { frequency_penalty: f32::NAN, ..plain() },
+            SamplerConfig { presence_penalty: f32::INFINITY, ..plain() },
+            SamplerConfig { logit_bias: vec![(1, f32::INFINITY)], ..plain() },
+        ] {
+            assert!(Sampler::new(bad.clone()).is_err(), "{bad:?}");
+        }
+        let error = Sampler::new(SamplerConfig { top_p: 2.0, ..plain() }).err().unwrap();
+        assert_eq!(error.to_string(), "top_p is 2; expected a number from 0 to 1");
+    }
+}
