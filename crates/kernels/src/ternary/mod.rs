@@ -5,7 +5,7 @@
 //! is one 64-byte register. The activations are permuted once, when they are quantised, to the order in which
 //! those registers meet them ([`position`]), and the weights stay as they are in the file.
 
-// pub mod pack;
+pub mod pack;
 
 use crate::isa::Isa;
 
