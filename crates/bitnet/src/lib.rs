@@ -1,5 +1,16 @@
-//! BitNet b1.58 inference.
+//! BitNet b1.58 inference: ternary weights, 8-bit activations, the same bits on every machine.
+//!
+//! A [`Model`](model::Model) is loaded from a GGUF file and put into an [`Engine`], which continues sequences of tokens and
+//! gives logits. [`text`] makes tokens of text and text of tokens; [`generate`] chooses the next token.
 #![forbid(unsafe_code)]
 
+pub mod engine;
+mod error;
 pub mod generate;
+pub mod model;
 pub mod text;
+
+pub use bitnet_gguf as gguf;
+pub use bitnet_kernels as kernels;
+pub use engine::{Engine, EngineOptions, Feed, SequenceId, Wanted};
+pub use error::Error;

@@ -1,0 +1,210 @@
+//! What a model is, read from the metadata of its file.
+
+use crate::Error;
+use bitnet_gguf::{Gguf, TensorInfo};
+use bitnet_kernels::{Activation, TernaryMatrix};
+
+/// The shape and the constants of a model. An existing `Config` is consistent: the forward pass checks nothing.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// `general.architecture`: `bitnet-b1.58`, `bitnet-25` or `bitnet`.
+    pub architecture: String,
+    /// `general.name`, if there is one.
+    pub name: Option<String>,
+    /// Tokens in the vocabulary: rows of the embedding.
+    pub vocab_size: usize,
+    /// Tokens the model was trained to see.
+    pub context_length: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Transformer blocks.
+    pub n_layers: usize,
+    /// Width of the feed-forward block.
+    pub intermediate_size: usize,
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key/value heads; divides `n_heads`.
+    pub n_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Elements of a head that RoPE rotates, even and at most `head_dim`.
+    pub rope_dim: usize,
+    /// Base of the RoPE frequencies.
+    pub rope_theta: f32,
+    /// Added to the mean square in every norm.
+    pub rms_norm_eps: f32,
+    /// Activation between gate and up.
+    pub activation: Activation,
+}
+
+/// Something the file says wrongly or not at all, and what was done about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Repair {
+    /// Stable name: `activation`, `pre_tokenizer`, `chat_template`, `end_of_turn`.
+    pub name: &'static str,
+    /// One line for a person.
+    pub message: String,
+}
+
+/// Reads keys and words errors for one file.
+pub(crate) struct Keys<'a> {
+    pub(crate) gguf: &'a Gguf,
+    pub(crate) arch: String,
+}
+
+impl Keys<'_> {
+    pub(crate) fn error(&self, thing: impl Into<String>, problem: impl Into<String>) -> Error {
+        Error::Model { file: self.gguf.name().to_owned(), thing: thing.into(), problem: problem.into() }
+    }
+
+    fn key(&self, suffix: &str) -> String {
+        format!("{}.{suffix}", self.arch)
+    }
+
+    fn optional(&self, suffix: &str, range: std::ops::RangeInclusive<u64>) -> Result<Option<usize>, Error> {
+        let key = self.key(suffix);
+        match self.gguf.get_u64(&key)? {
+            Some(n) if range.contains(&n) => Ok(Some(n as usize)),
+            Some(n) => Err(self.error(
+                format!("key {key:?}"),
+                format!("expected {} to {}, found {n}", range.start(), range.end()),
+            )),
+            None => Ok(None),
+        }
+    }
+
+    fn required(&self, suffix: &str, range: std::ops::RangeInclusive<u64>) -> Result<usize, Error> {
+        self.optional(suffix, range)?.ok_or_else(|| {
+            self.error(format!("key {:?}", self.key(suffix)), "missing: the file does not say how to run it")
+        })
+    }
+
+    fn float(&self, suffix: &str, ok: impl Fn(f32) -> bool) -> Result<Option<f32>, Error> {
+        let key = self.key(suffix);
+        match self.gguf.get_f32(&key)? {
+            Some(x) if x.is_finite() && ok(x) => Ok(Some(x)),
+            Some(x) => Err(self.error(format!("key {key:?}"), format!("{x} is out of range"))),
+            None => Ok(None),
+        }
+    }
+}
+
+/// The tensor `name`, or the error that says it is missing.
+pub(crate) fn require<'a>(keys: &Keys<'a>, name: &str) -> Result<&'a TensorInfo, Error> {
+    keys.gguf.tensor(name).ok_or_else(|| {
+        keys.error(format!("tensor {name:?}"), format!("missing (the file lists {})", keys.gguf.tensors().len()))
+    })
+}
+
+impl Config {
+    /// Reads the configuration. What the file leaves out and the architecture determines is filled in and noted in
+    /// `repairs`.
+    ///
+    /// # Errors
+    /// [`Error::Model`] names the key that is missing, out of range or at odds with another.
+    pub fn from_gguf(gguf: &Gguf, repairs: &mut Vec<Repair>) -> Result<Self, Error> {
+        let arch = gguf.get_str("general.architecture")?.unwrap_or_default().to_owned();
+        let keys = Keys { gguf, arch: arch.clone() };
+        let by_arch = match arch.as_str() {
+            "bitnet-b1.58" | "bitnet-25" => Activation::Relu2,
+            "bitnet" => Activation::Silu,
+            other => {
+                return Err(keys.error(
+                    "key \"general.architecture\"",
+                    format!("expected \"bitnet-b1.58\", \"bitnet-25\" or \"bitnet\", found {other:?}"),
+                ));
+            }
+        };
+        const WIDTH: std::ops::RangeInclusive<u64> = 1..=TernaryMatrix::MAX_COLUMNS as u64;
+        let hidden_size = keys.required("embedding_length", WIDTH)?;
+        let n_heads = keys.required("attention.head_count", 1..=1 << 16)?;
+        let n_kv_heads = keys.optional("attention.head_count_kv", 1..=1 << 16)?.unwrap_or(n_heads);
+        let head_dim = match keys.optional("attention.key_length", 2..=1 << 16)? {
+            Some(n) => n,
+            None if hidden_size.is_multiple_of(n_heads) => hidden_size / n_heads,
+            None => {
+                let problem = format!("{n_heads} heads do not divide a width of {hidden_size}");
+                return Err(keys.error(format!("key \"{arch}.attention.head_count\""), problem));
+            }
+        };
+        if !n_heads.is_multiple_of(n_kv_heads) {
+            let problem = format!("{n_kv_heads} key/value heads do not divide {n_heads} heads");
+            return Err(keys.error(format!("key \"{arch}.attention.head_count_kv\""), problem));
+        }
+        if keys.optional("attention.value_length", 2..=1 << 16)?.is_some_and(|n| n != head_dim) {
+            return Err(keys.error(
+                format!("key \"{arch}.attention.value_length\""),
+                format!("expected the key length {head_dim}"),
+            ));
+        }
+        if head_dim * n_heads > TernaryMatrix::MAX_COLUMNS {
+            return Err(keys.error(
+                format!("key \"{arch}.attention.key_length\""),
+                format!("{n_heads} heads of {head_dim} are wider than {}", TernaryMatrix::MAX_COLUMNS),
+            ));
+        }
+        let rope_dim = keys.optional("rope.dimension_count", 2..=head_dim as u64)?.unwrap_or(head_dim);
+        if !rope_dim.is_multiple_of(2) {
+            return Err(keys
+                .error(format!("key \"{arch}.rope.dimension_count\""), format!("expected even, found {rope_dim}")));
+        }
+        let embedding = require(&keys, "token_embd.weight")?;
+        let rows = embedding.dims.get(1).copied().unwrap_or(0);
+        let vocab_size = match keys.optional("vocab_size", 1..=1 << 24)? {
+            Some(n) => n,
+            None if (1..=1 << 24).contains(&rows) => rows as usize,
+            None => {
+                return Err(keys.error(
+                    format!("tensor \"token_embd.weight\" at byte {}", embedding.offset),
+                    format!("{rows} rows are no vocabulary"),
+                ));
+            }
+        };
+        let activation = match gguf.get_str(&keys.key("hidden_act"))? {
+            Some("relu2") => Activation::Relu2,
+            Some("silu") => Activation::Silu,
+            Some(other) => {
+                return Err(keys.error(
+                    format!("key \"{arch}.hidden_act\""),
+                    format!("expected \"relu2\" or \"silu\", found {other:?}"),
+                ));
+            }
+            None => {
+                let name = if by_arch == Activation::Relu2 { "squared ReLU" } else { "SiLU" };
+                let message = format!("no activation in the metadata: {name}, as architecture {arch} has it");
+                repairs.push(Repair { name: "activation", message });
+                by_arch
+            }
+        };
+        Ok(Self {
+            name: gguf.get_str("general.name")?.map(str::to_owned),
+            vocab_size,
+            context_length: keys.required("context_length", 1..=1 << 24)?,
+            hidden_size,
+            n_layers: keys.required("block_count", 1..=1 << 12)?,
+            intermediate_size: keys.required("feed_forward_length", WIDTH)?,
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            rope_dim,
+            rope_theta: keys.float("rope.freq_base", |x| x >= 1.0)?.unwrap_or(10_000.0),
+            rms_norm_eps: keys
+                .float("attention.layer_norm_rms_epsilon", |x| x > 0.0 && x < 1.0)?
+                .ok_or_else(|| {
+                    keys.error(format!("key \"{arch}.attention.layer_norm_rms_epsilon\""), "missing")
+                })?,
+            activation,
+            architecture: arch,
+        })
+    }
+
+    /// Width of all query heads together.
+    pub fn q_width(&self) -> usize {
+        self.n_heads * self.head_dim
+    }
+
+    /// Width of all key (or value) heads together.
+    pub fn kv_width(&self) -> usize {
+        self.n_kv_heads * self.head_dim
+    }
+}

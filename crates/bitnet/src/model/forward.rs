@@ -1,0 +1,166 @@
+//! The forward pass of BitNet b1.58 (arXiv:2402.17764; the shapes are those of Hugging Face's `BitNetForCausalLM`).
+
+use super::{Model, rope};
+use bitnet_kernels::{Compute, KvStore, QuantizedRows};
+
+/// One token of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// Its id, below the vocabulary size.
+    pub token: u32,
+    /// Which of the step's sequences it belongs to.
+    pub sequence: u32,
+    /// Its place in that sequence, from 0.
+    pub position: u32,
+    /// Whether its logits are wanted.
+    pub wants_logits: bool,
+}
+
+/// The buffers of a step of up to a fixed number of rows. Nothing is allocated while a step runs.
+pub struct Scratch {
+    max_rows: usize,
+    ids: Vec<u32>,
+    /// The residual stream, `[rows][hidden_size]`.
+    x: Vec<f32>,
+    /// `[rows][n_heads * head_dim]`, and what attention makes of it.
+    q: Vec<f32>,
+    attended: Vec<f32>,
+    /// `[rows][n_kv_heads * head_dim]`.
+    k: Vec<f32>,
+    v: Vec<f32>,
+    /// `[rows][intermediate_size]`.
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    /// `[rows][hidden_size]`: what a block adds to the residual stream.
+    delta: Vec<f32>,
+    codes: QuantizedRows,
+    workers: Vec<f32>,
+    /// `[rows][rope_dim / 2]`.
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl Scratch {
+    /// Buffers for steps of up to `max_rows` rows of `model` on `compute`.
+    pub fn new(model: &Model, compute: &Compute, max_rows: usize) -> Self {
+        let config = model.config();
+        let floats = |width: usize| vec![0.0; max_rows * width];
+        let widest = config.hidden_size.max(config.q_width()).max(config.intermediate_size);
+        Self {
+            max_rows,
+            ids: Vec::with_capacity(max_rows),
+            x: floats(config.hidden_size),
+            q: floats(config.q_width()),
+            attended: floats(config.q_width()),
+            k: floats(config.kv_width()),
+            v: floats(config.kv_width()),
+            gate: floats(config.intermediate_size),
+            up: floats(config.intermediate_size),
+            delta: floats(config.hidden_size),
+            codes: QuantizedRows::new(max_rows, widest),
+            workers: vec![0.0; compute.scratch_floats(widest)],
+            cos: floats(config.rope_dim / 2),
+            sin: floats(config.rope_dim / 2),
+        }
+    }
+
+    /// Rows that fit in a step.
+    pub fn max_rows(&self) -> usize {
+        self.max_rows
+    }
+
+    /// Bytes of the buffers for `max_rows` rows on `threads` threads.
+    pub fn bytes(config: &super::Config, max_rows: usize, threads: usize) -> usize {
+        let widest = config.hidden_size.max(config.q_width()).max(config.intermediate_size);
+        let row = 2 * config.hidden_size
+            + 2 * config.q_width()
+            + 2 * config.kv_width()
+            + 2 * config.intermediate_size
+            + config.rope_dim;
+        4 * row * max_rows + widest * max_rows + 8 * widest * threads
+    }
+}
+
+impl Model {
+    /// Runs one step: every row through every block, its keys and values into `kv`. `pages(s)` are the pages of
+    /// sequence s, which must reach the positions of its rows. The logits of the rows that want them are written to
+    /// `logits` (`[wanted rows][vocab_size]`), in order.
+    ///
+    /// Rows of one sequence must stand in order of position, and follow what `kv` already holds of it.
+    ///
+    /// # Errors
+    /// Err(row) where the embedding of a row's token is not finite.
+    pub fn step<'a>(
+        &self,
+        compute: &Compute,
+        kv: &mut KvStore,
+        rows: &[Row],
+        pages: impl Fn(u32) -> &'a [u32] + Sync,
+        scratch: &mut Scratch,
+        logits: &mut [f32],
+    ) -> Result<(), usize> {
+        let (config, weights, n) = (self.config(), self.weights(), rows.len());
+        let eps = config.rms_norm_eps;
+        let Scratch { ids, x, q, attended, k, v, gate, up, delta, codes, workers, cos, sin, .. } = scratch;
+        let x = &mut x[..n * config.hidden_size];
+        let (q, attended) = (&mut q[..n * config.q_width()], &mut attended[..n * config.q_width()]);
+        let (k, v) = (&mut k[..n * config.kv_width()], &mut v[..n * config.kv_width()]);
+        let (gate, up) = (&mut gate[..n * config.intermediate_size], &mut up[..n * config.intermediate_size]);
+        let delta = &mut delta[..n * config.hidden_size];
+        let half = config.rope_dim / 2;
+        let (cos, sin) = (&mut cos[..n * half], &mut sin[..n * half]);
+
+        ids.clear();
+        ids.extend(rows.iter().map(|row| row.token));
+        compute.embed(&weights.embedding, ids, x)?;
+        for (i, row) in rows.iter().enumerate() {
+            let range = i * half..(i + 1) * half;
+            rope::angles(
+                &self.inverse_frequencies,
+                row.position as usize,
+                &mut cos[range.clone()],
+                &mut sin[range],
+            );
+        }
+        for (index, layer) in weights.layers.iter().enumerate() {
+            compute.norm_quantize(x, &layer.attn_norm, eps, workers, codes);
+            compute.linear(codes, [
+                (&layer.attn_q, &mut *q),
+                (&layer.attn_k, &mut *k),
+                (&layer.attn_v, &mut *v),
+            ]);
+            compute.rope(q, config.head_dim, cos, sin, n);
+            compute.rope(k, config.head_dim, cos, sin, n);
+            for (i, row) in rows.iter().enumerate() {
+                let range = i * config.kv_width()..(i + 1) * config.kv_width();
+                kv.store(index, pages(row.sequence), row.position as usize, &k[range.clone()], &v[range]);
+            }
+            let sees = |row: usize| (pages(rows[row].sequence), rows[row].position as usize + 1);
+            compute.attention(kv, index, q, n, sees, attended);
+            compute.norm_quantize(attended, &layer.attn_sub_norm, eps, workers, codes);
+            compute.linear(codes, [(&layer.attn_output, &mut *delta)]);
+            compute.add(x, delta);
+
+            compute.norm_quantize(x, &layer.ffn_norm, eps, workers, codes);
+            compute.linear(codes, [(&layer.ffn_gate, &mut *gate), (&layer.ffn_up, &mut *up)]);
+            let (width, norm) = (config.intermediate_size, Some((&layer.ffn_sub_norm[..], eps)));
+            compute.activate_quantize(config.activation, gate, up, width, norm, workers, codes);
+            compute.linear(codes, [(&layer.ffn_down, &mut *delta)]);
+            compute.add(x, delta);
+        }
+        let mut wanted = 0;
+        for (i, row) in rows.iter().enumerate() {
+            if row.wants_logits {
+                let range = |i: usize| i * config.hidden_size..(i + 1) * config.hidden_size;
+                compute.rmsnorm(&x[range(i)], &weights.output_norm, eps, &mut delta[range(wanted)]);
+                wanted += 1;
+            }
+        }
+        compute.head(
+            &weights.head,
+            &delta[..wanted * config.hidden_size],
+            &mut logits[..wanted * config.vocab_size],
+        );
+        Ok(())
+    }
+}

@@ -1,0 +1,241 @@
+//! From a file to a model: everything is checked here, once.
+
+use super::config::{Keys, Repair};
+use super::rope::inverse_frequencies;
+use super::weights::WeightPlan;
+use super::{Config, Weights};
+use crate::Error;
+use crate::text::{Tokenizer, Vocab};
+use bitnet_gguf::Gguf;
+use bitnet_kernels::{Compute, KvStore, PAGE};
+
+/// An immutable model: many sequences share it.
+pub struct Model {
+    file: String,
+    config: Config,
+    weights: Weights,
+    tokenizer: Option<Tokenizer>,
+    special: SpecialTokens,
+    repairs: Vec<Repair>,
+    weight_bytes: usize,
+    pub(super) inverse_frequencies: Vec<f32>,
+}
+
+/// The tokens with a meaning of their own.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SpecialTokens {
+    /// Begins every sequence, where `add_bos`.
+    pub bos: Option<u32>,
+    /// Whether a prompt begins with `bos`.
+    pub add_bos: bool,
+    /// Ids that end a text: end of text, end of turn.
+    pub stop: Vec<u32>,
+}
+
+/// What a model file says, checked, with no weight read yet.
+pub struct ModelInfo<'a> {
+    /// The configuration.
+    pub config: Config,
+    /// What was repaired.
+    pub repairs: Vec<Repair>,
+    /// Special tokens.
+    pub special: SpecialTokens,
+    plan: WeightPlan<'a>,
+    vocab: Option<Vocab<'a>>,
+}
+
+/// The memory a model takes, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ModelBytes {
+    /// All weights, in the engine's layout.
+    pub weights: usize,
+    /// Key/value cache of one position, all layers.
+    pub kv_per_token: usize,
+}
+
+impl<'a> ModelInfo<'a> {
+    /// Reads and checks the metadata and the shape of every tensor of `gguf`.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, with file, key or tensor, offset, and what was expected.
+    pub fn new(gguf: &'a Gguf) -> Result<Self, Error> {
+        let mut repairs = Vec::new();
+        let config = Config::from_gguf(gguf, &mut repairs)?;
+        let plan = WeightPlan::new(gguf, &config)?;
+        let keys = Keys { gguf, arch: config.architecture.clone() };
+        let vocab = read_vocab(&keys, &config, &mut repairs)?;
+        let special = read_special(&keys, &config, vocab.as_ref(), &mut repairs)?;
+        check_template(gguf, &mut repairs)?;
+        Ok(Self { config, repairs, special, plan, vocab })
+    }
+
+    /// The memory the model will take.
+    pub fn bytes(&self) -> ModelBytes {
+        model_bytes(&self.config, self.plan.byte_len())
+    }
+}
+
+fn model_bytes(config: &Config, weights: usize) -> ModelBytes {
+    let page = KvStore::page_bytes(config.n_layers, config.n_kv_heads, config.head_dim).unwrap_or(usize::MAX);
+    ModelBytes { weights, kv_per_token: page / PAGE }
+}
+
+impl Model {
+    /// Loads a model with all threads of `compute`.
+    ///
+    /// # Errors
+    /// As [`ModelInfo::new`], and what only the weights and the vocabulary themselves can show.
+    pub fn load(gguf: &Gguf, compute: &Compute) -> Result<Self, Error> {
+        let ModelInfo { config, repairs, special, plan, vocab } = ModelInfo::new(gguf)?;
+        let weight_bytes = plan.byte_len();
+        // The tokenizer is built on a thread of its own while the pool reads the weights.
+        let (weights, tokenizer) = std::thread::scope(|scope| {
+            let tokenizer = scope.spawn(|| vocab.map(|vocab| Tokenizer::new(&vocab)).transpose());
+            let weights = plan.load(&config, compute);
+            let tokenizer = tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            (weights, tokenizer)
+        });
+        let file = gguf.name().to_owned();
+        let tokenizer = tokenizer.map_err(|error| Error::Tokenizer { file: file.clone(), error })?;
+        Ok(Self {
+            inverse_frequencies: inverse_frequencies(config.rope_dim, config.rope_theta),
+            file,
+            config,
+            weights: weights?,
+            tokenizer,
+            special,
+            repairs,
+            weight_bytes,
+        })
+    }
+
+    /// The file the model came from.
+    pub fn file(&self) -> &str {
+        &self.file
+    }
+    /// The configuration.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+    /// The weights.
+    pub fn weights(&self) -> &Weights {
+        &self.weights
+    }
+    /// The tokenizer.
+    ///
+    /// # Errors
+    /// [`Error::NoTokenizer`] where the file has none.
+    pub fn tokenizer(&self) -> Result<&Tokenizer, Error> {
+        self.tokenizer.as_ref().ok_or_else(|| Error::NoTokenizer(self.file.clone()))
+    }
+    /// Special tokens.
+    pub fn special(&self) -> &SpecialTokens {
+        &self.special
+    }
+    /// What was repaired on load.
+    pub fn repairs(&self) -> &[Repair] {
+        &self.repairs
+    }
+    /// The memory the model takes.
+    pub fn bytes(&self) -> ModelBytes {
+        model_bytes(&self.config, self.weight_bytes)
+    }
+}
+
+fn read_vocab<'a>(
+    keys: &Keys<'a>,
+    config: &Config,
+    repairs: &mut Vec<Repair>,
+) -> Result<Option<Vocab<'a>>, Error> {
+    let gguf = keys.gguf;
+    let Some(tokens) = gguf.get_array("tokenizer.ggml.tokens")? else { return Ok(None) };
+    let strings = |key: &str, array: bitnet_gguf::Array<'a>| -> Result<Vec<&'a str>, Error> {
+        let strs = array.strs();
+        let strs = strs.ok_or_else(|| keys.error(format!("key {key:?}"), "expected an array of strings"))?;
+        Ok(strs.collect())
+    };
+    match gguf.get_str("tokenizer.ggml.model")? {
+        Some("gpt2") => {}
+        other => {
+            let problem = format!("expected \"gpt2\" (byte-level BPE), found {other:?}");
+            return Err(keys.error("key \"tokenizer.ggml.model\"", problem));
+        }
+    }
+    match gguf.get_str("tokenizer.ggml.pre")? {
+        Some("llama-bpe" | "llama3" | "llama-v3") => {}
+        Some(other) => {
+            let problem = format!("expected \"llama-bpe\", found {other:?}");
+            return Err(keys.error("key \"tokenizer.ggml.pre\"", problem));
+        }
+        None => repairs.push(Repair {
+            name: "pre_tokenizer",
+            message: "no pre-tokenizer in the metadata: text is split as LLaMA-3 does".into(),
+        }),
+    }
+    let tokens = strings("tokenizer.ggml.tokens", tokens)?;
+    if tokens.len() > config.vocab_size {
+        let problem = format!("{} tokens, the embedding has {} rows", tokens.len(), config.vocab_size);
+        return Err(keys.error("key \"tokenizer.ggml.tokens\"", problem));
+    }
+    let token_types = match gguf.get_array("tokenizer.ggml.token_type")? {
+        Some(types) => {
+            let ints = types.ints().map(|ints| ints.map(|t| t as i32).collect::<Vec<_>>());
+            match ints {
+                Some(ints) if ints.len() == tokens.len() => ints,
+                _ => {
+                    let problem = format!("expected {} integers, one a token", tokens.len());
+                    return Err(keys.error("key \"tokenizer.ggml.token_type\"", problem));
+                }
+            }
+        }
+        None => vec![1; tokens.len()],
+    };
+    let merges = match gguf.get_array("tokenizer.ggml.merges")? {
+        Some(merges) => strings("tokenizer.ggml.merges", merges)?,
+        None => return Err(keys.error("key \"tokenizer.ggml.merges\"", "missing: byte-level BPE needs its merges")),
+    };
+    Ok(Some(Vocab { tokens, token_types, merges, ignore_merges: true }))
+}
+
+fn read_special(
+    keys: &Keys<'_>,
+    config: &Config,
+    vocab: Option<&Vocab<'_>>,
+    repairs: &mut Vec<Repair>,
+) -> Result<SpecialTokens, Error> {
+    let id = |name: &str| -> Result<Option<u32>, Error> {
+        let key = format!("tokenizer.ggml.{name}_token_id");
+        match keys.gguf.get_u32(&key)? {
+            Some(id) if (id as usize) < config.vocab_size => Ok(Some(id)),
+            Some(id) => {
+                let problem = format!("expected an id below {}, found {id}", config.vocab_size);
+                Err(keys.error(format!("key {key:?}"), problem))
+            }
+            None => Ok(None),
+        }
+    };
+    let (bos, eos, eot) = (id("bos")?, id("eos")?, id("eot")?);
+    let mut stop: Vec<u32> = eos.into_iter().chain(eot).collect();
+    // The published 2B-4T file ends its turns with a token that its metadata does not name.
+    let turn = vocab.and_then(|vocab| vocab.tokens.iter().position(|t| *t == "<|eot_id|>"));
+    if let (None, Some(turn)) = (eot, turn) {
+        let turn = turn as u32;
+        if !stop.contains(&turn) {
+            stop.push(turn);
+            let message = format!("no end-of-turn token in the metadata: <|eot_id|> ({turn}) ends a text too");
+            repairs.push(Repair { name: "end_of_turn", message });
+        }
+    }
+    stop.dedup();
+    let add_bos = keys.gguf.get_bool("tokenizer.ggml.add_bos_token")?.unwrap_or(bos.is_some());
+    Ok(SpecialTokens { bos, add_bos: add_bos && bos.is_some(), stop })
+}
+
+fn check_template(gguf: &Gguf, repairs: &mut Vec<Repair>) -> Result<(), Error> {
+    if gguf.get_str("tokenizer.chat_template")?.is_some_and(|t| t.contains("BITNETAssistant")) {
+        let message = "the chat template in the metadata is not the model's: \
+                       \"Role: content<|eot_id|>\" for each message is, as the model was trained with";
+        repairs.push(Repair { name: "chat_template", message: message.into() });
+    }
+    Ok(())
+}

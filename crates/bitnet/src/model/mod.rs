@@ -1,0 +1,12 @@
+//! A model: configuration, weights, and the forward pass over them.
+
+pub mod config;
+mod forward;
+mod load;
+mod rope;
+mod weights;
+
+pub use config::{Config, Repair};
+pub use forward::{Row, Scratch};
+pub use load::{Model, ModelBytes, ModelInfo, SpecialTokens};
+pub use weights::{Layer, Weights};

@@ -1,0 +1,338 @@
+//! The tensors of a model, mapped layer by layer and brought into the engine's layout.
+
+use super::config::{Config, Keys, require};
+use crate::Error;
+use bitnet_gguf::{Gguf, TensorInfo, TensorType};
+use bitnet_kernels::ternary::row_bytes;
+use bitnet_kernels::{Bytes, Compute, FloatMatrix, FloatType, HugeBuffer, TernaryMatrix};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// All tensors of a model.
+pub struct Weights {
+    /// `[vocab_size][hidden_size]`.
+    pub embedding: FloatMatrix,
+    /// `[vocab_size][hidden_size]`; the embedding itself where the two are tied.
+    pub head: FloatMatrix,
+    /// `[hidden_size]`.
+    pub output_norm: Vec<f32>,
+    /// The blocks in order.
+    pub layers: Vec<Layer>,
+}
+
+/// The tensors of one block.
+pub struct Layer {
+    /// `[hidden_size]`.
+    pub attn_norm: Vec<f32>,
+    /// `[n_heads * head_dim][hidden_size]`.
+    pub attn_q: TernaryMatrix,
+    /// `[n_kv_heads * head_dim][hidden_size]`.
+    pub attn_k: TernaryMatrix,
+    /// `[n_kv_heads * head_dim][hidden_size]`.
+    pub attn_v: TernaryMatrix,
+    /// `[n_heads * head_dim]`.
+    pub attn_sub_norm: Vec<f32>,
+    /// `[hidden_size][n_heads * head_dim]`.
+    pub attn_output: TernaryMatrix,
+    /// `[hidden_size]`.
+    pub ffn_norm: Vec<f32>,
+    /// `[intermediate_size][hidden_size]`.
+    pub ffn_gate: TernaryMatrix,
+    /// `[intermediate_size][hidden_size]`.
+    pub ffn_up: TernaryMatrix,
+    /// `[intermediate_size]`.
+    pub ffn_sub_norm: Vec<f32>,
+    /// `[hidden_size][intermediate_size]`.
+    pub ffn_down: TernaryMatrix,
+}
+
+impl Layer {
+    /// The ternary matrices.
+    pub fn matrices(&self) -> [&TernaryMatrix; 7] {
+        [
+            &self.attn_q,
+            &self.attn_k,
+            &self.attn_v,
+            &self.attn_output,
+            &self.ffn_gate,
+            &self.ffn_up,
+            &self.ffn_down,
+        ]
+    }
+}
+
+/// Where a tensor of the file goes in the engine's one buffer.
+struct Placed<'a> {
+    tensor: &'a TensorInfo,
+    /// Rows and columns of an I2_S tensor that must be laid out anew; None where the bytes are copied as they are.
+    relayout: Option<(usize, usize)>,
+    ternary: bool,
+    range: Range<usize>,
+}
+
+/// Checks tensors against the configuration and assigns them places.
+struct Planner<'a> {
+    keys: Keys<'a>,
+    placed: Vec<Placed<'a>>,
+    end: usize,
+}
+
+/// A place in the buffer, shape and scale, to become a matrix when the buffer is filled.
+type TernaryPlace = (Range<usize>, usize, usize, f32);
+type FloatPlace = (Range<usize>, FloatType);
+
+struct LayerPlan {
+    norms: [Vec<f32>; 4],
+    matrices: [TernaryPlace; 7],
+}
+
+/// Where every tensor of a model goes.
+pub(crate) struct WeightPlan<'a> {
+    planner: Planner<'a>,
+    embedding: FloatPlace,
+    head: Option<FloatPlace>,
+    output_norm: Vec<f32>,
+    layers: Vec<LayerPlan>,
+}
+
+impl<'a> Planner<'a> {
+    fn shaped(&self, name: &str, dims: &[usize]) -> Result<&'a TensorInfo, Error> {
+        let tensor = require(&self.keys, name)?;
+        if !tensor.dims.iter().copied().eq(dims.iter().map(|&d| d as u64)) {
+            let problem = format!("expected dimensions {dims:?} from the metadata, found {:?}", tensor.dims);
+            return Err(self.error(tensor, problem));
+        }
+        Ok(tensor)
+    }
+
+    fn error(&self, tensor: &TensorInfo, problem: impl Into<String>) -> Error {
+        self.keys.error(format!("tensor {:?} at byte {}", tensor.name, tensor.offset), problem)
+    }
+
+    fn place(&mut self, tensor: &'a TensorInfo, bytes: usize, relayout: Option<(usize, usize)>) -> Range<usize> {
+        let start = self.end.next_multiple_of(64);
+        self.end = start + bytes;
+        let ternary = tensor.ty == TensorType::I2S;
+        self.placed.push(Placed { tensor, relayout, ternary, range: start..self.end });
+        start..self.end
+    }
+
+    fn norm(&self, name: &str, width: usize) -> Result<Vec<f32>, Error> {
+        let tensor = self.shaped(name, &[width])?;
+        if tensor.ty != TensorType::F32 {
+            return Err(self.error(tensor, format!("expected type F32, found {}", tensor.ty.name())));
+        }
+        let bytes = self.keys.gguf.tensor_bytes(tensor);
+        let norm: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        match norm.iter().position(|x| !x.is_finite()) {
+            Some(i) => Err(self.error(tensor, format!("element {i} is {}, expected a finite number", norm[i]))),
+            None => Ok(norm),
+        }
+    }
+
+    fn float(&mut self, name: &str, columns: usize, rows: usize) -> Result<FloatPlace, Error> {
+        let tensor = self.shaped(name, &[columns, rows])?;
+        let ty = match tensor.ty {
+            TensorType::F32 => FloatType::F32,
+            TensorType::F16 => FloatType::F16,
+            TensorType::BF16 => FloatType::BF16,
+            other => {
+                return Err(self.error(tensor, format!("expected type F16, BF16 or F32, found {}", other.name())));
+            }
+        };
+        Ok((self.place(tensor, tensor.byte_len as usize, None), ty))
+    }
+
+    fn ternary(&mut self, name: &str, columns: usize, rows: usize) -> Result<TernaryPlace, Error> {
+        let tensor = self.shaped(name, &[columns, rows])?;
+        if tensor.ty != TensorType::I2S {
+            let problem = match tensor.ty {
+                TensorType::TL1 | TensorType::TL2 => format!(
+                    "{} needs tables that are not in the file; convert the model to I2_S",
+                    tensor.ty.name()
+                ),
+                other => format!("expected type I2_S, found {}", other.name()),
+            };
+            return Err(self.error(tensor, problem));
+        }
+        // The length was checked when the file was parsed: columns * rows / 4 bytes and 32 for the scale.
+        let weights = columns * rows;
+        let bytes = self.keys.gguf.tensor_bytes(tensor);
+        let scale = match bytes.get(weights / 4..).and_then(|tail| tail.first_chunk::<4>()) {
+            Some(b) => f32::from_le_bytes(*b),
+            None => return Err(self.error(tensor, "too short for its scale")),
+        };
+        if !scale.is_finite() {
+            let problem =
+                format!("the scale at byte {} is {scale}, expected a finite number", tensor.offset + weights as u64 / 4);
+            return Err(self.error(tensor, problem));
+        }
+        let stored = rows * row_bytes(columns);
+        let relayout = (stored != weights / 4).then_some((rows, columns));
+        Ok((self.place(tensor, stored, relayout), rows, columns, scale))
+    }
+}
+
+impl<'a> WeightPlan<'a> {
+    /// Checks every tensor against the configuration.
+    pub(crate) fn new(gguf: &'a Gguf, config: &Config) -> Result<Self, Error> {
+        let keys = Keys { gguf, arch: config.architecture.clone() };
+        let mut planner = Planner { keys, placed: Vec::new(), end: 0 };
+        let (hidden, ff) = (config.hidden_size, config.intermediate_size);
+        let (q, kv) = (config.q_width(), config.kv_width());
+        let mut layers = Vec::new();
+        for i in 0..config.n_layers {
+            let name = |part: &str| format!("blk.{i}.{part}.weight");
+            layers.push(LayerPlan {
+                norms: [
+                    planner.norm(&name("attn_norm"), hidden)?,
+                    planner.norm(&name("attn_sub_norm"), q)?,
+                    planner.norm(&name("ffn_norm"), hidden)?,
+                    planner.norm(&name("ffn_sub_norm"), ff)?,
+                ],
+                matrices: [
+                    planner.ternary(&name("attn_q"), hidden, q)?,
+                    planner.ternary(&name("attn_k"), hidden, kv)?,
+                    planner.ternary(&name("attn_v"), hidden, kv)?,
+                    planner.ternary(&name("attn_output"), q, hidden)?,
+                    planner.ternary(&name("ffn_gate"), hidden, ff)?,
+                    planner.ternary(&name("ffn_up"), hidden, ff)?,
+                    planner.ternary(&name("ffn_down"), ff, hidden)?,
+                ],
+            });
+        }
+        let embedding = planner.float("token_embd.weight", hidden, config.vocab_size)?;
+        // bitnet-25 files carry a copy of the embedding as output.weight that the model does not use.
+        let tied = config.architecture == "bitnet-25" || gguf.tensor("output.weight").is_none();
+        let head = if tied { None } else { Some(planner.float("output.weight", hidden, config.vocab_size)?) };
+        let output_norm = planner.norm("output_norm.weight", hidden)?;
+        Ok(Self { planner, embedding, head, output_norm, layers })
+    }
+
+    /// Bytes of all weights in memory.
+    pub(crate) fn byte_len(&self) -> usize {
+        self.planner.end
+    }
+
+    /// Reads the weights into one buffer with all threads of `compute`, checking every code, and gives the file's mapped
+    /// pages back as it goes.
+    pub(crate) fn load(self, config: &Config, compute: &Compute) -> Result<Weights, Error> {
+        let Self { planner, embedding, head, output_norm, layers } = self;
+        let bytes = planner.end;
+        let mut buffer = HugeBuffer::new(bytes).ok_or(Error::NoMemory { what: "weights", bytes })?;
+        fill(&planner, &mut buffer, compute)?;
+        let buffer = Arc::new(buffer);
+        let take = |range| Bytes::new(buffer.clone(), range);
+        let matrix = |(range, rows, columns, scale)| TernaryMatrix::new(take(range), rows, columns, scale);
+        let float = |(range, ty)| FloatMatrix::new(take(range), ty, config.vocab_size, config.hidden_size);
+        let layers = layers.into_iter().map(|LayerPlan { norms, matrices }| {
+            let [attn_norm, attn_sub_norm, ffn_norm, ffn_sub_norm] = norms;
+            let [attn_q, attn_k, attn_v, attn_output, ffn_gate, ffn_up, ffn_down] = matrices.map(matrix);
+            Layer {
+                attn_norm,
+                attn_q,
+                attn_k,
+                attn_v,
+                attn_sub_norm,
+                attn_output,
+                ffn_norm,
+                ffn_gate,
+                ffn_up,
+                ffn_sub_norm,
+                ffn_down,
+            }
+        });
+        let layers = layers.collect();
+        let embedding = float(embedding);
+        let head = head.map_or_else(|| embedding.clone(), float);
+        Ok(Weights { embedding, head, output_norm, layers })
+    }
+}
+
+/// One task of the load: part of a tensor and where it goes.
+struct Part<'a, 'b> {
+    placed: &'b Placed<'a>,
+    /// Offset of `target` in the tensor's place.
+    at: usize,
+    target: &'b mut [u8],
+}
+
+fn fill(planner: &Planner<'_>, buffer: &mut [u8], compute: &Compute) -> Result<(), Error> {
+    const PART: usize = 2 << 20;
+    let gguf = planner.keys.gguf;
+    let mut parts = Vec::new();
+    let mut rest = buffer;
+    let mut done = 0;
+    for placed in &planner.placed {
+        let (_, tail) = std::mem::take(&mut rest).split_at_mut(placed.range.start - done);
+        let (mut place, tail) = tail.split_at_mut(placed.range.len());
+        (rest, done) = (tail, placed.range.end);
+        let part = match placed.relayout {
+            Some((_, columns)) => row_bytes(columns) * (PART / row_bytes(columns)).max(1),
+            None => PART,
+        };
+        let mut at = 0;
+        while !place.is_empty() {
+            let (target, tail) = place.split_at_mut(part.min(place.len()));
+            place = tail;
+            let len = target.len();
+            parts.push(Mutex::new(Part { placed, at, target }));
+            at += len;
+        }
+    }
+    let failure = Mutex::new(None);
+    compute.pool().run(parts.len(), |task, _| {
+        let mut part = parts[task].lock().unwrap_or_else(PoisonError::into_inner);
+        let Part { placed, at, target } = &mut *part;
+        let source = gguf.tensor_bytes(placed.tensor);
+        match placed.relayout {
+            None => {
+                target.copy_from_slice(&source[*at..*at + target.len()]);
+                let start = placed.tensor.offset + *at as u64;
+                gguf.advise_dontneed(start..start + target.len() as u64);
+            }
+            Some((_, columns)) => relayout(source, columns, *at / row_bytes(columns), target),
+        }
+        if placed.ternary {
+            if let Some(byte) = code_three(target) {
+                let problem = format!("code 3 near stored byte {}: no ternary weight", *at + byte);
+                let error = planner.error(placed.tensor, problem);
+                failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            }
+        }
+    });
+    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+}
+
+/// The first byte that holds the code 3, which is never written.
+fn code_three(bytes: &[u8]) -> Option<usize> {
+    // Whole pieces first, without a branch in the loop.
+    let bad = |b: &u8| b & (b >> 1) & 0x55;
+    let piece = bytes.chunks(4096).position(|piece| piece.iter().map(bad).fold(0, |a, b| a | b) != 0)?;
+    bytes[piece * 4096..].iter().position(|b| bad(b) != 0).map(|i| piece * 4096 + i)
+}
+
+/// Writes rows from `first_row` on, whose weights lie flat in the file, as padded rows.
+fn relayout(source: &[u8], columns: usize, first_row: usize, target: &mut [u8]) {
+    const ZERO: u8 = 0x55;
+    target.fill(ZERO);
+    let place = |i: usize| (i / 128 * 32 + i % 32, 6 - 2 * (i % 128 / 32));
+    for (r, row) in target.chunks_exact_mut(row_bytes(columns)).enumerate() {
+        let start = (first_row + r) * columns;
+        if columns.is_multiple_of(32) {
+            // Runs of 32 weights share their shift in the source and in the target.
+            for i in (0..columns).step_by(32) {
+                let ((from, right), (to, left)) = (place(start + i), place(i));
+                let run = &source[from..from + 32];
+                for (t, s) in row[to..to + 32].iter_mut().zip(run) {
+                    *t = *t & !(3 << left) | (s >> right & 3) << left;
+                }
+            }
+        } else {
+            for i in 0..columns {
+                let ((from, right), (to, left)) = (place(start + i), place(i));
+                row[to] = row[to] & !(3 << left) | (source[from] >> right & 3) << left;
+            }
+        }
+    }
+}
