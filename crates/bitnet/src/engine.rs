@@ -76,7 +76,8 @@ impl Engine {
     /// [`Error::NoMemory`] where the system refuses them.
     pub fn new(model: Model, compute: Compute, options: EngineOptions) -> Result<Self, Error> {
         let config = model.config();
-        let options = EngineOptions { max_rows: options.max_rows.clamp(1, options.context.max(1)), ..options };
+        let options =
+            EngineOptions { max_rows: options.max_rows.clamp(1, options.context.max(1)), ..options };
         let pages = options.context.div_ceil(PAGE).saturating_mul(options.sequences);
         let page = KvStore::page_bytes(config.n_layers, config.n_kv_heads, config.head_dim);
         let bytes = page.unwrap_or(usize::MAX).saturating_mul(pages);

@@ -54,6 +54,12 @@ pub enum Error {
         /// Tokens a page holds.
         page_tokens: usize,
     },
+    /// There is nothing to continue.
+    #[error("the prompt is empty, and the model has no token that begins a text")]
+    EmptyPrompt,
+    /// No token could be chosen.
+    #[error(transparent)]
+    Sample(#[from] crate::generate::SampleError),
     /// The system has no memory left for a buffer.
     #[error("the system refuses {bytes} bytes for {what}")]
     NoMemory {

@@ -1,7 +1,9 @@
 //! Choosing the next token: sampler and stop conditions.
 
+mod run;
 mod sampler;
 mod stop;
 
+pub use run::{Generated, generate};
 pub use sampler::{SampleError, Sampler, SamplerConfig, SamplerConfigError};
 pub use stop::{FinishReason, StopConditions};

@@ -92,7 +92,10 @@ impl Keys<'_> {
 /// The tensor `name`, or the error that says it is missing.
 pub(crate) fn require<'a>(keys: &Keys<'a>, name: &str) -> Result<&'a TensorInfo, Error> {
     keys.gguf.tensor(name).ok_or_else(|| {
-        keys.error(format!("tensor {name:?}"), format!("missing (the file lists {})", keys.gguf.tensors().len()))
+        keys.error(
+            format!("tensor {name:?}"),
+            format!("missing (the file lists {})", keys.gguf.tensors().len()),
+        )
     })
 }
 
@@ -145,8 +148,10 @@ impl Config {
         }
         let rope_dim = keys.optional("rope.dimension_count", 2..=head_dim as u64)?.unwrap_or(head_dim);
         if !rope_dim.is_multiple_of(2) {
-            return Err(keys
-                .error(format!("key \"{arch}.rope.dimension_count\""), format!("expected even, found {rope_dim}")));
+            return Err(keys.error(
+                format!("key \"{arch}.rope.dimension_count\""),
+                format!("expected even, found {rope_dim}"),
+            ));
         }
         let embedding = require(&keys, "token_embd.weight")?;
         let rows = embedding.dims.get(1).copied().unwrap_or(0);
@@ -196,6 +201,26 @@ impl Config {
             activation,
             architecture: arch,
         })
+    }
+
+    /// The shape of `microsoft/bitnet-b1.58-2B-4T`.
+    pub fn bitnet_2b_4t() -> Self {
+        Self {
+            architecture: "bitnet-b1.58".into(),
+            name: Some("2b-4t".into()),
+            vocab_size: 128_256,
+            context_length: 4096,
+            hidden_size: 2560,
+            n_layers: 30,
+            intermediate_size: 6912,
+            n_heads: 20,
+            n_kv_heads: 5,
+            head_dim: 128,
+            rope_dim: 128,
+            rope_theta: 500_000.0,
+            rms_norm_eps: 1e-5,
+            activation: Activation::Relu2,
+        }
     }
 
     /// Width of all query heads together.

@@ -124,11 +124,10 @@ impl Model {
         }
         for (index, layer) in weights.layers.iter().enumerate() {
             compute.norm_quantize(x, &layer.attn_norm, eps, workers, codes);
-            compute.linear(codes, [
-                (&layer.attn_q, &mut *q),
-                (&layer.attn_k, &mut *k),
-                (&layer.attn_v, &mut *v),
-            ]);
+            compute.linear(
+                codes,
+                [(&layer.attn_q, &mut *q), (&layer.attn_k, &mut *k), (&layer.attn_v, &mut *v)],
+            );
             compute.rope(q, config.head_dim, cos, sin, n);
             compute.rope(k, config.head_dim, cos, sin, n);
             for (i, row) in rows.iter().enumerate() {

@@ -3,11 +3,11 @@
 use super::config::{Keys, Repair};
 use super::rope::inverse_frequencies;
 use super::weights::WeightPlan;
-use super::{Config, Weights};
+use super::{Config, Layer, Weights};
 use crate::Error;
-use crate::text::{Tokenizer, Vocab};
+use crate::text::{Specials, Tokenizer, Vocab};
 use bitnet_gguf::Gguf;
-use bitnet_kernels::{Compute, KvStore, PAGE};
+use bitnet_kernels::{Compute, KvStore, PAGE, TernaryMatrix};
 
 /// An immutable model: many sequences share it.
 pub struct Model {
@@ -109,6 +109,25 @@ impl Model {
         })
     }
 
+    /// A model of the shape of `config` with random weights and no tokenizer, for measuring speed without a file.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`].
+    pub fn random(config: Config, compute: &Compute) -> Result<Self, Error> {
+        let weights = Weights::random(&config, compute)?;
+        let matrices = weights.layers.iter().flat_map(Layer::matrices).map(TernaryMatrix::byte_len);
+        Ok(Self {
+            inverse_frequencies: inverse_frequencies(config.rope_dim, config.rope_theta),
+            file: "random weights".into(),
+            weight_bytes: weights.embedding.byte_len() + matrices.sum::<usize>(),
+            config,
+            weights,
+            tokenizer: None,
+            special: SpecialTokens::default(),
+            repairs: Vec::new(),
+        })
+    }
+
     /// The file the model came from.
     pub fn file(&self) -> &str {
         &self.file
@@ -127,6 +146,15 @@ impl Model {
     /// [`Error::NoTokenizer`] where the file has none.
     pub fn tokenizer(&self) -> Result<&Tokenizer, Error> {
         self.tokenizer.as_ref().ok_or_else(|| Error::NoTokenizer(self.file.clone()))
+    }
+    /// The tokens of `text`, after the token that begins a sequence where the model wants one.
+    ///
+    /// # Errors
+    /// [`Error::NoTokenizer`] where the file has none.
+    pub fn prompt(&self, text: &str, specials: Specials) -> Result<Vec<u32>, Error> {
+        let mut ids: Vec<u32> = self.special.bos.filter(|_| self.special.add_bos).into_iter().collect();
+        ids.extend(self.tokenizer()?.encode(text, specials));
+        Ok(ids)
     }
     /// Special tokens.
     pub fn special(&self) -> &SpecialTokens {
@@ -192,7 +220,11 @@ fn read_vocab<'a>(
     };
     let merges = match gguf.get_array("tokenizer.ggml.merges")? {
         Some(merges) => strings("tokenizer.ggml.merges", merges)?,
-        None => return Err(keys.error("key \"tokenizer.ggml.merges\"", "missing: byte-level BPE needs its merges")),
+        None => {
+            return Err(
+                keys.error("key \"tokenizer.ggml.merges\"", "missing: byte-level BPE needs its merges")
+            );
+        }
     };
     Ok(Some(Vocab { tokens, token_types, merges, ignore_merges: true }))
 }
@@ -222,7 +254,8 @@ fn read_special(
         let turn = turn as u32;
         if !stop.contains(&turn) {
             stop.push(turn);
-            let message = format!("no end-of-turn token in the metadata: <|eot_id|> ({turn}) ends a text too");
+            let message =
+                format!("no end-of-turn token in the metadata: <|eot_id|> ({turn}) ends a text too");
             repairs.push(Repair { name: "end_of_turn", message });
         }
     }

@@ -109,7 +109,12 @@ impl<'a> Planner<'a> {
         self.keys.error(format!("tensor {:?} at byte {}", tensor.name, tensor.offset), problem)
     }
 
-    fn place(&mut self, tensor: &'a TensorInfo, bytes: usize, relayout: Option<(usize, usize)>) -> Range<usize> {
+    fn place(
+        &mut self,
+        tensor: &'a TensorInfo,
+        bytes: usize,
+        relayout: Option<(usize, usize)>,
+    ) -> Range<usize> {
         let start = self.end.next_multiple_of(64);
         self.end = start + bytes;
         let ternary = tensor.ty == TensorType::I2S;
@@ -125,7 +130,9 @@ impl<'a> Planner<'a> {
         let bytes = self.keys.gguf.tensor_bytes(tensor);
         let norm: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
         match norm.iter().position(|x| !x.is_finite()) {
-            Some(i) => Err(self.error(tensor, format!("element {i} is {}, expected a finite number", norm[i]))),
+            Some(i) => {
+                Err(self.error(tensor, format!("element {i} is {}, expected a finite number", norm[i])))
+            }
             None => Ok(norm),
         }
     }
@@ -137,7 +144,9 @@ impl<'a> Planner<'a> {
             TensorType::F16 => FloatType::F16,
             TensorType::BF16 => FloatType::BF16,
             other => {
-                return Err(self.error(tensor, format!("expected type F16, BF16 or F32, found {}", other.name())));
+                return Err(
+                    self.error(tensor, format!("expected type F16, BF16 or F32, found {}", other.name()))
+                );
             }
         };
         Ok((self.place(tensor, tensor.byte_len as usize, None), ty))
@@ -157,14 +166,20 @@ impl<'a> Planner<'a> {
         }
         // The length was checked when the file was parsed: columns * rows / 4 bytes and 32 for the scale.
         let weights = columns * rows;
+        if !weights.is_multiple_of(128) {
+            let problem = format!("{rows} rows of {columns} weights do not fill blocks of 128");
+            return Err(self.error(tensor, problem));
+        }
         let bytes = self.keys.gguf.tensor_bytes(tensor);
         let scale = match bytes.get(weights / 4..).and_then(|tail| tail.first_chunk::<4>()) {
             Some(b) => f32::from_le_bytes(*b),
             None => return Err(self.error(tensor, "too short for its scale")),
         };
         if !scale.is_finite() {
-            let problem =
-                format!("the scale at byte {} is {scale}, expected a finite number", tensor.offset + weights as u64 / 4);
+            let problem = format!(
+                "the scale at byte {} is {scale}, expected a finite number",
+                tensor.offset + weights as u64 / 4
+            );
             return Err(self.error(tensor, problem));
         }
         let stored = rows * row_bytes(columns);
@@ -204,7 +219,8 @@ impl<'a> WeightPlan<'a> {
         let embedding = planner.float("token_embd.weight", hidden, config.vocab_size)?;
         // bitnet-25 files carry a copy of the embedding as output.weight that the model does not use.
         let tied = config.architecture == "bitnet-25" || gguf.tensor("output.weight").is_none();
-        let head = if tied { None } else { Some(planner.float("output.weight", hidden, config.vocab_size)?) };
+        let head =
+            if tied { None } else { Some(planner.float("output.weight", hidden, config.vocab_size)?) };
         let output_norm = planner.norm("output_norm.weight", hidden)?;
         Ok(Self { planner, embedding, head, output_norm, layers })
     }
@@ -247,6 +263,75 @@ impl<'a> WeightPlan<'a> {
         let head = head.map_or_else(|| embedding.clone(), float);
         Ok(Weights { embedding, head, output_norm, layers })
     }
+}
+
+impl Weights {
+    /// Random weights of the shape of `config`, with an F16 head tied to the embedding: for measuring speed without a file.
+    /// Half of the weights are zero.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`].
+    pub fn random(config: &Config, compute: &Compute) -> Result<Self, Error> {
+        let (hidden, ff) = (config.hidden_size, config.intermediate_size);
+        let (q, kv) = (config.q_width(), config.kv_width());
+        let shapes =
+            [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (ff, hidden), (ff, hidden), (hidden, ff)];
+        let head = config.vocab_size * hidden * 2;
+        let layer: usize = shapes.iter().map(|&(rows, columns)| rows * row_bytes(columns)).sum();
+        let bytes = head + layer * config.n_layers;
+        let mut buffer = HugeBuffer::new(bytes).ok_or(Error::NoMemory { what: "weights", bytes })?;
+        let (head_bytes, ternary) = buffer.split_at_mut(head);
+        random_words(compute, head_bytes, |r| {
+            // Halves of either sign between 2^-6 and 2^-5.
+            r & 0x83ff_83ff_83ff_83ff | 0x2400_2400_2400_2400
+        });
+        // Two random bits added up make a code of 0, 1, 1 or 2.
+        random_words(compute, ternary, |r| (r & 0x5555_5555_5555_5555) + (r >> 1 & 0x5555_5555_5555_5555));
+        let buffer = Arc::new(buffer);
+        let mut end = head;
+        let layers = (0..config.n_layers).map(|_| {
+            let mut place = |index: usize| {
+                let (rows, columns) = shapes[index];
+                let start = end;
+                end += rows * row_bytes(columns);
+                let scale = (2.0 / columns as f32).sqrt();
+                TernaryMatrix::new(Bytes::new(buffer.clone(), start..end), rows, columns, scale)
+            };
+            Layer {
+                attn_norm: vec![1.0; hidden],
+                attn_q: place(0),
+                attn_k: place(1),
+                attn_v: place(2),
+                attn_sub_norm: vec![1.0; q],
+                attn_output: place(3),
+                ffn_norm: vec![1.0; hidden],
+                ffn_gate: place(4),
+                ffn_up: place(5),
+                ffn_sub_norm: vec![1.0; ff],
+                ffn_down: place(6),
+            }
+        });
+        let layers = layers.collect();
+        let embedding =
+            FloatMatrix::new(Bytes::new(buffer, 0..head), FloatType::F16, config.vocab_size, hidden);
+        Ok(Self { head: embedding.clone(), embedding, output_norm: vec![1.0; hidden], layers })
+    }
+}
+
+/// Fills `bytes` with `f` of random words, the same for any number of threads.
+fn random_words(compute: &Compute, bytes: &mut [u8], f: impl Fn(u64) -> u64 + Sync) {
+    let parts: Vec<_> = bytes.chunks_mut(1 << 20).map(Mutex::new).collect();
+    compute.pool().run(parts.len(), |part, _| {
+        let mut state = part as u64 + 1;
+        for word in parts[part].lock().unwrap_or_else(PoisonError::into_inner).chunks_mut(8) {
+            // xorshift64* (Vigna 2016); its high bits are good enough to look like weights.
+            state ^= state >> 12;
+            state ^= state << 25;
+            state ^= state >> 27;
+            let r = state.wrapping_mul(0x2545_f491_4f6c_dd1d);
+            word.copy_from_slice(&f(r ^ r >> 32).to_le_bytes()[..word.len()]);
+        }
+    });
 }
 
 /// One task of the load: part of a tensor and where it goes.

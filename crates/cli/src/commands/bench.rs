@@ -1,0 +1,223 @@
+//! `bitnet bench`: tokens per second, beside what the machine's memory allows.
+
+use crate::source;
+use anyhow::{Context, Result};
+use bitnet::kernels::HugeBuffer;
+use bitnet::model::{Config, Model};
+use bitnet::{Engine, EngineOptions, Feed, SequenceId, Wanted};
+use serde::Serialize;
+use std::time::Instant;
+
+/// Measures prefill and decode
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: source::ModelArgs,
+    /// Random weights of a known shape instead of a file
+    #[arg(long, value_name = "SHAPE", conflicts_with = "model", value_parser = ["2b-4t"])]
+    synthetic: Option<String>,
+    /// Prompt tokens to process (0: no such test)
+    #[arg(short = 'p', long, default_value_t = 512)]
+    n_prompt: usize,
+    /// Tokens to generate (0: no such test)
+    #[arg(short = 'n', long, default_value_t = 128)]
+    n_gen: usize,
+    /// Sequences that are decoded together
+    #[arg(short = 'b', long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=512))]
+    batch: u32,
+    /// Times each test is repeated
+    #[arg(short = 'r', long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    reps: u32,
+    /// How the result is printed
+    #[arg(short = 'o', long, default_value = "md")]
+    output: Format,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Format {
+    /// A Markdown table
+    Md,
+    /// An array of objects
+    Json,
+    /// Comma-separated values with a header line
+    Csv,
+}
+
+#[derive(Serialize)]
+struct Measurement {
+    model: String,
+    test: String,
+    n_threads: usize,
+    n_batch: u32,
+    reps: u32,
+    tokens_per_second_mean: f64,
+    tokens_per_second_stddev: f64,
+    /// What one decoded step reads: all weights once. The cache is not counted.
+    bytes_per_step: usize,
+    stream_read_gb_per_s: f64,
+    /// Of a decode test: bytes read a second over what a plain read of memory gives.
+    roofline_share: Option<f64>,
+    kernel: &'static str,
+}
+
+pub fn run(args: &Args) -> Result<()> {
+    let compute = args.model.compute()?;
+    let model = match args.synthetic {
+        Some(_) => Model::random(Config::bitnet_2b_4t(), &compute)?,
+        None => args.model.load(&compute)?,
+    };
+    let name = model.config().name.clone().unwrap_or_else(|| model.file().to_owned());
+    let bytes_per_step = bytes_per_step(&model);
+    let batch = args.batch as usize;
+    let context = args.n_prompt.max(args.n_gen + 1);
+    let options = EngineOptions { context, sequences: batch, max_rows: 512 };
+    let mut engine = Engine::new(model, compute, options)?;
+    let sequences: Vec<SequenceId> = (0..batch).map(|_| engine.open()).collect();
+
+    // The machine's speed drifts, so its bandwidth is read before, between and after the tests.
+    let mut streams = Vec::new();
+    stream(&engine, &mut streams)?;
+    let mut tests = Vec::new();
+    if args.n_prompt > 0 {
+        tests.push((format!("pp{}", args.n_prompt), 1, prefill(&mut engine, sequences[0], args)?));
+        stream(&engine, &mut streams)?;
+    }
+    if args.n_gen > 0 {
+        tests.push((format!("tg{}", args.n_gen), args.batch, decode(&mut engine, &sequences, args)?));
+        stream(&engine, &mut streams)?;
+    }
+    streams.sort_by(f64::total_cmp);
+    let stream = streams[streams.len() / 2];
+    let rows = tests.into_iter().map(|(test, n_batch, rates)| {
+        let mean = rates.iter().sum::<f64>() / rates.len() as f64;
+        let variance = rates.iter().map(|r| (r - mean).powi(2)).sum::<f64>() / (rates.len() as f64 - 1.0).max(1.0);
+        let decode = test.starts_with("tg");
+        let steps_per_second = mean / f64::from(n_batch);
+        Measurement {
+            model: name.clone(),
+            test,
+            n_threads: engine.compute().pool().threads(),
+            n_batch,
+            reps: args.reps,
+            tokens_per_second_mean: mean,
+            tokens_per_second_stddev: variance.sqrt(),
+            bytes_per_step,
+            stream_read_gb_per_s: stream / 1e9,
+            roofline_share: decode.then_some(steps_per_second * bytes_per_step as f64 / stream),
+            kernel: engine.compute().kernels().name(),
+        }
+    });
+    print(args.output, &rows.collect::<Vec<_>>())
+}
+
+/// Bytes of weights that one decoded step reads: every ternary matrix and the head.
+fn bytes_per_step(model: &Model) -> usize {
+    let weights = model.weights();
+    let ternary = weights.layers.iter().flat_map(bitnet::model::Layer::matrices).map(|m| m.byte_len());
+    weights.head.byte_len() + ternary.sum::<usize>()
+}
+
+/// Adds the rates, in bytes a second, of three reads of half a gigabyte.
+fn stream(engine: &Engine, rates: &mut Vec<f64>) -> Result<()> {
+    let mut buffer = HugeBuffer::new(512 << 20).context("no memory for the bandwidth test")?;
+    buffer.fill(1);
+    for _ in 0..3 {
+        let start = Instant::now();
+        engine.compute().stream_read(&buffer);
+        rates.push(buffer.len() as f64 / start.elapsed().as_secs_f64());
+    }
+    Ok(())
+}
+
+/// Tokens that look like text to the caches: all over the vocabulary, the same each time.
+fn token(engine: &Engine, i: usize) -> u32 {
+    (i.wrapping_mul(2_654_435_761) % engine.model().config().vocab_size) as u32
+}
+
+fn prefill(engine: &mut Engine, sequence: SequenceId, args: &Args) -> Result<Vec<f64>> {
+    let tokens: Vec<u32> = (0..args.n_prompt).map(|i| token(engine, i)).collect();
+    let mut rates = Vec::new();
+    for rep in 0..=args.reps {
+        engine.truncate(sequence, 0);
+        let start = Instant::now();
+        engine.feed(&[Feed { sequence, tokens: &tokens, wanted: Wanted::Last }])?;
+        // The first round takes the memory from the system.
+        if rep > 0 {
+            rates.push(tokens.len() as f64 / start.elapsed().as_secs_f64());
+        }
+    }
+    engine.truncate(sequence, 0);
+    Ok(rates)
+}
+
+fn decode(engine: &mut Engine, sequences: &[SequenceId], args: &Args) -> Result<Vec<f64>> {
+    let mut rates = Vec::new();
+    for rep in 0..=args.reps {
+        for sequence in sequences {
+            engine.truncate(*sequence, 0);
+        }
+        let steps = if rep == 0 { args.n_gen.min(4) } else { args.n_gen };
+        let start = Instant::now();
+        for step in 0..steps {
+            let tokens: Vec<u32> = (0..sequences.len()).map(|s| token(engine, step * 512 + s)).collect();
+            let feeds: Vec<Feed<'_>> = sequences
+                .iter()
+                .zip(tokens.chunks(1))
+                .map(|(&sequence, tokens)| Feed { sequence, tokens, wanted: Wanted::Last })
+                .collect();
+            engine.feed(&feeds)?;
+        }
+        if rep > 0 {
+            rates.push((steps * sequences.len()) as f64 / start.elapsed().as_secs_f64());
+        }
+    }
+    Ok(rates)
+}
+
+fn print(format: Format, rows: &[Measurement]) -> Result<()> {
+    let share = |row: &Measurement| row.roofline_share.map(|s| format!("{:.0} %", 100.0 * s)).unwrap_or_default();
+    match format {
+        Format::Json => println!("{}", serde_json::to_string_pretty(rows)?),
+        Format::Csv => {
+            println!(
+                "model,test,n_threads,n_batch,reps,tokens_per_second_mean,tokens_per_second_stddev,bytes_per_step,\
+                 stream_read_gb_per_s,roofline_share,kernel"
+            );
+            for r in rows {
+                println!(
+                    "\"{}\",{},{},{},{},{:.3},{:.3},{},{:.2},{},{}",
+                    r.model.replace('"', "\"\""),
+                    r.test,
+                    r.n_threads,
+                    r.n_batch,
+                    r.reps,
+                    r.tokens_per_second_mean,
+                    r.tokens_per_second_stddev,
+                    r.bytes_per_step,
+                    r.stream_read_gb_per_s,
+                    r.roofline_share.map(|s| format!("{s:.3}")).unwrap_or_default(),
+                    r.kernel
+                );
+            }
+        }
+        Format::Md => {
+            println!("| model | test | threads | batch | kernel | tokens/s | stream read GB/s | roofline |");
+            println!("| --- | --- | ---: | ---: | --- | ---: | ---: | ---: |");
+            for r in rows {
+                println!(
+                    "| {} | {} | {} | {} | {} | {:.1} ± {:.1} | {:.1} | {} |",
+                    r.model,
+                    r.test,
+                    r.n_threads,
+                    r.n_batch,
+                    r.kernel,
+                    r.tokens_per_second_mean,
+                    r.tokens_per_second_stddev,
+                    r.stream_read_gb_per_s,
+                    share(r)
+                );
+            }
+        }
+    }
+    Ok(())
+}
