@@ -1,2 +1,58 @@
-//! The `bitnet` command.
-fn main() {}
+//! The `bitnet` command: parse, call, print.
+
+// A binary has no users of its items.
+#![allow(unreachable_pub)]
+
+mod commands;
+mod output;
+mod source;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Run BitNet b1.58 models.
+///
+/// MODEL is the path of a GGUF file; without one the small demo model that is built into the program is used.
+#[derive(Parser)]
+#[command(name = "bitnet", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Continue a text
+    Run(commands::run::Args),
+    /// Print the token ids of a text
+    Tokenize(commands::tokenize::Args),
+    /// Print the text of token ids
+    Detokenize(commands::detokenize::Args),
+    /// Write the logits of every token to a NumPy file
+    Logits(commands::logits::Args),
+    /// Measure how well the model predicts a text
+    Perplexity(commands::perplexity::Args),
+    /// Show what a model file holds and the memory it takes
+    Inspect(commands::inspect::Args),
+    /// Make a GGUF file of a Hugging Face model folder
+    Convert(commands::convert::Args),
+    /// Measure the speed of prompt processing and generation
+    Bench(commands::bench::Args),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Run(args) => commands::run::run(&args),
+        Command::Tokenize(args) => commands::tokenize::run(&args),
+        Command::Detokenize(args) => commands::detokenize::run(&args),
+        Command::Logits(args) => commands::logits::run(&args),
+        Command::Perplexity(args) => commands::perplexity::run(&args),
+        Command::Inspect(args) => commands::inspect::run(&args),
+        Command::Convert(args) => commands::convert::run(&args),
+        Command::Bench(args) => commands::bench::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => output::report(&error),
+    }
+}

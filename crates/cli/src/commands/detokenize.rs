@@ -1,0 +1,24 @@
+use crate::{output, source};
+use std::io::IsTerminal;
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: source::ModelArgs,
+    /// Print control tokens such as <|eot_id|> too
+    #[arg(long)]
+    special: bool,
+    /// Token ids, with spaces or commas between them
+    #[arg(required = true, value_delimiter = ',')]
+    ids: Vec<u32>,
+}
+
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    let model = args.model.load(&args.model.compute()?)?;
+    source::check_ids(&args.ids, model.config())?;
+    let mut bytes = model.tokenizer()?.decode(&args.ids, args.special)?;
+    if std::io::stdout().is_terminal() {
+        bytes.push(b'\n');
+    }
+    output::print(&bytes)
+}

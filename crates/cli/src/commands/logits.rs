@@ -1,0 +1,73 @@
+use crate::output::{self, Interrupted};
+use crate::source;
+use anyhow::ensure;
+use bitnet::{Engine, EngineOptions, Feed, Wanted};
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+
+/// Tokens whose logits are in memory at once.
+const CHUNK: usize = 32;
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: source::ModelArgs,
+    /// Token ids: 1,2,3 (nothing is added before them)
+    #[arg(long, value_name = "IDS", value_delimiter = ',', required_unless_present = "tokens_file")]
+    tokens: Vec<u32>,
+    /// File of token ids, with spaces, commas or newlines between them
+    #[arg(long, value_name = "FILE", conflicts_with = "tokens")]
+    tokens_file: Option<PathBuf>,
+    /// File to write: float32 [tokens, vocab] in NumPy's format
+    #[arg(short = 'o', long, value_name = "OUT.npy")]
+    output: PathBuf,
+}
+
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    let tokens = source::read_ids(&args.tokens, args.tokens_file.as_ref())?;
+    ensure!(!tokens.is_empty(), "there are no tokens to compute logits of");
+    let compute = args.model.compute()?;
+    let model = args.model.load(&compute)?;
+    source::check_ids(&tokens, model.config())?;
+    let vocab = model.config().vocab_size;
+    let context = args.model.context(u32::try_from(tokens.len()).ok(), model.config());
+    let options = EngineOptions { context, sequences: 1, max_rows: CHUNK };
+    let mut engine = Engine::new(model, compute, options)?;
+    let sequence = engine.open();
+    let interrupted = output::interrupt_flag()?;
+    output::write_file(&args.output, |out| {
+        out.write_all(&npy_header(tokens.len(), vocab))?;
+        for tokens in tokens.chunks(CHUNK) {
+            let logits = engine.feed(&[Feed { sequence, tokens, wanted: Wanted::All }])?;
+            for value in logits {
+                out.write_all(&value.to_le_bytes())?;
+            }
+            ensure!(!interrupted.load(Ordering::Relaxed), Interrupted);
+        }
+        Ok(())
+    })
+}
+
+/// The header of a version 1.0 file of float32, in C order, padded so that the data begin at a multiple of 64 bytes
+/// (<https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html>).
+fn npy_header(rows: usize, columns: usize) -> Vec<u8> {
+    let dict = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {columns}), }}");
+    let len = (10 + dict.len() + 1).next_multiple_of(64) - 10;
+    let mut header = b"\x93NUMPY\x01\x00".to_vec();
+    header.extend((len as u16).to_le_bytes());
+    header.extend(format!("{dict:width$}\n", width = len - 1).as_bytes());
+    header
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn header_is_aligned() {
+        for (rows, columns) in [(1, 1), (17, 128_256), (999_999, 16_777_216)] {
+            let header = super::npy_header(rows, columns);
+            assert_eq!(header.len() % 64, 0);
+            assert_eq!(u16::from_le_bytes([header[8], header[9]]) as usize, header.len() - 10);
+            assert_eq!(header.last(), Some(&b'\n'));
+        }
+    }
+}

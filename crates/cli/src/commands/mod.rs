@@ -1,0 +1,10 @@
+//! One file a command.
+
+pub mod bench;
+pub mod convert;
+pub mod detokenize;
+pub mod inspect;
+pub mod logits;
+pub mod perplexity;
+pub mod run;
+pub mod tokenize;

@@ -1,0 +1,41 @@
+use crate::{output, source};
+use bitnet::text::Specials;
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: source::ModelArgs,
+    /// Print the text of every token too, as JSON
+    #[arg(long)]
+    json: bool,
+    /// Recognise control tokens such as <|eot_id|> in the text
+    #[arg(long)]
+    special: bool,
+    /// Do not begin with the begin-of-text token
+    #[arg(long)]
+    no_bos: bool,
+    /// The text [default: stdin]
+    text: Option<String>,
+}
+
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    let text = match &args.text {
+        Some(text) => text.clone(),
+        None => source::read_text(None)?,
+    };
+    let model = args.model.load(&args.model.compute()?)?;
+    let specials = if args.special { Specials::Parse } else { Specials::AsText };
+    let ids = if args.no_bos {
+        model.tokenizer()?.encode(&text, specials)
+    } else {
+        model.prompt(&text, specials)?
+    };
+    if args.json {
+        let tokenizer = model.tokenizer()?;
+        let piece = |&id: &u32| String::from_utf8_lossy(tokenizer.token_bytes(id).unwrap_or_default());
+        let pieces: Vec<_> = ids.iter().map(piece).collect();
+        return output::print_json(&serde_json::json!({ "tokens": ids, "pieces": pieces }));
+    }
+    let words: Vec<_> = ids.iter().map(u32::to_string).collect();
+    output::print(format!("{}\n", words.join(" ")).as_bytes())
+}

@@ -1,0 +1,117 @@
+//! Where things are printed: results on stdout, notices on stderr, and how a command ends.
+
+use anyhow::Context;
+use std::fmt::{self, Display};
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Whoever read stdout has left: not a failure.
+#[derive(Debug)]
+struct ReaderLeft;
+
+/// The user pressed Ctrl-C.
+#[derive(Debug)]
+pub struct Interrupted;
+
+impl Display for ReaderLeft {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the reader of the output has left")
+    }
+}
+
+impl Display for Interrupted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("interrupted")
+    }
+}
+
+impl std::error::Error for ReaderLeft {}
+impl std::error::Error for Interrupted {}
+
+/// Writes to stdout and flushes.
+pub fn print(bytes: &[u8]) -> anyhow::Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(bytes).and_then(|()| stdout.flush()).map_err(|error| match error.kind() {
+        io::ErrorKind::BrokenPipe => ReaderLeft.into(),
+        _ => anyhow::Error::new(error).context("cannot write to stdout"),
+    })
+}
+
+/// Writes a JSON value and a newline to stdout.
+pub fn print_json(value: &serde_json::Value) -> anyhow::Result<()> {
+    print(format!("{value:#}\n").as_bytes())
+}
+
+/// Writes a line to stderr; nobody needs to read it.
+pub fn notice(line: impl Display) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
+/// The exit code of a failed command, after its one line on stderr.
+pub fn report(error: &anyhow::Error) -> ExitCode {
+    if error.is::<ReaderLeft>() {
+        return ExitCode::SUCCESS;
+    }
+    if error.is::<Interrupted>() {
+        return ExitCode::from(130);
+    }
+    notice(format_args!("error: {}", format!("{error:#}").replace(['\n', '\r'], " ")));
+    ExitCode::from(1)
+}
+
+/// A flag that the first Ctrl-C raises; the second ends the program.
+pub fn interrupt_flag() -> anyhow::Result<Arc<AtomicBool>> {
+    let flag = Arc::new(AtomicBool::new(false));
+    let raised = flag.clone();
+    ctrlc::set_handler(move || {
+        if raised.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+    })
+    .context("cannot watch for Ctrl-C")?;
+    Ok(flag)
+}
+
+/// Writes a file by `write`: it appears under its name when it is complete, or not at all.
+pub fn write_file(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let failed = || format!("{}: cannot write", path.display());
+    // A rename would put a file in the place of a device or a pipe.
+    if path.metadata().is_ok_and(|m| !m.is_file()) {
+        anyhow::bail!("{}: not a regular file", failed());
+    }
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let mut builder = tempfile::Builder::new();
+    #[cfg(unix)]
+    let builder = {
+        use std::os::unix::fs::PermissionsExt;
+        builder.permissions(std::fs::Permissions::from_mode(0o666)) // what the umask leaves of it
+    };
+    let file = builder.prefix(".bitnet-").tempfile_in(folder).with_context(failed)?;
+    let mut buffered = io::BufWriter::with_capacity(1 << 20, file);
+    write(&mut buffered).with_context(failed)?;
+    let file = buffered.into_inner().map_err(io::IntoInnerError::into_error).with_context(failed)?;
+    file.as_file().sync_all().with_context(failed)?;
+    file.persist(path).map_err(|error| error.error).with_context(failed)?;
+    Ok(())
+}
+
+/// `1.2 GiB`, for a person.
+pub fn bytes(n: u64) -> String {
+    let mut value = n as f64;
+    for unit in ["bytes", "KiB", "MiB", "GiB"] {
+        if value < 1024.0 {
+            return if unit == "bytes" { format!("{n} bytes") } else { format!("{value:.1} {unit}") };
+        }
+        value /= 1024.0;
+    }
+    format!("{value:.1} TiB")
+}

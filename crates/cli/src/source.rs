@@ -1,0 +1,166 @@
+//! Where models, threads and texts come from.
+
+use crate::output::notice;
+use anyhow::{Context, bail};
+use bitnet::gguf::Gguf;
+use bitnet::kernels::{Compute, Kernels, allowed_threads, best, supported};
+use bitnet::model::{Config, Model};
+use bitnet::{EngineOptions, Error};
+use std::fmt::Display;
+use std::io::{IsTerminal, Read};
+use std::path::{Path, PathBuf};
+
+/// The model of a command, and what it runs on.
+#[derive(clap::Args)]
+pub struct ModelArgs {
+    /// Path of a GGUF file [default: the built-in demo]
+    #[arg(short = 'm', long, value_name = "MODEL")]
+    model: Option<String>,
+    /// Threads [default: one for each physical core that this process may use]
+    #[arg(short = 't', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+    /// Kernels: scalar, avx2, avx512 or avx512vnni [default: the best for this CPU]
+    #[arg(long, value_name = "ISA", value_parser = parse_kernels)]
+    kernels: Option<&'static Kernels>,
+    /// No notices and statistics on stderr
+    #[arg(short = 'q', long)]
+    pub quiet: bool,
+}
+
+/// What `-c` may be.
+pub fn context_range() -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(0..=1 << 24)
+}
+
+/// Opens a model file, or the built-in demo.
+pub fn open(model: Option<&str>) -> anyhow::Result<Gguf> {
+    let Some(name) = model else {
+        return Ok(Gguf::from_static("built-in demo", include_bytes!("../../../models/demo.gguf"))?);
+    };
+    let path = Path::new(name);
+    if path.is_dir() {
+        bail!("{name}: this is a folder; `bitnet convert {name} OUT.gguf` makes a model file of it");
+    }
+    let owner_and_repo = name.split('/').filter(|part| !part.is_empty() && *part != "..").count() == 2;
+    let hub = name.starts_with("hf:") || owner_and_repo && !name.starts_with(['.', '/']);
+    if hub && !path.exists() {
+        bail!(
+            "{name}: no such file; it looks like a hub name, but downloads are not built in yet: \
+             download the GGUF file and give its path"
+        );
+    }
+    Ok(Gguf::open(path)?)
+}
+
+impl ModelArgs {
+    /// Kernels and threads, never more than the process may use.
+    pub fn compute(&self) -> anyhow::Result<Compute> {
+        let allowed = allowed_threads();
+        let asked = self.threads.map_or(allowed, usize::from);
+        if asked > allowed {
+            self.note(format_args!("{asked} threads are more than this process may use; {allowed} it is"));
+        }
+        Ok(Compute::new(self.kernels.unwrap_or_else(best), asked.min(allowed)))
+    }
+
+    /// Loads the model and tells what was repaired.
+    pub fn load(&self, compute: &Compute) -> anyhow::Result<Model> {
+        let model = Model::load(&open(self.model.as_deref())?, compute)?;
+        for repair in model.repairs() {
+            self.note(&repair.message);
+        }
+        Ok(model)
+    }
+
+    /// Tokens of context: `asked` (0: all the model was trained with), or the engine's default.
+    pub fn context(&self, asked: Option<u32>, config: &Config) -> usize {
+        let context = context(asked, config);
+        if context > config.context_length {
+            let trained = config.context_length;
+            self.note(format_args!("a context of {context} tokens; the model was trained with {trained}"));
+        }
+        context
+    }
+
+    /// One line on stderr, unless the user wants none.
+    pub fn note(&self, line: impl Display) {
+        if !self.quiet {
+            notice(format_args!("note: {line}"));
+        }
+    }
+}
+
+/// Tokens of context: `asked` (0: all the model was trained with), or the engine's default.
+pub fn context(asked: Option<u32>, config: &Config) -> usize {
+    match asked {
+        None => EngineOptions::for_model(config).context,
+        Some(0) => config.context_length,
+        Some(n) => n as usize,
+    }
+}
+
+/// Reads a text from a file, or from stdin where there is none. Neither is trusted to be UTF-8.
+pub fn read_text(file: Option<&Path>) -> anyhow::Result<String> {
+    let (name, bytes) = match file {
+        Some(path) => {
+            let name = path.display().to_string();
+            let bytes = std::fs::read(path).with_context(|| format!("{name}: cannot read"))?;
+            (name, bytes)
+        }
+        None => {
+            let mut bytes = Vec::new();
+            let mut stdin = std::io::stdin().lock();
+            if stdin.is_terminal() {
+                notice("note: reading the text from the terminal; Ctrl-D ends it");
+            }
+            stdin.read_to_end(&mut bytes).context("stdin: cannot read")?;
+            ("stdin".to_owned(), bytes)
+        }
+    };
+    String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        anyhow::anyhow!("{name}: not UTF-8: byte {:#04x} at offset {at}", error.as_bytes()[at])
+    })
+}
+
+/// Reads a prompt: as [`read_text`], without one newline at the end, which editors and `echo` add.
+pub fn read_prompt(file: Option<&Path>) -> anyhow::Result<String> {
+    let mut text = read_text(file)?;
+    if text.ends_with('\n') {
+        text.pop();
+    }
+    Ok(text)
+}
+
+/// Token ids from a list, or from a file that holds them with spaces, commas or newlines between them.
+pub fn read_ids(list: &[u32], file: Option<&PathBuf>) -> anyhow::Result<Vec<u32>> {
+    let Some(path) = file else { return Ok(list.to_vec()) };
+    let text = read_text(Some(path))?;
+    text.split(|c: char| c.is_whitespace() || c == ',')
+        .filter(|word| !word.is_empty())
+        .map(|word| {
+            word.parse().with_context(|| format!("{}: {:?} is no token id", path.display(), cut(word)))
+        })
+        .collect()
+}
+
+/// Checks that the model has all of `ids`.
+pub fn check_ids(ids: &[u32], config: &Config) -> Result<(), Error> {
+    let vocab_size = config.vocab_size;
+    match ids.iter().position(|&id| id as usize >= vocab_size) {
+        Some(index) => Err(Error::TokenOutOfRange { index, id: ids[index], vocab_size }),
+        None => Ok(()),
+    }
+}
+
+fn cut(word: &str) -> &str {
+    word.char_indices().nth(40).map_or(word, |(at, _)| &word[..at])
+}
+
+fn parse_kernels(name: &str) -> Result<&'static Kernels, String> {
+    let all = supported();
+    all.iter().copied().find(|kernels| kernels.name() == name).ok_or_else(|| {
+        let names: Vec<_> = all.iter().map(|kernels| kernels.name()).collect();
+        format!("this CPU can run {}", names.join(", "))
+    })
+}
