@@ -1,9 +1,11 @@
 //! BitNet b1.58 inference: ternary weights, 8-bit activations, the same bits on every machine.
 //!
 //! A [`Model`](model::Model) is loaded from a GGUF file and put into an [`Engine`], which continues sequences of tokens and
-//! gives logits. [`text`] makes tokens of text and text of tokens; [`generate`] chooses the next token.
+//! gives logits. [`text`] makes tokens of text and text of tokens; [`generate`] chooses the next token; [`convert`] makes the
+//! file from a Hugging Face checkpoint.
 #![forbid(unsafe_code)]
 
+pub mod convert;
 pub mod engine;
 mod error;
 pub mod generate;

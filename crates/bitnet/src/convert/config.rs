@@ -1,0 +1,206 @@
+//! config.json of a BitNet in Hugging Face's format, as GGUF metadata.
+
+use std::ops::RangeInclusive;
+use std::path::Path;
+
+use bitnet_gguf::{Value, Writer};
+use serde_json::Value as Json;
+
+use super::ConvertError;
+use super::checkpoint::read_json;
+
+/// The shape and the constants of the model, within the range of GGUF's u32 keys and consistent.
+pub(super) struct HfConfig {
+    relu2: bool,
+    pub(super) vocab_size: u64,
+    context_length: u64,
+    pub(super) hidden_size: u64,
+    pub(super) n_layers: u64,
+    pub(super) intermediate_size: u64,
+    pub(super) n_heads: u64,
+    pub(super) n_kv_heads: u64,
+    pub(super) head_dim: u64,
+    rms_norm_eps: f32,
+    rope_theta: f32,
+    /// Whether the head is the embedding.
+    pub(super) tied: bool,
+    bos: Option<u32>,
+    eos: Option<u32>,
+    padding: Option<u32>,
+}
+
+const SIZE: RangeInclusive<u64> = 1..=1 << 24;
+
+/// Reads and words errors for one file.
+struct Keys<'a> {
+    path: &'a Path,
+    json: Json,
+}
+
+impl Keys<'_> {
+    /// The value at a path of keys joined by dots; null if absent.
+    fn get(&self, key: &str) -> &Json {
+        key.split('.').fold(&self.json, |json, part| &json[part])
+    }
+
+    fn error(&self, key: &str, expected: impl std::fmt::Display) -> ConvertError {
+        let found = match self.get(key) {
+            Json::Null => "nothing".to_owned(),
+            json => json.to_string(),
+        };
+        ConvertError::checkpoint(
+            self.path,
+            format!("key {key:?}"),
+            format!("expected {expected}, found {found}"),
+        )
+    }
+
+    /// Fails unless the value is null or one of these.
+    fn only(&self, key: &str, allowed: &[Json]) -> Result<(), ConvertError> {
+        match self.get(key) {
+            Json::Null => Ok(()),
+            json if allowed.contains(json) => Ok(()),
+            _ => Err(self.error(key, Json::from(allowed))),
+        }
+    }
+
+    fn size(&self, key: &str) -> Result<u64, ConvertError> {
+        let size = self.get(key).as_u64().filter(|n| SIZE.contains(n));
+        size.ok_or_else(|| {
+            self.error(key, format_args!("an integer from {} to {}", SIZE.start(), SIZE.end()))
+        })
+    }
+
+    fn float(&self, key: &str, range: RangeInclusive<f64>) -> Result<f32, ConvertError> {
+        let float = self.get(key).as_f64().filter(|x| range.contains(x)).map(|x| x as f32);
+        float.ok_or_else(|| {
+            self.error(key, format_args!("a number from {} to {}", range.start(), range.end()))
+        })
+    }
+
+    /// A token id, or the first of a list of them.
+    fn token(&self, key: &str, vocab_size: u64) -> Result<Option<u32>, ConvertError> {
+        let json = match self.get(key) {
+            Json::Null => return Ok(None),
+            Json::Array(ids) => ids.first().unwrap_or(&Json::Null),
+            json => json,
+        };
+        let id = json.as_u64().filter(|&id| id < vocab_size).map(|id| id as u32);
+        id.map(Some).ok_or_else(|| self.error(key, format_args!("a token id below {vocab_size}")))
+    }
+}
+
+impl HfConfig {
+    /// Reads the file; refuses what is not a BitNet, what is not to be quantised on load, and what HF computes and this
+    /// engine does not.
+    pub(super) fn read(path: &Path) -> Result<Self, ConvertError> {
+        let keys = Keys { path, json: read_json(path)? };
+        if keys.get("model_type") != "bitnet" {
+            return Err(keys.error("model_type", "\"bitnet\""));
+        }
+        if keys.get("quantization_config.quant_method") != "bitnet" {
+            return Err(keys.error("quantization_config.quant_method", "\"bitnet\""));
+        }
+        if keys.get("quantization_config.quantization_mode") != "online" {
+            let expected =
+                "\"online\", as with master weights (packed ternary weights are not supported yet)";
+            return Err(keys.error("quantization_config.quantization_mode", expected));
+        }
+        if keys.get("quantization_config.linear_class") != "autobitlinear" {
+            return Err(keys.error("quantization_config.linear_class", "\"autobitlinear\""));
+        }
+        keys.only("quantization_config.use_rms_norm", &[false.into()])?;
+        // The head is never converted.
+        keys.only(
+            "quantization_config.modules_to_not_convert",
+            &[Json::from(["lm_head"]), Json::Array(Vec::new())],
+        )?;
+        keys.only("attention_bias", &[false.into()])?;
+        keys.only("rope_scaling", &[])?;
+        keys.only("rope_parameters.rope_type", &["default".into()])?;
+        keys.only("rope_parameters.partial_rotary_factor", &[1.into(), 1.0.into()])?;
+        keys.only("tie_word_embeddings", &[true.into(), false.into()])?;
+        keys.only("hidden_act", &["relu2".into(), "silu".into()])?;
+
+        let (hidden_size, n_heads) = (keys.size("hidden_size")?, keys.size("num_attention_heads")?);
+        let n_kv_heads = match keys.get("num_key_value_heads") {
+            Json::Null => n_heads,
+            _ => keys.size("num_key_value_heads")?,
+        };
+        if !n_heads.is_multiple_of(n_kv_heads) {
+            return Err(keys.error("num_key_value_heads", format_args!("a divisor of {n_heads} heads")));
+        }
+        let head_dim = match keys.get("head_dim") {
+            Json::Null if hidden_size.is_multiple_of(n_heads) => hidden_size / n_heads,
+            Json::Null => {
+                return Err(
+                    keys.error("num_attention_heads", format_args!("a divisor of hidden_size {hidden_size}"))
+                );
+            }
+            _ => keys.size("head_dim")?,
+        };
+        if !head_dim.is_multiple_of(2) {
+            let problem = format!("expected an even number for RoPE, found {head_dim}");
+            return Err(ConvertError::checkpoint(path, "head dimension", problem));
+        }
+        // The place changed with transformers 5.
+        let theta =
+            ["rope_parameters.rope_theta", "rope_theta"].into_iter().find(|key| !keys.get(key).is_null());
+        let vocab_size = keys.size("vocab_size")?;
+        Ok(Self {
+            relu2: keys.get("hidden_act") != "silu",
+            vocab_size,
+            context_length: keys.size("max_position_embeddings")?,
+            hidden_size,
+            n_layers: keys.size("num_hidden_layers")?,
+            intermediate_size: keys.size("intermediate_size")?,
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            rms_norm_eps: keys.float("rms_norm_eps", 1e-12..=0.1)?,
+            rope_theta: theta.map_or(Ok(500_000.0), |key| keys.float(key, 1.0..=1e12))?,
+            tied: keys.get("tie_word_embeddings") == true,
+            bos: keys.token("bos_token_id", vocab_size)?,
+            eos: keys.token("eos_token_id", vocab_size)?,
+            padding: keys.token("pad_token_id", vocab_size)?,
+        })
+    }
+
+    /// The name of the architecture, which tells other programs the activation.
+    pub(super) fn architecture(&self) -> &'static str {
+        if self.relu2 { "bitnet-b1.58" } else { "bitnet" }
+    }
+
+    pub(super) fn write(&self, writer: &mut Writer, name: Option<&str>) -> Result<(), ConvertError> {
+        let arch = self.architecture();
+        writer.meta("general.architecture", Value::Str(arch))?;
+        if let Some(name) = name {
+            writer.meta("general.name", Value::Str(name))?;
+        }
+        writer.meta("general.file_type", Value::U32(40))?;
+        let mut key = |suffix: &str, value| writer.meta(&format!("{arch}.{suffix}"), value);
+        // Every size was checked to fit.
+        let int = |n: u64| Value::U32(n as u32);
+        key("vocab_size", int(self.vocab_size))?;
+        key("context_length", int(self.context_length))?;
+        key("embedding_length", int(self.hidden_size))?;
+        key("block_count", int(self.n_layers))?;
+        key("feed_forward_length", int(self.intermediate_size))?;
+        key("attention.head_count", int(self.n_heads))?;
+        key("attention.head_count_kv", int(self.n_kv_heads))?;
+        if self.head_dim * self.n_heads != self.hidden_size {
+            key("attention.key_length", int(self.head_dim))?;
+            key("attention.value_length", int(self.head_dim))?;
+        }
+        key("attention.layer_norm_rms_epsilon", Value::F32(self.rms_norm_eps))?;
+        key("rope.dimension_count", int(self.head_dim))?;
+        key("rope.freq_base", Value::F32(self.rope_theta))?;
+        key("hidden_act", Value::Str(if self.relu2 { "relu2" } else { "silu" }))?;
+        for (which, id) in [("bos", self.bos), ("eos", self.eos), ("padding", self.padding)] {
+            if let Some(id) = id {
+                writer.meta(&format!("tokenizer.ggml.{which}_token_id"), Value::U32(id))?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,89 @@
+//! tokenizer.json and tokenizer_config.json, as GGUF metadata.
+
+use std::path::Path;
+
+use bitnet_gguf::{Value, ValueType, Writer};
+use serde_json::Value as Json;
+
+use super::ConvertError;
+use super::checkpoint::read_json;
+use super::config::HfConfig;
+use crate::text::{HfVocab, Tokenizer};
+
+/// GGUF's type of a token that no text leads to.
+const UNUSED: i32 = 5;
+
+/// The vocabulary, as long as the embedding, and what belongs to it.
+pub(super) struct HfTokenizer {
+    vocab: HfVocab,
+    add_bos: bool,
+    chat_template: Option<String>,
+}
+
+impl HfTokenizer {
+    /// Reads the tokenizer of a checkpoint. None if it has none.
+    pub(super) fn read(dir: &Path, config: &HfConfig) -> Result<Option<Self>, ConvertError> {
+        let path = dir.join("tokenizer.json");
+        if !path.exists() {
+            return Ok(None);
+        }
+        let json = std::fs::read(&path).map_err(|e| ConvertError::io(&path, "read", e))?;
+        let broken = |error| ConvertError::Tokenizer { file: path.display().to_string(), error };
+        let mut vocab = HfVocab::parse(&json).map_err(broken)?;
+        if !vocab.ignore_merges {
+            let problem = "expected true: GGUF's pre-tokenizer \"llama-bpe\" implies it";
+            return Err(ConvertError::checkpoint(&path, "key \"model.ignore_merges\"", problem));
+        }
+        let size = config.vocab_size as usize;
+        if vocab.tokens.len() > size {
+            let problem = format!("{} tokens, config.json has a vocab_size of {size}", vocab.tokens.len());
+            return Err(ConvertError::checkpoint(&path, "vocabulary", problem));
+        }
+        // Other programs take the length of the list for the number of the embedding's rows.
+        vocab.tokens.extend((vocab.tokens.len()..size).map(|id| format!("[PAD{id}]")));
+        vocab.token_types.resize(size, UNUSED);
+        Tokenizer::new(&vocab.vocab()).map_err(broken)?;
+
+        let settings_path = dir.join("tokenizer_config.json");
+        let settings: Json = if settings_path.exists() { read_json(&settings_path)? } else { Json::Null };
+        let template_path = dir.join("chat_template.jinja");
+        let chat_template = if template_path.exists() {
+            Some(
+                std::fs::read_to_string(&template_path)
+                    .map_err(|e| ConvertError::io(&template_path, "read", e))?,
+            )
+        } else {
+            chat_template(&settings["chat_template"])
+        };
+        // Without the setting as the published BitNets, which were trained with a first token.
+        let add_bos = settings["add_bos_token"].as_bool().unwrap_or(true);
+        Ok(Some(Self { vocab, add_bos, chat_template }))
+    }
+
+    pub(super) fn write(&self, writer: &mut Writer) -> Result<(), ConvertError> {
+        let HfVocab { tokens, token_types, merges, .. } = &self.vocab;
+        writer.meta("tokenizer.ggml.model", Value::Str("gpt2"))?;
+        writer.meta("tokenizer.ggml.pre", Value::Str("llama-bpe"))?;
+        writer.meta_array("tokenizer.ggml.tokens", ValueType::Str, tokens.iter().map(|t| Value::Str(t)))?;
+        let types = token_types.iter().copied().map(Value::I32);
+        writer.meta_array("tokenizer.ggml.token_type", ValueType::I32, types)?;
+        writer.meta_array("tokenizer.ggml.merges", ValueType::Str, merges.iter().map(|m| Value::Str(m)))?;
+        if let Some(id) = tokens.iter().position(|token| token == "<|eot_id|>") {
+            writer.meta("tokenizer.ggml.eot_token_id", Value::U32(id as u32))?;
+        }
+        writer.meta("tokenizer.ggml.add_bos_token", Value::Bool(self.add_bos))?;
+        if let Some(template) = &self.chat_template {
+            writer.meta("tokenizer.chat_template", Value::Str(template))?;
+        }
+        Ok(())
+    }
+}
+
+/// A template, or the one called "default" of a list of them.
+fn chat_template(json: &Json) -> Option<String> {
+    let template = match json {
+        Json::Array(list) => &list.iter().find(|t| t["name"] == "default")?["template"],
+        json => json,
+    };
+    template.as_str().map(str::to_owned)
+}

@@ -1,0 +1,551 @@
+//! Conversion of checkpoints that the tests write themselves.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use bitnet::convert::{ConvertError, HeadType, Report, hf_to_gguf};
+use bitnet::gguf::{Gguf, TensorType};
+use bitnet::kernels::ternary::pack::unpack_i2s;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const HIDDEN: u64 = 32;
+const FF: u64 = 64;
+const VOCAB: u64 = 20;
+
+/// Tensors by name: type, shape, values.
+type Tensors = BTreeMap<String, (&'static str, Vec<u64>, Vec<f32>)>;
+
+fn config() -> Value {
+    json!({
+        "model_type": "bitnet", "hidden_act": "relu2", "hidden_size": HIDDEN, "intermediate_size": FF,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCAB,
+        "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true,
+        "bos_token_id": 1, "eos_token_id": [2, 3],
+        "quantization_config": {
+            "quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online",
+        },
+    })
+}
+
+fn tensors() -> Tensors {
+    let mut tensors = Tensors::new();
+    let mut state = 1u32;
+    let mut add = |name: String, shape: &[u64], dtype| {
+        let values = (0..shape.iter().product::<u64>())
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                // 7 bits: exact in bf16 and f16.
+                ((state >> 25) as f32 - 64.0) / 1024.0
+            })
+            .collect();
+        tensors.insert(name, (dtype, shape.to_vec(), values));
+    };
+    add("model.embed_tokens.weight".into(), &[VOCAB, HIDDEN], "BF16");
+    add("model.norm.weight".into(), &[HIDDEN], "F32");
+    for i in 0..2 {
+        let mut layer =
+            |part: &str, shape: &[u64], dtype| add(format!("model.layers.{i}.{part}.weight"), shape, dtype);
+        layer("input_layernorm", &[HIDDEN], "BF16");
+        layer("post_attention_layernorm", &[HIDDEN], "F16");
+        layer("self_attn.q_proj", &[HIDDEN, HIDDEN], "BF16");
+        layer("self_attn.k_proj", &[HIDDEN / 2, HIDDEN], "F16");
+        layer("self_attn.v_proj", &[HIDDEN / 2, HIDDEN], "F32");
+        layer("self_attn.o_proj", &[HIDDEN, HIDDEN], "BF16");
+        layer("self_attn.attn_sub_norm", &[HIDDEN], "BF16");
+        layer("mlp.gate_proj", &[FF, HIDDEN], "BF16");
+        layer("mlp.up_proj", &[FF, HIDDEN], "BF16");
+        layer("mlp.down_proj", &[HIDDEN, FF], "BF16");
+        layer("mlp.ffn_sub_norm", &[FF], "BF16");
+    }
+    tensors
+}
+
+fn safetensors(tensors: &Tensors) -> Vec<u8> {
+    let mut header = serde_json::Map::new();
+    header.insert("__metadata__".into(), json!({"format": "pt"}));
+    let mut data = Vec::new();
+    for (name, (dtype, shape, values)) in tensors {
+        let start = data.len();
+        for &x in values {
+            match *dtype {
+                "F32" => data.extend(x.to_le_bytes()),
+                "F16" => data.extend(half::f16::from_f32(x).to_le_bytes()),
+                "BF16" => data.extend(half::bf16::from_f32(x).to_le_bytes()),
+                _ => data.push(x as u8),
+            }
+        }
+        header.insert(
+            name.clone(),
+            json!({"dtype": dtype, "shape": shape, "data_offsets": [start, data.len()]}),
+        );
+    }
+    let header = Value::from(header).to_string();
+    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat()
+}
+
+fn folder(config: &Value, tensors: &Tensors) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    std::fs::write(dir.path().join("model.safetensors"), safetensors(tensors)).unwrap();
+    dir
+}
+
+fn convert(dir: &TempDir, head: HeadType) -> Result<(Report, Gguf), ConvertError> {
+    let out = tempfile::tempdir().unwrap();
+    let path = out.path().join("out.gguf");
+    let mut last = 0;
+    let mut total = 0;
+    let result = hf_to_gguf(dir.path(), &path, head, &mut |progress| {
+        assert!(progress.done > last && progress.done <= progress.total, "{progress:?}");
+        (last, total) = (progress.done, progress.total);
+    });
+    match result {
+        Ok(report) => {
+            assert_eq!(last, total);
+            Ok((report, Gguf::from_vec("out.gguf", std::fs::read(path).unwrap()).unwrap()))
+        }
+        Err(error) => {
+            assert_eq!(std::fs::read_dir(out.path()).unwrap().count(), 0, "something was left behind");
+            Err(error)
+        }
+    }
+}
+
+/// The message with which a checkpoint is refused.
+fn refusal(dir: &TempDir) -> String {
+    convert(dir, HeadType::Auto).err().expect("a refusal").to_string()
+}
+
+fn floats(gguf: &Gguf, name: &str) -> Vec<f32> {
+    let tensor = gguf.tensor(name).unwrap();
+    assert_eq!(tensor.ty, TensorType::F32);
+    gguf.tensor_bytes(tensor).chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+}
+
+/// Every tensor of the file against the definition.
+fn check(gguf: &Gguf, tensors: &Tensors) {
+    let names = [
+        ("attn_norm", "input_layernorm"),
+        ("attn_sub_norm", "self_attn.attn_sub_norm"),
+        ("ffn_norm", "post_attention_layernorm"),
+        ("ffn_sub_norm", "mlp.ffn_sub_norm"),
+        ("attn_q", "self_attn.q_proj"),
+        ("attn_k", "self_attn.k_proj"),
+        ("attn_v", "self_attn.v_proj"),
+        ("attn_output", "self_attn.o_proj"),
+        ("ffn_gate", "mlp.gate_proj"),
+        ("ffn_up", "mlp.up_proj"),
+        ("ffn_down", "mlp.down_proj"),
+    ];
+    for i in 0..2 {
+        for (at, (ours, theirs)) in names.iter().enumerate() {
+            let name = format!("blk.{i}.{ours}.weight");
+            let (_, shape, values) = &tensors[&format!("model.layers.{i}.{theirs}.weight")];
+            if at < 4 {
+                assert_eq!(&floats(gguf, &name), values);
+                continue;
+            }
+            let tensor = gguf.tensor(&name).unwrap();
+            assert_eq!(tensor.ty, TensorType::I2S);
+            assert_eq!(tensor.dims, [shape[1], shape[0]]);
+            let (codes, tail) = gguf.tensor_bytes(tensor).split_at(values.len() / 4);
+            let mean = (values.iter().map(|w| f64::from(w.abs())).sum::<f64>() / values.len() as f64) as f32;
+            let scale = 1.0 / mean.max(1e-5);
+            let trits: Vec<i8> =
+                values.iter().map(|w| (w * scale).round_ties_even().clamp(-1.0, 1.0) as i8).collect();
+            assert_eq!(unpack_i2s(codes, values.len()).unwrap(), trits);
+            assert_eq!(tail[..4], (1.0 / scale).to_le_bytes());
+            assert_eq!(tail[4..], [0; 28]);
+        }
+    }
+    assert_eq!(floats(gguf, "output_norm.weight"), tensors["model.norm.weight"].2);
+}
+
+#[test]
+fn a_checkpoint_becomes_a_file() {
+    let tensors = tensors();
+    let dir = folder(&config(), &tensors);
+    let (report, gguf) = convert(&dir, HeadType::Auto).unwrap();
+    check(&gguf, &tensors);
+    let embedding = gguf.tensor("token_embd.weight").unwrap();
+    assert_eq!((embedding.ty, &embedding.dims[..]), (TensorType::F16, &[HIDDEN, VOCAB][..]));
+    let halves: Vec<u8> = tensors["model.embed_tokens.weight"]
+        .2
+        .iter()
+        .flat_map(|&x| half::f16::from_f32(x).to_le_bytes())
+        .collect();
+    assert_eq!(gguf.tensor_bytes(embedding), halves);
+
+    assert_eq!(report.architecture, "bitnet-b1.58");
+    assert_eq!(report.tensors, gguf.tensors().len());
+    assert_eq!(report.tensors, 2 * 11 + 2);
+    assert_eq!(report.ternary_weights, 2 * (3 * HIDDEN * HIDDEN + 3 * FF * HIDDEN));
+    assert!(report.zero_weights > 0 && report.zero_weights < report.ternary_weights);
+    assert_eq!(report.notices, ["no tokenizer.json: the file will have no vocabulary"]);
+
+    for (key, value) in [
+        ("bitnet-b1.58.vocab_size", VOCAB),
+        ("bitnet-b1.58.context_length", 128),
+        ("bitnet-b1.58.embedding_length", HIDDEN),
+        ("bitnet-b1.58.block_count", 2),
+        ("bitnet-b1.58.feed_forward_length", FF),
+        ("bitnet-b1.58.attention.head_count", 4),
+        ("bitnet-b1.58.attention.head_count_kv", 2),
+        ("bitnet-b1.58.rope.dimension_count", 8),
+        ("general.file_type", 40),
+        ("general.quantization_version", 2),
+        ("tokenizer.ggml.bos_token_id", 1),
+        ("tokenizer.ggml.eos_token_id", 2),
+    ] {
+        assert_eq!(gguf.get_u64(key).unwrap(), Some(value), "{key}");
+    }
+    assert_eq!(gguf.get_f32("bitnet-b1.58.rope.freq_base").unwrap(), Some(10_000.0));
+    assert_eq!(gguf.get_f32("bitnet-b1.58.attention.layer_norm_rms_epsilon").unwrap(), Some(1e-5));
+    assert_eq!(gguf.get_str("bitnet-b1.58.hidden_act").unwrap(), Some("relu2"));
+    assert!(gguf.get("bitnet-b1.58.attention.key_length").is_none());
+    assert!(gguf.get("tokenizer.ggml.tokens").is_none());
+}
+
+#[test]
+fn variants_of_the_configuration() {
+    let mut config = config();
+    config["hidden_act"] = "silu".into();
+    config["tie_word_embeddings"] = false.into();
+    config["head_dim"] = 16.into();
+    config["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 500000.0});
+    let mut tensors = tensors();
+    for i in 0..2 {
+        for (part, shape) in [
+            ("q_proj", [64, HIDDEN]),
+            ("k_proj", [32, HIDDEN]),
+            ("v_proj", [32, HIDDEN]),
+            ("o_proj", [HIDDEN, 64]),
+        ] {
+            let values = (0..shape[0] * shape[1]).map(|j| (j % 11) as f32 - 5.0).collect();
+            tensors.insert(
+                format!("model.layers.{i}.self_attn.{part}.weight"),
+                ("BF16", shape.to_vec(), values),
+            );
+        }
+        let name = format!("model.layers.{i}.self_attn.attn_sub_norm.weight");
+        tensors.insert(name, ("F32", vec![64], vec![1.0; 64]));
+    }
+    // Exact in bf16 and not in f16.
+    let head = vec![1e-7; (VOCAB * HIDDEN) as usize].into_iter().map(|x| half::bf16::from_f32(x).to_f32());
+    tensors.insert("lm_head.weight".into(), ("BF16", vec![VOCAB, HIDDEN], head.collect()));
+    let (_, gguf) = convert(&folder(&config, &tensors), HeadType::Auto).unwrap();
+    check(&gguf, &tensors);
+    assert_eq!(gguf.tensor("output.weight").unwrap().ty, TensorType::BF16);
+    assert_eq!(gguf.tensor("token_embd.weight").unwrap().ty, TensorType::F16);
+    assert_eq!(gguf.get_str("general.architecture").unwrap(), Some("bitnet"));
+    assert_eq!(gguf.get_str("bitnet.hidden_act").unwrap(), Some("silu"));
+    assert_eq!(gguf.get_u32("bitnet.attention.key_length").unwrap(), Some(16));
+    assert_eq!(gguf.get_u32("bitnet.attention.value_length").unwrap(), Some(16));
+    assert_eq!(gguf.get_f32("bitnet.rope.freq_base").unwrap(), Some(500_000.0));
+}
+
+#[test]
+fn head_types() {
+    let mut tensors = tensors();
+    let (_, _, values) = tensors.get_mut("model.embed_tokens.weight").unwrap();
+    values[5] = 1e-7;
+    let types = |tensors: &Tensors, head| {
+        let (report, gguf) = convert(&folder(&config(), tensors), head).unwrap();
+        assert_eq!(gguf.tensor("token_embd.weight").unwrap().ty, report.embedding);
+        (report.embedding, report.notices.len() - 1)
+    };
+    assert_eq!(types(&tensors, HeadType::Auto), (TensorType::BF16, 0));
+    assert_eq!(types(&tensors, HeadType::F16), (TensorType::F16, 1));
+    assert_eq!(types(&tensors, HeadType::F32), (TensorType::F32, 0));
+    let (dtype, _, values) = tensors.get_mut("model.embed_tokens.weight").unwrap();
+    *dtype = "F32";
+    values[6] = 0.1;
+    assert_eq!(types(&tensors, HeadType::Auto), (TensorType::F32, 0));
+    assert_eq!(types(&tensors, HeadType::Bf16), (TensorType::BF16, 1));
+    tensors.get_mut("model.embed_tokens.weight").unwrap().2[40] = 1e6;
+    let error = convert(&folder(&config(), &tensors), HeadType::F16).err().unwrap().to_string();
+    assert!(error.contains("\"model.embed_tokens.weight\", element [1, 8] at byte"), "{error}");
+    assert!(error.contains("1000000 is too large for F16"), "{error}");
+}
+
+#[test]
+fn a_dead_tensor_is_all_zeros() {
+    let mut tensors = tensors();
+    tensors.get_mut("model.layers.0.mlp.up_proj.weight").unwrap().2.fill(0.0);
+    let (_, gguf) = convert(&folder(&config(), &tensors), HeadType::Auto).unwrap();
+    check(&gguf, &tensors);
+}
+
+#[test]
+fn shards_give_the_same_file() {
+    let tensors = tensors();
+    let dir = folder(&config(), &tensors);
+    let sharded = tempfile::Builder::new().tempdir().unwrap();
+    let sharded_dir = sharded.path().join(dir.path().file_name().unwrap());
+    std::fs::create_dir(&sharded_dir).unwrap();
+    std::fs::copy(dir.path().join("config.json"), sharded_dir.join("config.json")).unwrap();
+    let mut shards = [Tensors::new(), Tensors::new(), Tensors::new()];
+    let mut map = serde_json::Map::new();
+    for (i, (name, tensor)) in tensors.iter().enumerate() {
+        shards[i % 3].insert(name.clone(), tensor.clone());
+        map.insert(name.clone(), format!("part-{}.safetensors", i % 3).into());
+    }
+    for (i, shard) in shards.iter().enumerate() {
+        std::fs::write(sharded_dir.join(format!("part-{i}.safetensors")), safetensors(shard)).unwrap();
+    }
+    let index = sharded_dir.join("model.safetensors.index.json");
+    let write_index = |map: &Value| std::fs::write(&index, json!({"weight_map": map}).to_string()).unwrap();
+    let out = tempfile::tempdir().unwrap();
+    let convert = |dir: &Path, name: &str| {
+        let path = out.path().join(name);
+        hf_to_gguf(dir, &path, HeadType::Auto, &mut |_| ()).map(|_| std::fs::read(path).unwrap())
+    };
+    let map = Value::from(map);
+    write_index(&map);
+    let one = convert(dir.path(), "one").unwrap();
+    assert!(one == convert(&sharded_dir, "sharded").unwrap());
+    assert!(one == convert(dir.path(), "one").unwrap());
+
+    let refusal = || convert(&sharded_dir, "refused").unwrap_err().to_string();
+    let mut wrong = map.clone();
+    wrong["model.norm.weight"] = "../part-0.safetensors".into();
+    write_index(&wrong);
+    assert!(refusal().contains("name of a file in the same folder"), "{}", refusal());
+    let mut wrong = map.clone();
+    wrong["model.extra.weight"] = "part-1.safetensors".into();
+    write_index(&wrong);
+    assert!(refusal().contains("tensor \"model.extra.weight\": expected here by"), "{}", refusal());
+    let mut wrong = map.clone();
+    wrong.as_object_mut().unwrap().remove("model.norm.weight");
+    write_index(&wrong);
+    assert!(refusal().contains("tensor \"model.norm.weight\": not listed in"), "{}", refusal());
+    write_index(&map);
+    std::fs::remove_file(sharded_dir.join("part-2.safetensors")).unwrap();
+    assert!(refusal().contains("part-2.safetensors: cannot open"), "{}", refusal());
+}
+
+#[test]
+fn configurations_are_refused() {
+    for (key, value, expected) in [
+        ("/model_type", json!("llama"), "key \"model_type\": expected \"bitnet\", found \"llama\""),
+        ("/quantization_config", json!(null), "quant_method\": expected \"bitnet\", found nothing"),
+        ("/quantization_config/quantization_mode", json!("offline"), "not supported yet), found \"offline\""),
+        ("/quantization_config/linear_class", json!("bitlinear"), "expected \"autobitlinear\""),
+        ("/hidden_act", json!("gelu"), "expected [\"relu2\",\"silu\"], found \"gelu\""),
+        ("/hidden_size", json!(-3), "expected an integer from 1 to 16777216, found -3"),
+        ("/num_hidden_layers", json!(u64::MAX), "expected an integer from 1"),
+        ("/num_hidden_layers", json!(3), "tensor \"model.layers.2.input_layernorm.weight\": missing"),
+        ("/num_attention_heads", json!(6), "expected a divisor of hidden_size 32"),
+        ("/num_key_value_heads", json!(3), "expected a divisor of 4 heads, found 3"),
+        ("/intermediate_size", json!(68), "expected shape [68, 32] from config.json, found [64, 32]"),
+        ("/vocab_size", json!(21), "expected shape [21, 32] from config.json, found [20, 32]"),
+        ("/vocab_size", json!("20"), "key \"vocab_size\""),
+        ("/rms_norm_eps", json!(0), "key \"rms_norm_eps\""),
+        ("/rope_theta", json!("x"), "key \"rope_theta\""),
+        ("/eos_token_id", json!(20), "expected a token id below 20, found 20"),
+        ("/tie_word_embeddings", json!(false), "tensor \"lm_head.weight\": missing"),
+        ("/max_position_embeddings", json!(1.5), "key \"max_position_embeddings\""),
+    ] {
+        let mut config = config();
+        *config.pointer_mut(key).unwrap() = value;
+        let error = refusal(&folder(&config, &tensors()));
+        assert!(error.contains(expected), "{error}");
+    }
+    for (key, value) in [
+        ("attention_bias", json!(true)),
+        ("rope_scaling", json!({"type": "linear"})),
+        ("rope_parameters", json!({"rope_type": "yarn"})),
+        ("head_dim", json!(7)),
+    ] {
+        let mut config = config();
+        config[key] = value;
+        let error = refusal(&folder(&config, &tensors()));
+        assert!(error.contains("config.json") && error.contains("expected"), "{error}");
+    }
+    let dir = folder(&config(), &tensors());
+    std::fs::write(dir.path().join("config.json"), "{").unwrap();
+    assert!(refusal(&dir).contains("config.json: JSON: EOF"));
+    std::fs::remove_file(dir.path().join("config.json")).unwrap();
+    assert!(refusal(&dir).contains("config.json: cannot read"));
+}
+
+#[test]
+fn tensors_are_refused() {
+    let edited = |edit: &dyn Fn(&mut Tensors)| {
+        let mut tensors = tensors();
+        edit(&mut tensors);
+        refusal(&folder(&config(), &tensors))
+    };
+    let name = "model.layers.1.mlp.down_proj.weight";
+    for (bad, text) in [(f32::NAN, "NaN"), (f32::NEG_INFINITY, "-inf")] {
+        let error = edited(&|t| t.get_mut(name).unwrap().2[130] = bad);
+        assert!(error.contains("down_proj.weight\", element [2, 2] at byte"), "{error}");
+        assert!(error.contains(&format!("expected a finite number, found {text}")), "{error}");
+    }
+    let error = edited(&|t| t.get_mut("model.norm.weight").unwrap().2[7] = f32::INFINITY);
+    assert!(error.contains("element [7] at byte"), "{error}");
+    let error = edited(&|t| drop(t.remove(name)));
+    assert!(error.contains("down_proj.weight\": missing among 23 tensors"), "{error}");
+    let error = edited(&|t| t.get_mut(name).unwrap().1 = vec![FF, HIDDEN]);
+    assert!(error.contains("expected shape [32, 64] from config.json, found [64, 32]"), "{error}");
+    let error = edited(&|t| t.get_mut(name).unwrap().0 = "U8");
+    assert!(error.contains("type U8: packed ternary weights are not supported yet"), "{error}");
+    let error = edited(&|t| t.get_mut(name).unwrap().0 = "I8");
+    assert!(error.contains("expected type F32, F16 or BF16, found I8"), "{error}");
+    let scale = name.replace("weight", "weight_scale");
+    let error = edited(&|t| drop(t.insert(scale.clone(), ("BF16", vec![1], vec![1.0]))));
+    assert!(error.contains("packed ternary weights are not supported yet"), "{error}");
+    let error = edited(&|t| drop(t.insert(name.replace("weight", "bias"), ("BF16", vec![1], vec![1.0]))));
+    assert!(error.contains("down_proj.bias\": not expected"), "{error}");
+    let error = edited(&|t| t.get_mut(name).unwrap().2.truncate(2047));
+    assert!(error.contains("does not fill the 4094 bytes"), "{error}");
+
+    // A head that HF ignores.
+    let mut tensors = tensors();
+    tensors.insert("lm_head.weight".into(), tensors["model.embed_tokens.weight"].clone());
+    let (report, gguf) = convert(&folder(&config(), &tensors), HeadType::Auto).unwrap();
+    assert!(report.notices[1].contains("lm_head.weight is left out"));
+    assert!(gguf.tensor("output.weight").is_none());
+}
+
+#[test]
+fn weights_must_fill_their_blocks() {
+    let mut config = config();
+    config["num_key_value_heads"] = 1.into();
+    config["num_attention_heads"] = 16.into();
+    let mut tensors = tensors();
+    for i in 0..2 {
+        for part in ["k", "v"] {
+            let name = format!("model.layers.{i}.self_attn.{part}_proj.weight");
+            tensors.insert(name, ("BF16", vec![2, HIDDEN], vec![0.5; 2 * HIDDEN as usize]));
+        }
+    }
+    let error = refusal(&folder(&config, &tensors));
+    assert!(error.contains("k_proj.weight\": 64 weights do not fill the blocks of 128"), "{error}");
+}
+
+#[test]
+fn broken_headers_are_refused() {
+    let dir = folder(&config(), &tensors());
+    let path = dir.path().join("model.safetensors");
+    let good = std::fs::read(&path).unwrap();
+    let with = |bytes: &[u8]| {
+        std::fs::write(&path, bytes).unwrap();
+        refusal(&dir)
+    };
+    assert!(with(&good[..5]).contains("header: expected its length in the first 8 bytes, the file has 5"));
+    let most = good.len() - 8;
+    for len in [u64::MAX, most as u64 + 1] {
+        let error = with(&[&len.to_le_bytes(), &good[8..]].concat());
+        assert!(error.contains(&format!("at most {most} bytes at byte 0, found {len}")), "{error}");
+    }
+    let error = with(&good[..good.len() - 1]);
+    assert!(error.contains("expected offsets in the") && error.contains("tensor \""), "{error}");
+    let mut bad = good.clone();
+    bad[8] = b'[';
+    assert!(with(&bad).contains("header: "));
+    std::fs::remove_file(&path).unwrap();
+    assert!(refusal(&dir).contains("model.safetensors: cannot open"));
+}
+
+#[test]
+fn an_older_file_survives_a_refusal() {
+    let mut tensors = tensors();
+    tensors.get_mut("model.layers.1.mlp.up_proj.weight").unwrap().2[0] = f32::NAN;
+    let dir = folder(&config(), &tensors);
+    let out = tempfile::tempdir().unwrap();
+    let path = out.path().join("out.gguf");
+    std::fs::write(&path, "older").unwrap();
+    assert!(hf_to_gguf(dir.path(), &path, HeadType::Auto, &mut |_| ()).is_err());
+    assert_eq!(std::fs::read(&path).unwrap(), b"older");
+    assert_eq!(std::fs::read_dir(out.path()).unwrap().count(), 1);
+}
+
+/// The 256 byte tokens, one merge, and three special tokens.
+fn tokenizer() -> Value {
+    let alphabet: Vec<char> = (0u32..256)
+        .map(|b| {
+            let printable = matches!(b, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
+            let nth = (0..b).filter(|b| !matches!(b, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff)).count() as u32;
+            char::from_u32(if printable { b } else { 256 + nth }).unwrap()
+        })
+        .collect();
+    let mut vocab: serde_json::Map<String, Value> =
+        alphabet.iter().enumerate().map(|(id, c)| (c.to_string(), id.into())).collect();
+    vocab.insert("th".into(), 256.into());
+    let specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"];
+    let added: Vec<Value> =
+        (257..).zip(specials).map(|(id, text)| json!({"id": id, "content": text, "special": true})).collect();
+    let pattern = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*\
+                   |\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
+    json!({
+        "added_tokens": added,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false},
+            {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
+        ]},
+        "model": {"type": "BPE", "vocab": vocab, "merges": [["t", "h"]], "ignore_merges": true},
+    })
+}
+
+#[test]
+fn the_tokenizer_comes_along() {
+    let mut config = config();
+    config["vocab_size"] = 262.into();
+    config["bos_token_id"] = 257.into();
+    config["eos_token_id"] = 258.into();
+    config["pad_token_id"] = 258.into();
+    let mut tensors = tensors();
+    let embedding = ("BF16", vec![262, HIDDEN], vec![0.5; 262 * HIDDEN as usize]);
+    tensors.insert("model.embed_tokens.weight".into(), embedding);
+    let dir = folder(&config, &tensors);
+    let write = |name: &str, json: &Value| std::fs::write(dir.path().join(name), json.to_string()).unwrap();
+    write("tokenizer.json", &tokenizer());
+    let (report, gguf) = convert(&dir, HeadType::Auto).unwrap();
+    assert_eq!(report.notices, [""; 0]);
+    let strings =
+        |key| gguf.get_array(key).unwrap().unwrap().strs().unwrap().map(str::to_owned).collect::<Vec<_>>();
+    let tokens = strings("tokenizer.ggml.tokens");
+    assert_eq!(tokens.len(), 262);
+    assert_eq!(
+        tokens[255..],
+        ["ÿ", "th", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "[PAD260]", "[PAD261]"]
+    );
+    assert_eq!(strings("tokenizer.ggml.merges"), ["t h"]);
+    let types: Vec<i128> =
+        gguf.get_array("tokenizer.ggml.token_type").unwrap().unwrap().ints().unwrap().collect();
+    assert_eq!(types[255..], [1, 1, 3, 3, 3, 5, 5]);
+    for (key, id) in [("bos", 257), ("eos", 258), ("padding", 258), ("eot", 259)] {
+        assert_eq!(gguf.get_u32(&format!("tokenizer.ggml.{key}_token_id")).unwrap(), Some(id), "{key}");
+    }
+    assert_eq!(gguf.get_str("tokenizer.ggml.model").unwrap(), Some("gpt2"));
+    assert_eq!(gguf.get_str("tokenizer.ggml.pre").unwrap(), Some("llama-bpe"));
+    assert_eq!(gguf.get_bool("tokenizer.ggml.add_bos_token").unwrap(), Some(true));
+    assert_eq!(gguf.get_str("tokenizer.chat_template").unwrap(), None);
+
+    let template = |gguf: &Gguf| gguf.get_str("tokenizer.chat_template").unwrap().map(str::to_owned);
+    write("tokenizer_config.json", &json!({"add_bos_token": false, "chat_template": "{{ messages }}"}));
+    let (_, gguf) = convert(&dir, HeadType::Auto).unwrap();
+    assert_eq!(gguf.get_bool("tokenizer.ggml.add_bos_token").unwrap(), Some(false));
+    assert_eq!(template(&gguf).as_deref(), Some("{{ messages }}"));
+    let named = json!([{"name": "tools", "template": "a"}, {"name": "default", "template": "b"}]);
+    write("tokenizer_config.json", &json!({"chat_template": named}));
+    assert_eq!(template(&convert(&dir, HeadType::Auto).unwrap().1).as_deref(), Some("b"));
+    std::fs::write(dir.path().join("chat_template.jinja"), "c").unwrap();
+    assert_eq!(template(&convert(&dir, HeadType::Auto).unwrap().1).as_deref(), Some("c"));
+
+    let mut wrong = tokenizer();
+    wrong["model"]["ignore_merges"] = false.into();
+    write("tokenizer.json", &wrong);
+    assert!(refusal(&dir).contains("tokenizer.json: key \"model.ignore_merges\": expected true"));
+    let mut wrong = tokenizer();
+    wrong["model"]["merges"] = json!([["t", "x"]]);
+    write("tokenizer.json", &wrong);
+    assert!(refusal(&dir).contains("merge 0"));
+    write("tokenizer.json", &tokenizer());
+    config["vocab_size"] = 259.into();
+    write("config.json", &config);
+    assert!(refusal(&dir).contains("260 tokens, config.json has a vocab_size of 259"));
+}
