@@ -1,5 +1,5 @@
 //! Conversion of checkpoints that the tests write themselves.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used)] // a test fails by panicking
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -7,6 +7,7 @@ use std::path::Path;
 use bitnet::convert::{ConvertError, HeadType, Report, hf_to_gguf};
 use bitnet::gguf::{Gguf, TensorType};
 use bitnet::kernels::ternary::pack::unpack_i2s;
+use proptest::prelude::*;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -115,7 +116,7 @@ fn convert(dir: &TempDir, head: HeadType) -> Result<(Report, Gguf), ConvertError
 
 /// The message with which a checkpoint is refused.
 fn refusal(dir: &TempDir) -> String {
-    convert(dir, HeadType::Auto).err().expect("a refusal").to_string()
+    convert(dir, HeadType::Auto).expect_err("a refusal").to_string()
 }
 
 fn floats(gguf: &Gguf, name: &str) -> Vec<f32> {
@@ -448,6 +449,25 @@ fn broken_headers_are_refused() {
     assert!(with(&bad).contains("header: "));
     std::fs::remove_file(&path).unwrap();
     assert!(refusal(&dir).contains("model.safetensors: cannot open"));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Any bytes in the header end in a file or an error.
+    #[test]
+    fn altered_headers_do_not_panic(
+        edits in proptest::collection::vec((0usize..3000, prop_oneof![any::<u8>(), b'0'..=b'9']), 1..4),
+    ) {
+        let dir = folder(&config(), &tensors());
+        let path = dir.path().join("model.safetensors");
+        let mut bytes = std::fs::read(&path).unwrap();
+        for (at, byte) in edits {
+            bytes[at] = byte;
+        }
+        std::fs::write(&path, bytes).unwrap();
+        drop(convert(&dir, HeadType::Auto));
+    }
 }
 
 #[test]
