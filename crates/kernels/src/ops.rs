@@ -78,7 +78,7 @@ pub(crate) fn rmsnorm<I: Isa>(isa: I, x: &[f32], weight: &[f32], eps: f32, out: 
     );
 }
 
-/// Quantises a row to int8 with absmax scaling: q = round_half_even(x * s), s = 127 / max(max|x|, 1e-5). The codes are
+/// Quantises a row to int8 with absmax scaling: q = round_half_even(x * s), s = (1 / max(max|x|, 1e-5)) * 127. The codes are
 /// written in the order of [`crate::ternary::position`], the padding with zeros. Returns s and the sum of the codes.
 #[inline(always)]
 pub(crate) fn quantize<I: Isa>(isa: I, x: &[f32], codes: &mut [i8]) -> (f32, i32) {
@@ -92,7 +92,8 @@ pub(crate) fn quantize<I: Isa>(isa: I, x: &[f32], codes: &mut [i8]) -> (f32, i32
     }
     let mut lanes = [0.0; 16];
     isa.store(top, &mut lanes);
-    let scale = 127.0 / lanes.into_iter().fold(0.0, |a: f32, b| if b > a { b } else { a });
+    // A reciprocal and a product, as the reference computes it: two roundings.
+    let scale = 1.0 / lanes.into_iter().fold(0.0, |a: f32, b| if b > a { b } else { a }) * 127.0;
     let s = isa.splat(scale);
     for chunk in 0..codes.len() / 256 {
         let out = &mut codes.as_chunks_mut::<256>().0[chunk];

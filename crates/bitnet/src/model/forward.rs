@@ -1,6 +1,6 @@
 //! The forward pass of BitNet b1.58 (arXiv:2402.17764; the shapes are those of Hugging Face's `BitNetForCausalLM`).
 
-use super::{Model, rope};
+use super::Model;
 use bitnet_kernels::{Compute, KvStore, QuantizedRows};
 
 /// One token of a step.
@@ -115,12 +115,7 @@ impl Model {
         compute.embed(&weights.embedding, ids, x)?;
         for (i, row) in rows.iter().enumerate() {
             let range = i * half..(i + 1) * half;
-            rope::angles(
-                &self.inverse_frequencies,
-                row.position as usize,
-                &mut cos[range.clone()],
-                &mut sin[range],
-            );
+            self.rope_angles(row.position as usize, &mut cos[range.clone()], &mut sin[range]);
         }
         for (index, layer) in weights.layers.iter().enumerate() {
             compute.norm_quantize(x, &layer.attn_norm, eps, workers, codes);

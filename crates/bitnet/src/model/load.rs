@@ -1,7 +1,7 @@
 //! From a file to a model: everything is checked here, once.
 
 use super::config::{Keys, Repair};
-use super::rope::inverse_frequencies;
+use super::rope::{angles, inverse_frequencies};
 use super::weights::WeightPlan;
 use super::{Config, Layer, Weights};
 use crate::Error;
@@ -18,7 +18,7 @@ pub struct Model {
     special: SpecialTokens,
     repairs: Vec<Repair>,
     weight_bytes: usize,
-    pub(super) inverse_frequencies: Vec<f32>,
+    inverse_frequencies: Vec<f32>,
 }
 
 /// The tokens with a meaning of their own.
@@ -126,6 +126,11 @@ impl Model {
             special: SpecialTokens::default(),
             repairs: Vec::new(),
         })
+    }
+
+    /// Cosines and sines of RoPE's angles at `position`, `rope_dim / 2` each.
+    pub fn rope_angles(&self, position: usize, cos: &mut [f32], sin: &mut [f32]) {
+        angles(&self.inverse_frequencies, position, cos, sin);
     }
 
     /// The file the model came from.

@@ -386,6 +386,8 @@ fn fill(planner: &Planner<'_>, buffer: &mut [u8], compute: &Compute) -> Result<(
             }
         }
     });
+    // Faults map neighbouring pages too, in parts that were done with.
+    gguf.advise_dontneed(gguf.data_offset()..gguf.byte_len());
     failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 

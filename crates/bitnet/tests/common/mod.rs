@@ -1,0 +1,99 @@
+//! The golden models: reference fixtures written by `tools/make_goldens.py`, and the GGUF files made from their checkpoints.
+#![allow(dead_code)] // each test binary uses a part
+
+use bitnet::convert::{HeadType, hf_to_gguf};
+use bitnet::gguf::Gguf;
+use bitnet::kernels::{Compute, Kernels};
+use bitnet::model::Model;
+use bitnet::{Engine, EngineOptions};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+/// Every golden model.
+pub(crate) const MODELS: [&str; 5] = ["demo", "gqa", "silu", "mha", "ragged"];
+
+pub(crate) fn fixture(model: &str, file: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models").join(model).join(file)
+}
+
+/// The GGUF of a golden model: the shipped one, or converted from the checkpoint beside the fixture.
+pub(crate) fn gguf(model: &str) -> Gguf {
+    if model == "demo" {
+        return Gguf::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/demo.gguf")).unwrap();
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("model.gguf");
+    hf_to_gguf(&fixture(model, ""), &out, HeadType::Auto, &mut |_| {}).unwrap();
+    Gguf::from_vec(model, std::fs::read(out).unwrap()).unwrap()
+}
+
+pub(crate) fn engine(
+    gguf: &Gguf,
+    kernels: &'static Kernels,
+    threads: usize,
+    max_rows: usize,
+    sequences: usize,
+) -> Engine {
+    let compute = Compute::new(kernels, threads);
+    let model = Model::load(gguf, &compute).unwrap();
+    Engine::new(model, compute, EngineOptions { context: 640, sequences, max_rows }).unwrap()
+}
+
+/// The tensors of a safetensors file.
+pub(crate) struct Tensors(HashMap<String, (String, Vec<usize>, Vec<u8>)>);
+
+impl Tensors {
+    pub(crate) fn read(path: &Path) -> Self {
+        let bytes = std::fs::read(path).unwrap();
+        let header_len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header_len]).unwrap();
+        let data = &bytes[8 + header_len..];
+        let entries = header.as_object().unwrap().iter().filter(|(name, _)| *name != "__metadata__");
+        Self(
+            entries
+                .map(|(name, info)| {
+                    let number = |v: &serde_json::Value| v.as_u64().unwrap() as usize;
+                    let shape = info["shape"].as_array().unwrap().iter().map(number).collect();
+                    let range = number(&info["data_offsets"][0])..number(&info["data_offsets"][1]);
+                    (name.clone(), (info["dtype"].as_str().unwrap().to_owned(), shape, data[range].to_vec()))
+                })
+                .collect(),
+        )
+    }
+    fn get(&self, name: &str) -> &(String, Vec<usize>, Vec<u8>) {
+        self.0.get(name).unwrap_or_else(|| panic!("no tensor {name}"))
+    }
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+    pub(crate) fn rows(&self, name: &str) -> usize {
+        self.get(name).1[0]
+    }
+    /// F32 or BF16, as float32.
+    pub(crate) fn floats(&self, name: &str) -> Vec<f32> {
+        let (dtype, _, bytes) = self.get(name);
+        match dtype.as_str() {
+            "F32" => bytes.chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect(),
+            "BF16" => bytes
+                .chunks(2)
+                .map(|b| f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16))
+                .collect(),
+            other => panic!("{name} is {other}"),
+        }
+    }
+    pub(crate) fn ints(&self, name: &str) -> Vec<i32> {
+        let (dtype, _, bytes) = self.get(name);
+        assert_eq!(dtype, "I32");
+        bytes.chunks(4).map(|b| i32::from_le_bytes(b.try_into().unwrap())).collect()
+    }
+    pub(crate) fn codes(&self, name: &str) -> Vec<i8> {
+        let (dtype, _, bytes) = self.get(name);
+        assert_eq!(dtype, "I8");
+        bytes.iter().map(|&b| b as i8).collect()
+    }
+}
+
+/// Token ids of a golden model.
+pub(crate) fn ids(golden: &Tensors) -> Vec<u32> {
+    golden.ints("ids").into_iter().map(|id| id as u32).collect()
+}

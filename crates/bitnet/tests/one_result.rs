@@ -1,0 +1,142 @@
+//! The logits of whole models have the same bits for every instruction set, number of threads, chunking of the prompt and
+//! company in the batch.
+
+mod common;
+
+use bitnet::gguf::Gguf;
+use bitnet::kernels::{Kernels, best, supported};
+use bitnet::{Engine, Feed, SequenceId, Wanted};
+use common::{MODELS, Tensors, engine, fixture, gguf, ids};
+
+const POSITIONS: usize = 150;
+
+fn bits(logits: &[f32]) -> Vec<u32> {
+    logits.iter().map(|x| x.to_bits()).collect()
+}
+
+fn feed(engine: &mut Engine, sequence: SequenceId, tokens: &[u32]) -> Vec<u32> {
+    bits(engine.feed(&[Feed { sequence, tokens, wanted: Wanted::All }]).unwrap())
+}
+
+fn alone(gguf: &Gguf, tokens: &[u32], kernels: &'static Kernels, threads: usize, chunk: usize) -> Vec<u32> {
+    let mut engine = engine(gguf, kernels, threads, 512, 1);
+    let sequence = engine.open();
+    tokens.chunks(chunk).flat_map(|tokens| feed(&mut engine, sequence, tokens)).collect()
+}
+
+fn model(name: &str) -> (Gguf, Vec<u32>) {
+    let golden = Tensors::read(&fixture(name, "golden.safetensors"));
+    (gguf(name), ids(&golden)[..POSITIONS].to_vec())
+}
+
+#[test]
+fn instruction_sets_and_threads() {
+    for name in MODELS {
+        let (gguf, tokens) = model(name);
+        let reference = alone(&gguf, &tokens, supported()[0], 1, 512);
+        assert!(reference.iter().all(|&x| f32::from_bits(x).is_finite()));
+        for kernels in supported() {
+            for threads in [1, 2, 3] {
+                let got = alone(&gguf, &tokens, kernels, threads, 512);
+                assert!(got == reference, "{name}: {} on {threads} threads", kernels.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn chunks_of_the_prompt() {
+    for name in MODELS {
+        let (gguf, tokens) = model(name);
+        let reference = alone(&gguf, &tokens, best(), 2, 512);
+        for kernels in supported() {
+            for chunk in [1, 7, 64] {
+                let got = alone(&gguf, &tokens, kernels, 2, chunk);
+                assert!(got == reference, "{name}: {} in chunks of {chunk}", kernels.name());
+            }
+        }
+        // The engine's own cut of a long prompt.
+        let mut engine = engine(&gguf, best(), 2, 33, 1);
+        let sequence = engine.open();
+        assert!(feed(&mut engine, sequence, &tokens) == reference, "{name}: steps of 33");
+    }
+}
+
+#[test]
+fn company_in_the_batch() {
+    for name in MODELS {
+        let (gguf, tokens) = model(name);
+        // Five sequences of different lengths and contents, fed together piece by piece in steps that mix them.
+        let prompts: Vec<&[u32]> =
+            [(0, 40), (3, 101), (50, 51), (90, 150), (20, 97)].map(|(a, b)| &tokens[a..b]).into();
+        for kernels in supported() {
+            let mut engine = engine(&gguf, kernels, 3, 13, 6);
+            let sequences: Vec<SequenceId> = prompts.iter().map(|_| engine.open()).collect();
+            let mut got = vec![Vec::new(); 5];
+            let vocab = engine.model().config().vocab_size;
+            for piece in 0..3 {
+                let parts: Vec<&[u32]> =
+                    prompts.iter().map(|p| &p[p.len() * piece / 3..p.len() * (piece + 1) / 3]).collect();
+                let feeds: Vec<Feed<'_>> = sequences
+                    .iter()
+                    .zip(&parts)
+                    .map(|(&sequence, tokens)| Feed { sequence, tokens, wanted: Wanted::All })
+                    .collect();
+                let mut logits = engine.feed(&feeds).unwrap();
+                for (got, part) in got.iter_mut().zip(&parts) {
+                    let (own, rest) = logits.split_at(part.len() * vocab);
+                    got.extend(bits(own));
+                    logits = rest;
+                }
+            }
+            for (prompt, got) in prompts.iter().zip(got) {
+                let reference = alone(&gguf, prompt, best(), 1, 512);
+                assert!(got == reference, "{name}: {}, prompt of {}", kernels.name(), prompt.len());
+            }
+        }
+    }
+}
+
+#[test]
+fn truncated_and_reused_sequences() {
+    let (gguf, tokens) = model("gqa");
+    let mut engine = engine(&gguf, best(), 2, 512, 2);
+    let reference = alone(&gguf, &tokens, best(), 2, 512);
+    let vocab = engine.model().config().vocab_size;
+    let (first, second) = (engine.open(), engine.open());
+    feed(&mut engine, first, &tokens[40..]);
+    feed(&mut engine, second, &tokens);
+    engine.close(first);
+    engine.truncate(second, 70);
+    assert_eq!(engine.tokens(second), &tokens[..70]);
+    assert!(feed(&mut engine, second, &tokens[70..]) == reference[70 * vocab..]);
+    let third = engine.open();
+    assert!(engine.tokens(third).is_empty());
+    assert!(feed(&mut engine, third, &tokens) == reference);
+}
+
+#[test]
+fn a_refused_feed_changes_nothing() {
+    let (gguf, tokens) = model("gqa");
+    let mut engine = engine(&gguf, best(), 2, 512, 1);
+    let sequence = engine.open();
+    let reference = feed(&mut engine, sequence, &tokens);
+    engine.truncate(sequence, 10);
+    let vocab = engine.model().config().vocab_size;
+    for (bad, message) in [
+        (
+            vec![1, 2, vocab as u32],
+            format!("token 2 of the input is {vocab}, the vocabulary ends at {}", vocab - 1),
+        ),
+        (vec![1; 631], "641 tokens do not fit in the context of 640 tokens".to_owned()),
+    ] {
+        let error = engine.feed(&[Feed { sequence, tokens: &bad, wanted: Wanted::Last }]).unwrap_err();
+        assert_eq!(error.to_string(), message);
+        assert_eq!(engine.tokens(sequence), &tokens[..10]);
+    }
+    let other = engine.open();
+    let full = vec![1; 600];
+    let error = engine.feed(&[Feed { sequence: other, tokens: &full, wanted: Wanted::Last }]).unwrap_err();
+    assert_eq!(error.to_string(), "the key/value cache is full: 10 pages of 64 tokens are in use");
+    assert!(feed(&mut engine, sequence, &tokens[10..]) == reference[10 * vocab..]);
+}
