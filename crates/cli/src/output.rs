@@ -75,7 +75,7 @@ pub fn interrupt_flag() -> anyhow::Result<Arc<AtomicBool>> {
     Ok(flag)
 }
 
-/// Writes a file by `write`: it appears under its name when it is complete, or not at all.
+/// Writes a file by `write`, whose own `io::Error`s get its name: it appears when it is complete, or not at all.
 pub fn write_file(
     path: &Path,
     write: impl FnOnce(&mut dyn Write) -> anyhow::Result<()>,
@@ -97,7 +97,7 @@ pub fn write_file(
     };
     let file = builder.prefix(".bitnet-").tempfile_in(folder).with_context(failed)?;
     let mut buffered = io::BufWriter::with_capacity(1 << 20, file);
-    write(&mut buffered).with_context(failed)?;
+    write(&mut buffered).map_err(|e| if e.is::<io::Error>() { e.context(failed()) } else { e })?;
     let file = buffered.into_inner().map_err(io::IntoInnerError::into_error).with_context(failed)?;
     file.as_file().sync_all().with_context(failed)?;
     file.persist(path).map_err(|error| error.error).with_context(failed)?;

@@ -238,19 +238,3 @@ fn value_json(value: &Value<'_>) -> serde_json::Value {
         (_, _, number) => json!(number),
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn no_tensor_is_counted_twice() {
-        let gguf = source::open(None).unwrap();
-        let types = by_type(&gguf);
-        assert_eq!(types.iter().map(|row| row.1).sum::<usize>(), gguf.tensors().len());
-        assert_eq!(
-            types.iter().map(|row| row.2).sum::<u64>(),
-            gguf.tensors().iter().map(|t| t.byte_len).sum()
-        );
-    }
-}

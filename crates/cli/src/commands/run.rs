@@ -77,7 +77,7 @@ struct SamplingArgs {
     /// Added to a token's logit; -inf forbids it; may be given several times
     #[arg(long, value_name = "ID=BIAS", value_parser = parse_bias)]
     logit_bias: Vec<(u32, f32)>,
-    /// Start of the random numbers [default: random]
+    /// Start of the random numbers, 64 bits [default: 32 random ones, told with the statistics]
     #[arg(short = 's', long, value_name = "S")]
     seed: Option<u64>,
 }
@@ -161,7 +161,7 @@ impl SamplingArgs {
             frequency_penalty: self.frequency_penalty,
             presence_penalty: self.presence_penalty,
             logit_bias: self.logit_bias.clone(),
-            seed: self.seed.unwrap_or_else(|| RandomState::new().hash_one(0)),
+            seed: self.seed.unwrap_or_else(|| RandomState::new().hash_one(0) >> 32),
         };
         Sampler::new(config).unwrap_or_else(|error| {
             crate::Cli::command().error(clap::error::ErrorKind::ValueValidation, error).exit()

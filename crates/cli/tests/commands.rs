@@ -1,0 +1,401 @@
+//! The `bitnet` command as scripts see it: stdout, stderr and exit codes of the real binary on the built-in demo.
+
+#![allow(clippy::unwrap_used)] // in the helpers of tests too
+
+use assert_cmd::Command;
+use bitnet::gguf::{Gguf, TensorType, Value, Writer};
+use bitnet::kernels::supported;
+use serde_json::Value as Json;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const DEMO: &[u8] = include_bytes!("../../../models/demo.gguf");
+const ONCE: [&str; 7] = ["run", "-p", "Once upon a time", "-n", "24", "--seed", "7"];
+
+struct Outcome {
+    code: i32,
+    stdout: Vec<u8>,
+    stderr: String,
+}
+
+fn bitnet_with(stdin: &[u8], args: &[&str]) -> Outcome {
+    let output = Command::cargo_bin("bitnet").unwrap().args(args).write_stdin(stdin).output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    Outcome { code: output.status.code().unwrap(), stdout: output.stdout, stderr }
+}
+
+fn bitnet(args: &[&str]) -> Outcome {
+    bitnet_with(b"", args)
+}
+
+/// stdout of a command that must succeed.
+fn stdout(args: &[&str]) -> String {
+    let Outcome { code, stdout, stderr } = bitnet(args);
+    assert_eq!(code, 0, "{args:?}: {stderr}");
+    String::from_utf8(stdout).unwrap()
+}
+
+/// The one line on stderr of a command that must fail, with nothing on stdout.
+fn error(outcome: &Outcome) -> &str {
+    let Outcome { code, stdout, stderr } = outcome;
+    let lines: Vec<_> = stderr.lines().filter(|line| !line.starts_with("note: ")).collect();
+    assert!(*code == 1 && lines.len() == 1 && stdout.is_empty(), "{code}: {stderr}");
+    lines[0].strip_prefix("error: ").unwrap()
+}
+
+fn json(args: &[&str]) -> Json {
+    serde_json::from_str(&stdout(args)).unwrap()
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// The demo with other keys and tensors: `edit` gives None for what is left out.
+fn rewritten(
+    folder: &Path,
+    key: impl for<'a> Fn(&str, Value<'a>) -> Option<Value<'a>>,
+    tensor: impl Fn(&str, &[u64]) -> Option<Vec<u64>>,
+) -> PathBuf {
+    let demo = Gguf::from_static("demo", DEMO).unwrap();
+    let path = folder.join("edited.gguf");
+    let mut writer = Writer::new(&path);
+    for (name, value) in demo.metadata() {
+        if let Some(value) = key(name, value) {
+            writer.meta(name, value).unwrap();
+        }
+    }
+    let kept: Vec<_> = demo.tensors().iter().filter_map(|t| Some((t, tensor(&t.name, &t.dims)?))).collect();
+    for (t, dims) in &kept {
+        writer.tensor(&t.name, dims, t.ty).unwrap();
+    }
+    let mut data = writer.create().unwrap();
+    for (t, dims) in &kept {
+        data.tensor(&t.name, &demo.tensor_bytes(t)[..t.ty.byte_len(dims).unwrap() as usize]).unwrap();
+    }
+    data.finish().unwrap();
+    path
+}
+
+#[test]
+fn run_prints_the_continuation_and_statistics() {
+    let greedy = ["run", "-p", "Once upon a time", "-n", "24", "--temp", "0"];
+    let first = bitnet(&greedy);
+    assert_eq!(first.code, 0);
+    let story = String::from_utf8(first.stdout.clone()).unwrap();
+    assert!(story.ends_with('\n') && !story.contains("Once upon a time"), "{story:?}");
+    for word in ["prompt", "generated", "tokens/s", "seed", "threads", "first token"] {
+        assert!(first.stderr.contains(word), "{}", first.stderr);
+    }
+    assert_eq!(bitnet(&greedy).stdout, first.stdout);
+    let quiet = bitnet(&[&greedy[..], &["--quiet"]].concat());
+    assert_eq!((quiet.stdout, quiet.stderr.as_str()), (first.stdout, ""));
+    let object = json(&[&greedy[..], &["--json"]].concat());
+    assert_eq!(object["text"].as_str().unwrap().trim_end(), story.trim_end());
+    assert_eq!(
+        (object["finish"].as_str(), object["tokens"].as_array().map(Vec::len)),
+        (Some("length"), Some(24))
+    );
+}
+
+#[test]
+fn a_seed_gives_one_text_on_all_kernels_and_threads() {
+    let expected = stdout(&ONCE);
+    for kernels in supported() {
+        for threads in ["1", "2"] {
+            let args = [&ONCE[..], &["--kernels", kernels.name(), "-t", threads]].concat();
+            assert_eq!(stdout(&args), expected, "{} {threads}", kernels.name());
+        }
+    }
+}
+
+#[test]
+fn prompts_come_from_file_and_stdin() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("prompt.txt");
+    fs::write(&file, "Once upon a time\n").unwrap();
+    let expected = stdout(&ONCE);
+    assert_eq!(stdout(&["run", "-f", text(&file), "-n", "24", "--seed", "7"]), expected);
+    let piped = bitnet_with(b"Once upon a time\n", &["run", "-n", "24", "--seed", "7"]);
+    assert_eq!(piped.stdout, expected.as_bytes());
+}
+
+#[test]
+fn generation_ends_where_it_is_told() {
+    let whole = stdout(&ONCE);
+    let word = whole.split_whitespace().nth(5).unwrap();
+    let cut = json(&[&ONCE[..], &["--json", "--stop", word]].concat());
+    assert_eq!(cut["finish"], "stop_string");
+    assert_eq!(cut["text"].as_str().unwrap(), &whole[..whole.find(word).unwrap()]);
+    let full = json(&["run", "-p", "Once upon a time", "-n", "-1", "-c", "12", "--ignore-eos", "--json"]);
+    assert_eq!(full["finish"], "context_full");
+    assert_eq!(stdout(&["run", "-p", "Once", "-n", "0"]), "\n");
+    let forced = json(&["run", "-p", "Once", "-n", "3", "--temp", "0", "--json", "--logit-bias", "4089=1e9"]);
+    assert_eq!((&forced["finish"], &forced["text"]), (&Json::from("stop_token"), &Json::from("")));
+}
+
+#[test]
+fn text_survives_tokens_and_back() {
+    for source in ["Once upon a time", "  naïve 🦊\n\n\tx", "<|eot_id|> is text"] {
+        let ids = stdout(&["tokenize", source]);
+        assert!(ids.starts_with("4088 "), "{ids}");
+        let ids: Vec<&str> = ids.split_whitespace().collect();
+        assert_eq!(stdout(&[&["detokenize"], &ids[..]].concat()), source);
+        assert_eq!(stdout(&["detokenize", &ids.join(",")]), source);
+    }
+    let object = json(&["tokenize", "--json", "--special", "--no-bos", "a<|eot_id|>"]);
+    assert_eq!(object["pieces"].as_array().unwrap().last().unwrap(), "<|eot_id|>");
+    assert_eq!(bitnet_with(b"Once", &["tokenize"]).stdout, stdout(&["tokenize", "Once"]).as_bytes());
+}
+
+#[test]
+fn logits_are_a_numpy_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let (list, file) = (folder.path().join("list.npy"), folder.path().join("file.npy"));
+    let ids: Vec<String> = (100..170).map(|id| id.to_string()).collect();
+    stdout(&["logits", "--tokens", &ids.join(","), "-o", text(&list)]);
+    let bytes = fs::read(&list).unwrap();
+    let header = 10 + usize::from(u16::from_le_bytes([bytes[8], bytes[9]]));
+    assert!(bytes.starts_with(b"\x93NUMPY\x01\x00"));
+    assert!(String::from_utf8_lossy(&bytes[..header]).contains("'<f4'"));
+    assert!(String::from_utf8_lossy(&bytes[..header]).contains("(70, 4096)"));
+    assert_eq!(bytes.len(), header + 70 * 4096 * 4);
+    assert!(bytes[header..].chunks_exact(4).all(|b| f32::from_le_bytes(b.try_into().unwrap()).is_finite()));
+    let ids_file = folder.path().join("ids.txt");
+    fs::write(&ids_file, ids.join("\n")).unwrap();
+    stdout(&["logits", "--tokens-file", text(&ids_file), "-o", text(&file)]);
+    assert!(fs::read(&file).unwrap() == bytes);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 3);
+}
+
+#[test]
+fn perplexity_of_a_story_is_low() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("story.txt");
+    let story = stdout(&["run", "-p", "Once upon a time", "-n", "200", "--seed", "3", "--ignore-eos"]);
+    fs::write(&file, story).unwrap();
+    let args = ["perplexity", "-f", text(&file), "-c", "64"];
+    let object = json(&[&args[..], &["--json"]].concat());
+    let perplexity = object["perplexity"].as_f64().unwrap();
+    assert!((1.0..200.0).contains(&perplexity), "{perplexity}");
+    assert_eq!(object["tokens_scored"].as_u64(), object["windows"].as_u64().map(|n| n * 31));
+    let line = stdout(&args);
+    assert!(
+        line.starts_with(&format!("perplexity: {perplexity:.4} ± ")) && line.lines().count() == 1,
+        "{line}"
+    );
+    let short = bitnet_with(b"too short", &["perplexity"]);
+    assert!(error(&short).contains("1024"), "{}", short.stderr);
+}
+
+#[test]
+fn inspect_shows_sound_and_refused_files() {
+    let object = json(&["inspect", "--json"]);
+    assert_eq!(object["config"]["vocab_size"], 4096);
+    assert!(object["repairs"].is_array() && object["memory"]["total_bytes"].as_u64() > Some(1 << 20));
+    assert!(stdout(&["inspect", "--tensors"]).contains("token_embd.weight"));
+    let folder = tempfile::tempdir().unwrap();
+    let path = rewritten(
+        folder.path(),
+        |_, v| Some(v),
+        |name, dims| (name != "output_norm.weight").then(|| dims.to_vec()),
+    );
+    let refused = bitnet(&["inspect", text(&path), "--json"]);
+    assert_eq!(refused.code, 1);
+    let object: Json = serde_json::from_slice(&refused.stdout).unwrap();
+    assert!(object["error"].as_str().unwrap().contains("output_norm.weight"), "{}", object["error"]);
+    assert!(refused.stderr.contains("output_norm.weight"));
+    let refused = bitnet(&["inspect", text(&path)]);
+    assert!(String::from_utf8(refused.stdout).unwrap().contains("general.architecture"));
+}
+
+#[test]
+fn repairs_are_told_in_a_line_each() {
+    let folder = tempfile::tempdir().unwrap();
+    let path =
+        rewritten(folder.path(), |k, v| (k != "tokenizer.ggml.pre").then_some(v), |_, d| Some(d.to_vec()));
+    let told = bitnet(&["tokenize", "-m", text(&path), "Once"]);
+    let notes: Vec<_> = told.stderr.lines().filter(|line| line.starts_with("note: ")).collect();
+    assert_eq!(told.code, 0);
+    assert!(notes.iter().any(|line| line.contains("pre-tokenizer")), "{}", told.stderr);
+    assert!(bitnet(&["tokenize", "-q", "-m", text(&path), "Once"]).stderr.is_empty());
+}
+
+#[test]
+fn damaged_files_are_refused_in_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("bad.gguf");
+    let with = |at: usize, bytes: &[u8]| {
+        let mut file = DEMO.to_vec();
+        file[at..at + bytes.len()].copy_from_slice(bytes);
+        file
+    };
+    for (bytes, expected) in [
+        (Vec::new(), "bad.gguf"),
+        (b"GGU".to_vec(), "truncated"),
+        (with(0, b"PK\x03\x04"), "not a GGUF file"),
+        (with(4, &99u32.to_le_bytes()), "found 99"),
+        (with(8, &u64::MAX.to_le_bytes()), "expected at most"),
+        (with(16, &u64::MAX.to_le_bytes()), "expected at most"),
+        (DEMO[..100].to_vec(), "expected at most"),
+        (DEMO[..DEMO.len() / 2].to_vec(), "truncated"),
+        (DEMO[..DEMO.len() - 1].to_vec(), "truncated"),
+    ] {
+        fs::write(&path, bytes).unwrap();
+        for args in [&["run", "-p", "x", "-m"][..], &["inspect"], &["tokenize", "x", "-m"]] {
+            let failed = bitnet(&[args, &[text(&path)]].concat());
+            assert!(error(&failed).contains(expected), "{expected}: {}", failed.stderr);
+        }
+    }
+}
+
+#[test]
+fn models_that_do_not_fit_together_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let all = |_: &str, dims: &[u64]| Some(dims.to_vec());
+    let refused = |path: PathBuf, expected: &str| {
+        let failed = bitnet(&["run", "-p", "x", "-m", text(&path)]);
+        assert!(error(&failed).contains(expected), "{expected}: {}", failed.stderr);
+    };
+    for missing in
+        ["token_embd.weight", "blk.3.attn_k.weight", "blk.0.ffn_sub_norm.weight", "output_norm.weight"]
+    {
+        let path =
+            rewritten(folder.path(), |_, v| Some(v), |name, dims| (name != missing).then(|| dims.to_vec()));
+        refused(path, missing);
+    }
+    let short = |name: &str, dims: &[u64]| {
+        Some(if name == "blk.1.ffn_up.weight" { vec![dims[0], dims[1] / 2] } else { dims.to_vec() })
+    };
+    refused(rewritten(folder.path(), |_, v| Some(v), short), "blk.1.ffn_up.weight");
+    for missing in ["general.architecture", "bitnet-b1.58.embedding_length", "bitnet-b1.58.block_count"] {
+        refused(rewritten(folder.path(), |k, v| (k != missing).then_some(v), all), missing);
+    }
+    for (key, value) in [
+        ("bitnet-b1.58.block_count", Value::U32(u32::MAX)),
+        ("bitnet-b1.58.attention.head_count", Value::U32(0)),
+        ("general.architecture", Value::Str("llama")),
+        ("tokenizer.ggml.bos_token_id", Value::U32(1 << 30)),
+    ] {
+        let path = rewritten(folder.path(), |k, v| Some(if k == key { value } else { v }), all);
+        refused(path, key);
+    }
+    let path = folder.path().join("empty.gguf");
+    let mut writer = Writer::new(&path);
+    writer.tensor("x", &[4], TensorType::F32).unwrap();
+    let mut data = writer.create().unwrap();
+    data.tensor("x", &[0; 16]).unwrap();
+    data.finish().unwrap();
+    refused(path, "general.architecture");
+}
+
+#[test]
+fn what_cannot_be_read_is_named() {
+    let failed = bitnet_with(b"Once \xff", &["run"]);
+    assert!(error(&failed).contains("offset 5"), "{}", failed.stderr);
+    for (model, expected) in [
+        ("microsoft/bitnet-b1.58-2B-4T-gguf", "downloads are not built in"),
+        ("hf:owner/repo:file.gguf", "downloads are not built in"),
+        ("./no/such.gguf", "no/such.gguf: cannot open"),
+        ("/", "folder"),
+    ] {
+        let failed = bitnet(&["run", "-p", "x", "-m", model]);
+        assert!(error(&failed).contains(expected), "{}", failed.stderr);
+    }
+    assert!(error(&bitnet(&["run", "-f", "/no/such/prompt"])).contains("/no/such/prompt"));
+}
+
+#[test]
+fn tokens_and_prompts_out_of_range_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let npy = folder.path().join("x.npy");
+    let failed = bitnet(&["logits", "--tokens", "1,2,4096", "-o", text(&npy)]);
+    assert!(error(&failed).contains("token 2 of the input is 4096"), "{}", failed.stderr);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    assert!(error(&bitnet(&["detokenize", "5", "99999"])).contains("99999"));
+    let failed = bitnet(&["run", "-p", "x", "--logit-bias", "4096=1"]);
+    assert!(error(&failed).contains("4096"), "{}", failed.stderr);
+    let failed = bitnet_with("word ".repeat(2000).as_bytes(), &["run"]);
+    assert!(error(&failed).contains("the context 1024"), "{}", failed.stderr);
+}
+
+#[test]
+fn usage_errors_are_2() {
+    for args in [
+        &[][..],
+        &["nonsense"],
+        &["run", "-p", "x", "-n", "-2"],
+        &["run", "-p", "x", "--temp", "-1"],
+        &["run", "-p", "x", "--top-p", "1.5"],
+        &["run", "-p", "x", "-f", "y"],
+        &["run", "-p", "x", "--kernels", "neon"],
+        &["run", "-p", "x", "-t", "0"],
+        &["logits", "-o", "x.npy"],
+        &["detokenize", "1,x"],
+        &["detokenize"],
+    ] {
+        let outcome = bitnet(args);
+        assert!(outcome.code == 2 && outcome.stdout.is_empty(), "{args:?}: {}", outcome.stderr);
+    }
+    assert!(bitnet(&["run", "-p", "x", "--kernels", "neon"]).stderr.contains("scalar"));
+    assert!(stdout(&["--help"]).contains("perplexity"));
+}
+
+#[test]
+fn outputs_that_cannot_be_written_fail() {
+    for path in ["/no/such/folder/x.npy", "/dev/full", "/"] {
+        let failed = bitnet(&["logits", "--tokens", "1", "-o", path]);
+        assert!(error(&failed).contains(path), "{}", failed.stderr);
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_fails_and_a_reader_that_leaves_does_not() {
+    use std::process::{Command, Stdio};
+    let command = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet"));
+        command.args(["run", "-p", "Once", "-n", "500", "--ignore-eos"]).stderr(Stdio::piped());
+        command
+    };
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let output = command().stdout(full).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("error: cannot write to stdout"));
+    let mut child = command().stdout(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), String::from_utf8_lossy(&output.stderr).as_ref()), (Some(0), ""));
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupt_ends_the_text_and_gives_130() {
+    use std::io::Read;
+    use std::process::{Command, Stdio};
+    let args = ["run", "-p", "Once", "-n", "-1", "--ignore-eos", "--kernels", "scalar", "-t", "1"];
+    let mut child = Command::new(env!("CARGO_BIN_EXE_bitnet"))
+        .args(args)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    let mut text = vec![0];
+    stdout.read_exact(&mut text).unwrap();
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    stdout.read_to_end(&mut text).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(130), "{stderr}");
+    assert!(text.ends_with(b"\n") && stderr.contains("ended: cancelled"), "{stderr}");
+}
+
+#[test]
+fn convert_makes_the_demo_or_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out.gguf");
+    let failed = bitnet(&["convert", text(folder.path()), text(&out)]);
+    assert!(error(&failed).contains("config.json"), "{}", failed.stderr);
+    assert!(!out.exists());
+}
