@@ -1,5 +1,6 @@
 //! The logits of whole models have the same bits for every instruction set, number of threads, chunking of the prompt and
 //! company in the batch.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 

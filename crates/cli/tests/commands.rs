@@ -399,3 +399,69 @@ fn convert_makes_the_demo_or_nothing() {
     assert!(error(&failed).contains("config.json"), "{}", failed.stderr);
     assert!(!out.exists());
 }
+
+/// The demo with one tensor's bytes changed.
+fn with_tensor(folder: &Path, name: &str, change: impl FnOnce(&mut [u8])) -> PathBuf {
+    let gguf = Gguf::from_static("demo", DEMO).unwrap();
+    let range = gguf.tensor(name).unwrap().range();
+    let mut bytes = DEMO.to_vec();
+    change(&mut bytes[range.start as usize..range.end as usize]);
+    let path = folder.join("changed.gguf");
+    fs::write(&path, bytes).unwrap();
+    path
+}
+
+#[test]
+fn weights_that_make_no_sense_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let refused = |path: &Path, expected: &str| {
+        let failed = bitnet(&["run", "-p", "x", "-m", text(path)]);
+        assert!(error(&failed).contains(expected), "{expected}: {}", failed.stderr);
+    };
+    let up = "blk.2.ffn_up.weight";
+    let codes = 768 * 256 / 4;
+    for scale in [f32::NAN, f32::INFINITY] {
+        let path =
+            with_tensor(folder.path(), up, |b| b[codes..codes + 4].copy_from_slice(&scale.to_le_bytes()));
+        refused(&path, "the scale at byte");
+    }
+    let path = with_tensor(folder.path(), up, |b| b[1000] = 0x1b);
+    refused(&path, "blk.2.ffn_up.weight");
+    refused(&path, "code 3");
+    let path = with_tensor(folder.path(), "blk.1.attn_norm.weight", |b| {
+        b[40..44].copy_from_slice(&f32::NAN.to_le_bytes());
+    });
+    refused(&path, "blk.1.attn_norm.weight");
+    refused(&path, "element 10 is NaN");
+    // A token whose embedding is not finite, once it is used.
+    let path = with_tensor(folder.path(), "token_embd.weight", |b| {
+        for row in b.chunks_mut(512) {
+            row[..2].copy_from_slice(&[0xc0, 0x7f]);
+        }
+    });
+    refused(&path, "holds a NaN or an infinity");
+}
+
+#[test]
+fn the_layout_of_arm_builds_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("arm.gguf");
+    let gguf = Gguf::from_static("demo", DEMO).unwrap();
+    let mut bytes = DEMO.to_vec();
+    for tensor in gguf.tensors().iter().filter(|t| t.ty == TensorType::I2S) {
+        let start = tensor.offset as usize;
+        let codes = &mut bytes[start..start + tensor.n_elements() as usize / 4];
+        for block in codes.chunks_exact_mut(32) {
+            // Weight j of the block in 64s: byte j % 16 of the half it is in, shift 6 - 2 (j % 64 / 16).
+            let mut arm = [0u8; 32];
+            for j in 0..128 {
+                let code = block[j % 32] >> (6 - 2 * (j / 32)) & 3;
+                arm[j / 64 * 16 + j % 16] |= code << (6 - 2 * (j % 64 / 16));
+            }
+            block.copy_from_slice(&arm);
+        }
+    }
+    fs::write(&path, bytes).unwrap();
+    let failed = bitnet(&["run", "-p", "x", "-m", text(&path)]);
+    assert!(error(&failed).contains("layout of ARM builds"), "{}", failed.stderr);
+}

@@ -3,7 +3,7 @@
 //! Every function checks its lengths once, splits its output into disjoint parts and returns when all are written. The
 //! result never depends on the number of threads: each element is computed whole by one task.
 
-use crate::memory::{Bytes, HugeBuffer};
+use crate::memory::{Aligned, Bytes, HugeBuffer};
 use crate::ops::{FloatType, PAGE};
 use crate::pool::Pool;
 use crate::table::{HeadPages, Kernels};
@@ -79,7 +79,7 @@ impl FloatMatrix {
 
 /// Int8 activations of up to a fixed number of tokens, as [`Compute::norm_quantize`] leaves them.
 pub struct QuantizedRows {
-    codes: Vec<i8>,
+    codes: Aligned<i8>,
     scales: Vec<f32>,
     sums: Vec<i32>,
     tokens: usize,
@@ -91,7 +91,7 @@ impl QuantizedRows {
     pub fn new(tokens: usize, columns: usize) -> Self {
         let width = ternary::row_bytes(columns) * 4;
         Self {
-            codes: vec![0; tokens * width],
+            codes: Aligned::zeroed(tokens * width),
             scales: vec![1.0; tokens],
             sums: vec![0; tokens],
             tokens: 0,
@@ -311,9 +311,14 @@ impl Compute {
         let plan = jobs.map(|(matrix, out)| {
             assert_eq!(matrix.columns, q.columns, "width of the activations");
             assert_eq!(out.len(), matrix.rows * q.tokens, "length of the output");
-            // Tiles of some 48 KiB stay in the second-level cache while every token passes over them.
+            // With several tokens, tiles of some 48 KiB stay in the second-level cache while every token passes over them.
+            // With one, the weights are a stream from memory, the less interrupted the better.
             let row_bytes = ternary::row_bytes(matrix.columns);
-            let tile_rows = ((48 << 10) / row_bytes).clamp(2, 256) & !1;
+            let tile = match q.tokens {
+                1 => (matrix.byte_len() / (8 * self.pool.threads())).clamp(48 << 10, 512 << 10),
+                _ => 48 << 10,
+            };
+            let tile_rows = (tile / row_bytes).max(4) & !3;
             let first = tiles;
             tiles += matrix.rows.div_ceil(tile_rows);
             (matrix, OutPtr { ptr: out.as_mut_ptr(), stride: matrix.rows }, first, tile_rows, row_bytes)
@@ -416,12 +421,12 @@ impl Compute {
         });
     }
 
-    /// Reads `bytes` once with all threads, as fast as memory gives them.
-    pub fn stream_read(&self, bytes: &[u8]) {
-        const PART: usize = 256 << 10;
-        self.pool.run(bytes.len().div_ceil(PART), |part, _| {
-            let end = (part * PART + PART).min(bytes.len());
-            std::hint::black_box(self.kernels.stream_read(&bytes[part * PART..end]));
+    /// Reads `floats` once with all threads, as fast as memory gives them.
+    pub fn stream_read(&self, floats: &[f32]) {
+        const PART: usize = 64 << 10;
+        self.pool.run(floats.len().div_ceil(PART), |part, _| {
+            let end = (part * PART + PART).min(floats.len());
+            std::hint::black_box(self.kernels.stream_read(&floats[part * PART..end]));
         });
     }
 }

@@ -14,7 +14,7 @@ mod table;
 pub mod ternary;
 
 pub use compute::{Activation, Compute, FloatMatrix, KvStore, QuantizedRows, TernaryMatrix};
-pub use memory::{Bytes, HugeBuffer};
+pub use memory::{Aligned, Bytes, HugeBuffer, Plain};
 pub use ops::{FloatType, PAGE};
 pub use pool::{Pool, allowed_threads};
 pub use table::{Kernels, best, supported};

@@ -42,7 +42,7 @@ pub struct Kernels {
     decode_row: unsafe fn(FloatType, &[u8], &mut [f32]) -> bool,
     matmul_rows: unsafe fn(&[u8], usize, f32, Activations<'_>, usize, OutPtr),
     head_rows: unsafe fn(FloatType, &[u8], &[f32], usize, usize, OutPtr),
-    stream_read: unsafe fn(&[u8]) -> u64,
+    stream_read: unsafe fn(&[f32]) -> f32,
 }
 
 /// Compiles every body for one instruction set. The functions are unsafe because of their target features: whoever calls
@@ -106,8 +106,8 @@ macro_rules! kernels {
                 unsafe { ops::head_rows(isa, ty, w, x, columns, first_row, out) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn stream_read(bytes: &[u8]) -> u64 {
-                ops::stream_read($isa, bytes)
+            unsafe fn stream_read(floats: &[f32]) -> f32 {
+                ops::stream_read($isa, floats)
             }
         }
     };
@@ -115,14 +115,29 @@ macro_rules! kernels {
 
 kernels!(scalar, "scalar", Scalar);
 #[cfg(target_arch = "x86_64")]
-// SAFETY: the functions of this table are only called where `supported` detected these features.
-kernels!(avx2, "avx2", unsafe { Avx2::assume() }, "avx2,f16c");
+kernels!(
+    avx2,
+    "avx2",
+    // SAFETY: the functions of this table are only called where `supported` detected these features.
+    unsafe { Avx2::assume() },
+    "avx2,f16c"
+);
 #[cfg(target_arch = "x86_64")]
-// SAFETY: as above.
-kernels!(avx512, "avx512", unsafe { Avx512::<false>::assume() }, "avx512f,avx512bw");
+kernels!(
+    avx512,
+    "avx512",
+    // SAFETY: as above.
+    unsafe { Avx512::<false>::assume() },
+    "avx512f,avx512bw"
+);
 #[cfg(target_arch = "x86_64")]
-// SAFETY: as above.
-kernels!(avx512vnni, "avx512vnni", unsafe { Avx512::<true>::assume() }, "avx512f,avx512bw,avx512vnni");
+kernels!(
+    avx512vnni,
+    "avx512vnni",
+    // SAFETY: as above.
+    unsafe { Avx512::<true>::assume() },
+    "avx512f,avx512bw,avx512vnni"
+);
 
 /// All kernels this CPU can run, the best last.
 pub fn supported() -> Vec<&'static Kernels> {
@@ -215,8 +230,8 @@ impl Kernels {
         // SAFETY: as above, and the caller's contract.
         unsafe { (self.head_rows)(ty, w, x, columns, first_row, out) }
     }
-    pub(crate) fn stream_read(&self, bytes: &[u8]) -> u64 {
+    pub(crate) fn stream_read(&self, floats: &[f32]) -> f32 {
         // SAFETY: as above.
-        unsafe { (self.stream_read)(bytes) }
+        unsafe { (self.stream_read)(floats) }
     }
 }

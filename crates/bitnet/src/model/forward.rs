@@ -1,7 +1,7 @@
 //! The forward pass of BitNet b1.58 (arXiv:2402.17764; the shapes are those of Hugging Face's `BitNetForCausalLM`).
 
 use super::Model;
-use bitnet_kernels::{Compute, KvStore, QuantizedRows};
+use bitnet_kernels::{Aligned, Compute, KvStore, QuantizedRows};
 
 /// One token of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,30 +21,30 @@ pub struct Scratch {
     max_rows: usize,
     ids: Vec<u32>,
     /// The residual stream, `[rows][hidden_size]`.
-    x: Vec<f32>,
+    x: Aligned<f32>,
     /// `[rows][n_heads * head_dim]`, and what attention makes of it.
-    q: Vec<f32>,
-    attended: Vec<f32>,
+    q: Aligned<f32>,
+    attended: Aligned<f32>,
     /// `[rows][n_kv_heads * head_dim]`.
-    k: Vec<f32>,
-    v: Vec<f32>,
+    k: Aligned<f32>,
+    v: Aligned<f32>,
     /// `[rows][intermediate_size]`.
-    gate: Vec<f32>,
-    up: Vec<f32>,
+    gate: Aligned<f32>,
+    up: Aligned<f32>,
     /// `[rows][hidden_size]`: what a block adds to the residual stream.
-    delta: Vec<f32>,
+    delta: Aligned<f32>,
     codes: QuantizedRows,
-    workers: Vec<f32>,
+    workers: Aligned<f32>,
     /// `[rows][rope_dim / 2]`.
-    cos: Vec<f32>,
-    sin: Vec<f32>,
+    cos: Aligned<f32>,
+    sin: Aligned<f32>,
 }
 
 impl Scratch {
     /// Buffers for steps of up to `max_rows` rows of `model` on `compute`.
     pub fn new(model: &Model, compute: &Compute, max_rows: usize) -> Self {
         let config = model.config();
-        let floats = |width: usize| vec![0.0; max_rows * width];
+        let floats = |width: usize| Aligned::zeroed(max_rows * width);
         let widest = config.hidden_size.max(config.q_width()).max(config.intermediate_size);
         Self {
             max_rows,
@@ -58,7 +58,7 @@ impl Scratch {
             up: floats(config.intermediate_size),
             delta: floats(config.hidden_size),
             codes: QuantizedRows::new(max_rows, widest),
-            workers: vec![0.0; compute.scratch_floats(widest)],
+            workers: Aligned::zeroed(compute.scratch_floats(widest)),
             cos: floats(config.rope_dim / 2),
             sin: floats(config.rope_dim / 2),
         }

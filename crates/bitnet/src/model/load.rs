@@ -8,6 +8,7 @@ use crate::Error;
 use crate::text::{Specials, Tokenizer, Vocab};
 use bitnet_gguf::Gguf;
 use bitnet_kernels::{Compute, KvStore, PAGE, TernaryMatrix};
+use std::sync::OnceLock;
 
 /// An immutable model: many sequences share it.
 pub struct Model {
@@ -88,13 +89,13 @@ impl Model {
     pub fn load(gguf: &Gguf, compute: &Compute) -> Result<Self, Error> {
         let ModelInfo { config, repairs, special, plan, vocab } = ModelInfo::new(gguf)?;
         let weight_bytes = plan.byte_len();
-        // The tokenizer is built on a thread of its own while the pool reads the weights.
-        let (weights, tokenizer) = std::thread::scope(|scope| {
-            let tokenizer = scope.spawn(|| vocab.map(|vocab| Tokenizer::new(&vocab)).transpose());
-            let weights = plan.load(&config, compute);
-            let tokenizer = tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            (weights, tokenizer)
+        // The tokenizer is built while the other threads read the weights.
+        let tokenizer = OnceLock::new();
+        let weights = plan.load(&config, compute, || {
+            let built = vocab.as_ref().map(Tokenizer::new).transpose();
+            let _ = tokenizer.set(built);
         });
+        let tokenizer = tokenizer.into_inner().unwrap_or(Ok(None));
         let file = gguf.name().to_owned();
         let tokenizer = tokenizer.map_err(|error| Error::Tokenizer { file: file.clone(), error })?;
         Ok(Self {

@@ -3,7 +3,7 @@
 use super::config::{Config, Keys, require};
 use crate::Error;
 use bitnet_gguf::{Gguf, TensorInfo, TensorType};
-use bitnet_kernels::ternary::row_bytes;
+use bitnet_kernels::ternary::{pack, row_bytes};
 use bitnet_kernels::{Bytes, Compute, FloatMatrix, FloatType, HugeBuffer, TernaryMatrix};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -188,6 +188,51 @@ impl<'a> Planner<'a> {
     }
 }
 
+impl Planner<'_> {
+    /// Refuses a file in the I2_S layout of ARM builds, which has the same type and size and decodes to nonsense. Nothing
+    /// in a file says which of the two it has, but its columns do: see [`pack::layout_z`].
+    fn probe_layout(&self) -> Result<(), Error> {
+        // Enough rows for a density, of one layer in the middle.
+        const ROWS: usize = 512;
+        let gguf = self.keys.gguf;
+        let layers = self.placed.iter().filter(|p| p.tensor.name.ends_with(".ffn_down.weight")).count();
+        let tensor = |part: &str| gguf.tensor(&format!("blk.{}.{part}.weight", layers / 2));
+        let bytes = |part: &str| {
+            let tensor = tensor(part)?;
+            let columns = *tensor.dims.first()? as usize;
+            Some((gguf.tensor_bytes(tensor).get(..tensor.n_elements() as usize / 4)?, columns))
+        };
+        // Where rows are not whole blocks the functions refuse, and there is no evidence to be had.
+        let columns = |part: &str| {
+            let (codes, columns) = bytes(part)?;
+            pack::zero_columns(&codes[..codes.len().min(ROWS * columns / 4)], columns).ok()
+        };
+        let norm = |part: &str| {
+            let bytes = gguf.tensor_bytes(tensor(part)?);
+            Some(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b).abs()).collect::<Vec<f32>>())
+        };
+        let down = columns("ffn_down");
+        let gate_rows = bytes("ffn_gate").and_then(|(codes, columns)| pack::zero_rows(codes, columns).ok());
+        let pairs = [
+            (norm("attn_norm"), columns("attn_q")),
+            (norm("attn_sub_norm"), columns("attn_output")),
+            (norm("ffn_norm"), columns("ffn_gate")),
+            (norm("ffn_sub_norm"), down.clone()),
+            (gate_rows, down),
+        ];
+        let pairs: Vec<_> = pairs.iter().filter_map(|(a, b)| Some((a.as_deref()?, b.as_deref()?))).collect();
+        let z = pack::layout_z(&pairs);
+        if z >= pack::ARM_LAYOUT_Z {
+            return Ok(());
+        }
+        let problem = format!(
+            "the weights are in the I2_S layout of ARM builds (blocks of 64; the columns fit it with z = {z:.0}); \
+             expected the published layout (blocks of 128): convert the model again on x86"
+        );
+        Err(self.keys.error(format!("tensor \"blk.{}.ffn_down.weight\"", layers / 2), problem))
+    }
+}
+
 impl<'a> WeightPlan<'a> {
     /// Checks every tensor against the configuration.
     pub(crate) fn new(gguf: &'a Gguf, config: &Config) -> Result<Self, Error> {
@@ -231,12 +276,17 @@ impl<'a> WeightPlan<'a> {
     }
 
     /// Reads the weights into one buffer with all threads of `compute`, checking every code, and gives the file's mapped
-    /// pages back as it goes.
-    pub(crate) fn load(self, config: &Config, compute: &Compute) -> Result<Weights, Error> {
+    /// pages back as it goes. One of the threads does `beside` meanwhile.
+    pub(crate) fn load(
+        self,
+        config: &Config,
+        compute: &Compute,
+        beside: impl Fn() + Sync,
+    ) -> Result<Weights, Error> {
         let Self { planner, embedding, head, output_norm, layers } = self;
         let bytes = planner.end;
         let mut buffer = HugeBuffer::new(bytes).ok_or(Error::NoMemory { what: "weights", bytes })?;
-        fill(&planner, &mut buffer, compute)?;
+        fill(&planner, &mut buffer, compute, &beside)?;
         let buffer = Arc::new(buffer);
         let take = |range| Bytes::new(buffer.clone(), range);
         let matrix = |(range, rows, columns, scale)| TernaryMatrix::new(take(range), rows, columns, scale);
@@ -342,7 +392,12 @@ struct Part<'a, 'b> {
     target: &'b mut [u8],
 }
 
-fn fill(planner: &Planner<'_>, buffer: &mut [u8], compute: &Compute) -> Result<(), Error> {
+fn fill(
+    planner: &Planner<'_>,
+    buffer: &mut [u8],
+    compute: &Compute,
+    beside: &(dyn Fn() + Sync),
+) -> Result<(), Error> {
     const PART: usize = 2 << 20;
     let gguf = planner.keys.gguf;
     let mut parts = Vec::new();
@@ -366,7 +421,16 @@ fn fill(planner: &Planner<'_>, buffer: &mut [u8], compute: &Compute) -> Result<(
         }
     }
     let failure = Mutex::new(None);
-    compute.pool().run(parts.len(), |task, _| {
+    let fail = |error| {
+        failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+    };
+    // The two tasks that cannot be cut into parts come first.
+    compute.pool().run(parts.len() + 2, |task, _| {
+        let task = match task {
+            0 => return beside(),
+            1 => return planner.probe_layout().map_or_else(fail, |()| ()),
+            part => part - 2,
+        };
         let mut part = parts[task].lock().unwrap_or_else(PoisonError::into_inner);
         let Part { placed, at, target } = &mut *part;
         let source = gguf.tensor_bytes(placed.tensor);
@@ -378,12 +442,9 @@ fn fill(planner: &Planner<'_>, buffer: &mut [u8], compute: &Compute) -> Result<(
             }
             Some((_, columns)) => relayout(source, columns, *at / row_bytes(columns), target),
         }
-        if placed.ternary {
-            if let Some(byte) = code_three(target) {
-                let problem = format!("code 3 near stored byte {}: no ternary weight", *at + byte);
-                let error = planner.error(placed.tensor, problem);
-                failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-            }
+        if let Some(byte) = code_three(target).filter(|_| placed.ternary) {
+            let problem = format!("code 3 near stored byte {}: no ternary weight", *at + byte);
+            fail(planner.error(placed.tensor, problem));
         }
     });
     // Faults map neighbouring pages too, in parts that were done with.

@@ -1,4 +1,5 @@
 //! The golden models: reference fixtures written by `tools/make_goldens.py`, and the GGUF files made from their checkpoints.
+#![allow(clippy::unwrap_used)]
 #![allow(dead_code)] // each test binary uses a part
 
 use bitnet::convert::{HeadType, hf_to_gguf};

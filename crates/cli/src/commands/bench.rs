@@ -2,7 +2,7 @@
 
 use crate::source;
 use anyhow::{Context, Result};
-use bitnet::kernels::HugeBuffer;
+use bitnet::kernels::{HugeBuffer, TernaryMatrix};
 use bitnet::model::{Config, Model};
 use bitnet::{Engine, EngineOptions, Feed, SequenceId, Wanted};
 use serde::Serialize;
@@ -90,7 +90,8 @@ pub fn run(args: &Args) -> Result<()> {
     let stream = streams[streams.len() / 2];
     let rows = tests.into_iter().map(|(test, n_batch, rates)| {
         let mean = rates.iter().sum::<f64>() / rates.len() as f64;
-        let variance = rates.iter().map(|r| (r - mean).powi(2)).sum::<f64>() / (rates.len() as f64 - 1.0).max(1.0);
+        let variance =
+            rates.iter().map(|r| (r - mean).powi(2)).sum::<f64>() / (rates.len() as f64 - 1.0).max(1.0);
         let decode = test.starts_with("tg");
         let steps_per_second = mean / f64::from(n_batch);
         Measurement {
@@ -113,7 +114,7 @@ pub fn run(args: &Args) -> Result<()> {
 /// Bytes of weights that one decoded step reads: every ternary matrix and the head.
 fn bytes_per_step(model: &Model) -> usize {
     let weights = model.weights();
-    let ternary = weights.layers.iter().flat_map(bitnet::model::Layer::matrices).map(|m| m.byte_len());
+    let ternary = weights.layers.iter().flat_map(bitnet::model::Layer::matrices).map(TernaryMatrix::byte_len);
     weights.head.byte_len() + ternary.sum::<usize>()
 }
 
@@ -123,7 +124,7 @@ fn stream(engine: &Engine, rates: &mut Vec<f64>) -> Result<()> {
     buffer.fill(1);
     for _ in 0..3 {
         let start = Instant::now();
-        engine.compute().stream_read(&buffer);
+        engine.compute().stream_read(buffer.floats());
         rates.push(buffer.len() as f64 / start.elapsed().as_secs_f64());
     }
     Ok(())
@@ -175,7 +176,8 @@ fn decode(engine: &mut Engine, sequences: &[SequenceId], args: &Args) -> Result<
 }
 
 fn print(format: Format, rows: &[Measurement]) -> Result<()> {
-    let share = |row: &Measurement| row.roofline_share.map(|s| format!("{:.0} %", 100.0 * s)).unwrap_or_default();
+    let share =
+        |row: &Measurement| row.roofline_share.map(|s| format!("{:.0} %", 100.0 * s)).unwrap_or_default();
     match format {
         Format::Json => println!("{}", serde_json::to_string_pretty(rows)?),
         Format::Csv => {

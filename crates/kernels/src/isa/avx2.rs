@@ -33,6 +33,11 @@ impl Isa for Avx2 {
     const TILE_TOKENS: usize = 4;
 
     #[inline(always)]
+    fn prefetch(self, p: *const u8) {
+        // SAFETY: a prefetch reads nothing and never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
         // SAFETY: `self` proves AVX2.
         unsafe { [_mm256_set1_ps(x); 2] }
@@ -85,14 +90,14 @@ impl Isa for Avx2 {
     fn pow2(self, n: Self::F) -> Self::F {
         // SAFETY: `self` proves AVX2.
         unsafe {
-            n.map(|n| {
-                let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
-            })
+            let bias = _mm256_set1_epi32(127);
+            let lo = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(n[0]), bias));
+            let hi = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(n[1]), bias));
+            [_mm256_castsi256_ps(lo), _mm256_castsi256_ps(hi)]
         }
     }
     #[inline(always)]
-    fn from_f16(self, x: &[u16; 16]) -> Self::F {
+    fn f16_lanes(self, x: &[u16; 16]) -> Self::F {
         // SAFETY: `self` proves F16C; both loads lie within the sixteen halves.
         unsafe {
             [
@@ -102,13 +107,15 @@ impl Isa for Avx2 {
         }
     }
     #[inline(always)]
-    fn from_bf16(self, x: &[u16; 16]) -> Self::F {
+    fn bf16_lanes(self, x: &[u16; 16]) -> Self::F {
         // SAFETY: `self` proves AVX2; both loads lie within the sixteen halves.
         unsafe {
-            [0, 8].map(|at| {
-                let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(x.as_ptr().add(at).cast()));
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
-            })
+            let lo = _mm256_cvtepu16_epi32(_mm_loadu_si128(x.as_ptr().cast()));
+            let hi = _mm256_cvtepu16_epi32(_mm_loadu_si128(x.as_ptr().add(8).cast()));
+            [
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(lo)),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(hi)),
+            ]
         }
     }
     #[inline(always)]
@@ -177,7 +184,13 @@ impl Isa for Avx2 {
                 }
                 start = end;
             }
-            wide.map(|row| row.map(|v| sum_lanes(v)))
+            let mut dots = [[0; T]; R];
+            for r in 0..R {
+                for t in 0..T {
+                    dots[r][t] = sum_lanes(wide[r][t]);
+                }
+            }
+            dots
         }
     }
 }

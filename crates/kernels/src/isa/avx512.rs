@@ -26,6 +26,11 @@ impl<const VNNI: bool> Isa for Avx512<VNNI> {
     const TILE_TOKENS: usize = 8;
 
     #[inline(always)]
+    fn prefetch(self, p: *const u8) {
+        // SAFETY: a prefetch reads nothing and never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
         // SAFETY: `self` proves AVX-512F; no memory is touched.
         unsafe { _mm512_set1_ps(x) }
@@ -84,12 +89,12 @@ impl<const VNNI: bool> Isa for Avx512<VNNI> {
         }
     }
     #[inline(always)]
-    fn from_f16(self, x: &[u16; 16]) -> __m512 {
+    fn f16_lanes(self, x: &[u16; 16]) -> __m512 {
         // SAFETY: `self` proves AVX-512F; the load is the sixteen halves.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) }
     }
     #[inline(always)]
-    fn from_bf16(self, x: &[u16; 16]) -> __m512 {
+    fn bf16_lanes(self, x: &[u16; 16]) -> __m512 {
         // SAFETY: `self` proves AVX-512F; the load is the sixteen halves.
         unsafe {
             let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
@@ -120,8 +125,25 @@ impl<const VNNI: bool> Isa for Avx512<VNNI> {
         let sums = unsafe {
             if VNNI { dot_vnni::<R, T>(w, a, bytes / 64) } else { dot_maddubs::<R, T>(w, a, bytes / 64) }
         };
-        // SAFETY: `self` proves AVX-512F.
-        sums.map(|row| unsafe { sum_lanes(row) })
+        let mut dots = [[0; T]; R];
+        if T == 1 {
+            // The lanes of different rows are folded together: a row of 2560 weights is only ten steps long.
+            let mut column = [sums[0][0]; R];
+            for r in 1..R {
+                column[r] = sums[r][0];
+            }
+            // SAFETY: `self` proves AVX-512F.
+            let column = unsafe { sum_lanes(column) };
+            for r in 0..R {
+                dots[r][0] = column[r];
+            }
+            return dots;
+        }
+        for r in 0..R {
+            // SAFETY: `self` proves AVX-512F.
+            dots[r] = unsafe { sum_lanes(sums[r]) };
+        }
+        dots
     }
 }
 
@@ -140,22 +162,24 @@ unsafe fn dot_vnni<const R: usize, const T: usize>(
             // One token: the fields are multiplied where they stand in the byte (as 1, 4, 16 or 64 times the code), each
             // into an accumulator of its own, and only the accumulators are shifted. A field's sum is at most
             // 64 * 2 * 128 * 4 a step, so int32 holds more than 2^15 chunks: rows of eight million weights.
-            let masks = [0xc0, 0x30, 0x0c, 0x03].map(|m| _mm512_set1_epi8(m as u8 as i8));
-            let mut fields = [[_mm512_setzero_si512(); 4]; R];
-            for c in 0..chunks {
-                for r in 0..R {
-                    let p = w[r].as_ptr().add(64 * c);
-                    _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(2048).cast());
-                    let v = _mm512_loadu_si512(p.cast());
+            let masks = [
+                _mm512_set1_epi8(0xc0u8 as i8),
+                _mm512_set1_epi8(0x30),
+                _mm512_set1_epi8(0x0c),
+                _mm512_set1_epi8(0x03),
+            ];
+            // Row after row, so that memory is read as one stream; the hardware's prefetch of it is better than ours.
+            for r in 0..R {
+                let mut fields = [_mm512_setzero_si512(); 4];
+                for c in 0..chunks {
+                    let v = _mm512_loadu_si512(w[r].as_ptr().add(64 * c).cast());
                     for field in 0..4 {
                         let q = _mm512_loadu_si512(a[0].as_ptr().add(256 * c + 64 * field).cast());
                         let codes = _mm512_and_si512(v, masks[field]);
-                        fields[r][field] = _mm512_dpbusd_epi32(fields[r][field], codes, q);
+                        fields[field] = _mm512_dpbusd_epi32(fields[field], codes, q);
                     }
                 }
-            }
-            for r in 0..R {
-                let [f0, f1, f2, f3] = fields[r];
+                let [f0, f1, f2, f3] = fields;
                 let high = _mm512_add_epi32(_mm512_srai_epi32::<6>(f0), _mm512_srai_epi32::<4>(f1));
                 sums[r][0] = _mm512_add_epi32(high, _mm512_add_epi32(_mm512_srai_epi32::<2>(f2), f3));
             }
@@ -246,8 +270,14 @@ unsafe fn sum_lanes<const T: usize>(v: [__m512i; T]) -> [i32; T] {
         let mut out = [0; T];
         let mut t = 0;
         while t + 4 <= T {
-            let pair = |a, b| _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-            let (ab, cd) = (pair(v[t], v[t + 1]), pair(v[t + 2], v[t + 3]));
+            let ab = _mm512_add_epi32(
+                _mm512_unpacklo_epi32(v[t], v[t + 1]),
+                _mm512_unpackhi_epi32(v[t], v[t + 1]),
+            );
+            let cd = _mm512_add_epi32(
+                _mm512_unpacklo_epi32(v[t + 2], v[t + 3]),
+                _mm512_unpackhi_epi32(v[t + 2], v[t + 3]),
+            );
             let quads = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
             let half = _mm256_add_epi32(_mm512_castsi512_si256(quads), _mm512_extracti64x4_epi64::<1>(quads));
             let sums = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256::<1>(half));

@@ -21,6 +21,8 @@ pub(crate) trait Isa: Copy {
     /// Weight rows and tokens of the widest integer tile that fits the registers.
     const TILE_TOKENS: usize;
 
+    /// Asks for the cache line at `p`, which need not be readable.
+    fn prefetch(self, p: *const u8);
     fn splat(self, x: f32) -> Self::F;
     fn load(self, x: &[f32; 16]) -> Self::F;
     fn store(self, v: Self::F, out: &mut [f32; 16]);
@@ -35,9 +37,9 @@ pub(crate) trait Isa: Copy {
     /// 2^n for integral lanes -126 <= n <= 127.
     fn pow2(self, n: Self::F) -> Self::F;
     /// IEEE half precision to single, exactly.
-    fn from_f16(self, x: &[u16; 16]) -> Self::F;
+    fn f16_lanes(self, x: &[u16; 16]) -> Self::F;
     /// bfloat16 to single, exactly.
-    fn from_bf16(self, x: &[u16; 16]) -> Self::F;
+    fn bf16_lanes(self, x: &[u16; 16]) -> Self::F;
     /// Rounds to the nearest integer, halves to even, and clamps to int8. NaN becomes -128.
     fn to_i8(self, v: Self::F, out: &mut [i8; 16]);
     /// Exact dot products of R ternary rows with T rows of int8 codes: `Σ code · q` with the codes 0, 1, 2 as

@@ -12,6 +12,8 @@ impl Isa for Scalar {
     const TILE_TOKENS: usize = 4;
 
     #[inline(always)]
+    fn prefetch(self, _: *const u8) {}
+    #[inline(always)]
     fn splat(self, x: f32) -> [f32; 16] {
         [x; 16]
     }
@@ -56,11 +58,11 @@ impl Isa for Scalar {
         n.map(|n| f32::from_bits(((n as i32 + 127) as u32) << 23))
     }
     #[inline(always)]
-    fn from_f16(self, x: &[u16; 16]) -> [f32; 16] {
+    fn f16_lanes(self, x: &[u16; 16]) -> [f32; 16] {
         x.map(f16_to_f32)
     }
     #[inline(always)]
-    fn from_bf16(self, x: &[u16; 16]) -> [f32; 16] {
+    fn bf16_lanes(self, x: &[u16; 16]) -> [f32; 16] {
         x.map(bf16_to_f32)
     }
     #[inline(always)]

@@ -97,7 +97,7 @@ pub(crate) unsafe fn matmul_rows<I: Isa>(
     }
 }
 
-/// All rows of `w` against T tokens from `t0`, two rows at a time.
+/// All rows of `w` against T tokens from `t0`, two rows at a time, or four where there is one token.
 ///
 /// # Safety
 /// As [`matmul_rows`].
@@ -125,6 +125,13 @@ unsafe fn token_tile<I: Isa, const T: usize>(
         }
     };
     let mut r = 0;
+    while T == 1 && r + 4 <= rows {
+        let dots = isa.dot_tile::<4, T>([row(r), row(r + 1), row(r + 2), row(r + 3)], codes);
+        for i in 0..4 {
+            put(r + i, dots[i]);
+        }
+        r += 4;
+    }
     while r + 2 <= rows {
         let [d0, d1] = isa.dot_tile::<2, T>([row(r), row(r + 1)], codes);
         put(r, d0);
