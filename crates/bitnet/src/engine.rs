@@ -52,6 +52,8 @@ pub struct Feed<'a> {
 struct Sequence {
     pages: Vec<u32>,
     tokens: Vec<u32>,
+    /// Tokens there were before the feed in progress, to go back to if it fails.
+    before: usize,
     alive: bool,
 }
 
@@ -117,7 +119,11 @@ impl Engine {
             self.sequences.push(Sequence::default());
             self.sequences.len() - 1
         });
-        self.sequences[index].alive = true;
+        let sequence = &mut self.sequences[index];
+        sequence.alive = true;
+        // All that it may ever hold, so that nothing is allocated while it grows.
+        sequence.tokens.reserve(self.options.context);
+        sequence.pages.reserve(self.options.context.div_ceil(PAGE));
         SequenceId(index)
     }
 
@@ -153,13 +159,11 @@ impl Engine {
         if self.logits.len() < total * vocab {
             self.logits.resize(total * vocab, 0.0);
         }
-        let starts: Vec<usize> = feeds.iter().map(|f| self.sequences[f.sequence.0].tokens.len()).collect();
-        let result = self.run_steps(feeds);
-        match result {
+        match self.run_steps(feeds) {
             Ok(()) => Ok(&self.logits[..total * vocab]),
             Err(error) => {
-                for (feed, start) in feeds.iter().zip(starts) {
-                    self.truncate(feed.sequence, start);
+                for feed in feeds {
+                    self.truncate(feed.sequence, self.sequences[feed.sequence.0].before);
                 }
                 Err(error)
             }
@@ -186,6 +190,7 @@ impl Engine {
         }
         for feed in feeds {
             let sequence = &mut self.sequences[feed.sequence.0];
+            sequence.before = sequence.tokens.len();
             let pages = (sequence.tokens.len() + feed.tokens.len()).div_ceil(PAGE) - sequence.pages.len();
             let from = self.free.len() - pages;
             sequence.pages.extend(self.free.drain(from..).rev());

@@ -125,7 +125,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     if let Some(error) = failure {
         return Err(error);
     }
-    if !args.json && !text.ends_with('\n') {
+    // A run that failed before its first word leaves stdout empty.
+    if !args.json && !text.ends_with('\n') && (generated.is_ok() || !text.is_empty()) {
         output::print(b"\n")?;
     }
     let statistics = Statistics {
