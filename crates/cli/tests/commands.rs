@@ -465,3 +465,19 @@ fn the_layout_of_arm_builds_is_refused() {
     let failed = bitnet(&["run", "-p", "x", "-m", text(&path)]);
     assert!(error(&failed).contains("layout of ARM builds"), "{}", failed.stderr);
 }
+
+#[test]
+fn bench_reports_what_scripts_rely_on() {
+    let rows = json(&["bench", "-p", "16", "-n", "4", "-b", "2", "-r", "2", "-t", "1", "-o", "json"]);
+    let tests: Vec<_> = rows.as_array().unwrap().iter().map(|row| row["test"].as_str().unwrap()).collect();
+    assert_eq!(tests, ["pp16", "tg4"]);
+    for row in rows.as_array().unwrap() {
+        assert_eq!(row["n_threads"], 1);
+        assert!(row["kernel"].is_string() && row["tokens_per_second_stddev"].is_number());
+        for key in ["tokens_per_second_mean", "stream_read_gb_per_s"] {
+            assert!(row[key].as_f64().unwrap() > 0.0, "{key}");
+        }
+    }
+    assert!(rows[0]["roofline_share"].is_null() && rows[0]["n_batch"] == 1);
+    assert!(rows[1]["roofline_share"].is_number() && rows[1]["n_batch"] == 2);
+}

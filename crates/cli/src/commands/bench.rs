@@ -1,11 +1,12 @@
 //! `bitnet bench`: tokens per second, beside what the machine's memory allows.
 
-use crate::source;
+use crate::{output, source};
 use anyhow::{Context, Result};
 use bitnet::kernels::{HugeBuffer, TernaryMatrix};
 use bitnet::model::{Config, Model};
 use bitnet::{Engine, EngineOptions, Feed, SequenceId, Wanted};
 use serde::Serialize;
+use std::fmt::Write;
 use std::time::Instant;
 
 /// Measures prefill and decode
@@ -178,15 +179,18 @@ fn decode(engine: &mut Engine, sequences: &[SequenceId], args: &Args) -> Result<
 fn print(format: Format, rows: &[Measurement]) -> Result<()> {
     let share =
         |row: &Measurement| row.roofline_share.map(|s| format!("{:.0} %", 100.0 * s)).unwrap_or_default();
+    let mut out = String::new();
     match format {
-        Format::Json => println!("{}", serde_json::to_string_pretty(rows)?),
+        Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(rows)?)?,
         Format::Csv => {
-            println!(
+            writeln!(
+                out,
                 "model,test,n_threads,n_batch,reps,tokens_per_second_mean,tokens_per_second_stddev,bytes_per_step,\
                  stream_read_gb_per_s,roofline_share,kernel"
-            );
+            )?;
             for r in rows {
-                println!(
+                writeln!(
+                    out,
                     "\"{}\",{},{},{},{},{:.3},{:.3},{},{:.2},{},{}",
                     r.model.replace('"', "\"\""),
                     r.test,
@@ -199,14 +203,18 @@ fn print(format: Format, rows: &[Measurement]) -> Result<()> {
                     r.stream_read_gb_per_s,
                     r.roofline_share.map(|s| format!("{s:.3}")).unwrap_or_default(),
                     r.kernel
-                );
+                )?;
             }
         }
         Format::Md => {
-            println!("| model | test | threads | batch | kernel | tokens/s | stream read GB/s | roofline |");
-            println!("| --- | --- | ---: | ---: | --- | ---: | ---: | ---: |");
+            writeln!(
+                out,
+                "| model | test | threads | batch | kernel | tokens/s | stream read GB/s | roofline |"
+            )?;
+            writeln!(out, "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: |")?;
             for r in rows {
-                println!(
+                writeln!(
+                    out,
                     "| {} | {} | {} | {} | {} | {:.1} ± {:.1} | {:.1} | {} |",
                     r.model,
                     r.test,
@@ -217,9 +225,9 @@ fn print(format: Format, rows: &[Measurement]) -> Result<()> {
                     r.tokens_per_second_stddev,
                     r.stream_read_gb_per_s,
                     share(r)
-                );
+                )?;
             }
         }
     }
-    Ok(())
+    output::print(out.as_bytes())
 }

@@ -2,7 +2,7 @@
 //!
 //! Every intrinsic below needs only AVX2 or F16C, which the existence of an [`Avx2`] value proves.
 
-use super::Isa;
+use super::{Isa, tile_chunks};
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX2 and F16C.
@@ -133,21 +133,13 @@ impl Isa for Avx2 {
     }
     #[inline(always)]
     fn dot_tile<const R: usize, const T: usize>(self, w: [&[u8]; R], a: [&[i8]; T]) -> [[i32; T]; R] {
-        let bytes = w[0].len();
-        for w in w {
-            assert_eq!(w.len(), bytes);
-        }
-        for a in a {
-            assert_eq!(a.len(), bytes * 4);
-        }
-        assert_eq!(bytes % 64, 0);
-        // SAFETY: `self` proves AVX2; chunk c < bytes / 64 reads weights below 64 c + 64 <= bytes and codes below
-        // 256 c + 256 <= 4 bytes, the lengths checked above.
+        let chunks = tile_chunks(w, a);
+        // SAFETY: `self` proves AVX2; chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256, the lengths
+        // checked above.
         unsafe {
             let three = _mm256_set1_epi8(3);
             let ones = _mm256_set1_epi16(1);
             let mut wide = [[_mm256_setzero_si256(); T]; R];
-            let chunks = bytes / 64;
             let mut start = 0;
             while start < chunks {
                 // One product pair is at most 2 * 2 * 128 = 512 and a chunk adds eight of them to a lane, so seven

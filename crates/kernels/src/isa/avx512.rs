@@ -2,7 +2,7 @@
 //!
 //! Every intrinsic below needs only those sets, which the existence of an [`Avx512`] value proves.
 
-use super::Isa;
+use super::{Isa, tile_chunks};
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX-512 F and BW, and VNNI where `VNNI` is true.
@@ -113,18 +113,10 @@ impl<const VNNI: bool> Isa for Avx512<VNNI> {
     }
     #[inline(always)]
     fn dot_tile<const R: usize, const T: usize>(self, w: [&[u8]; R], a: [&[i8]; T]) -> [[i32; T]; R] {
-        let bytes = w[0].len();
-        for w in w {
-            assert_eq!(w.len(), bytes);
-        }
-        for a in a {
-            assert_eq!(a.len(), bytes * 4);
-        }
-        assert_eq!(bytes % 64, 0);
+        let chunks = tile_chunks(w, a);
         // SAFETY: the CPU has the instructions, as `self` proves, and the lengths were checked above.
-        let sums = unsafe {
-            if VNNI { dot_vnni::<R, T>(w, a, bytes / 64) } else { dot_maddubs::<R, T>(w, a, bytes / 64) }
-        };
+        let sums =
+            unsafe { if VNNI { dot_vnni::<R, T>(w, a, chunks) } else { dot_maddubs::<R, T>(w, a, chunks) } };
         let mut dots = [[0; T]; R];
         if T == 1 {
             // The lanes of different rows are folded together: a row of 2560 weights is only ten steps long.

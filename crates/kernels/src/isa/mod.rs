@@ -18,7 +18,7 @@ pub(crate) mod scalar;
 pub(crate) trait Isa: Copy {
     /// Sixteen float32 lanes.
     type F: Copy;
-    /// Weight rows and tokens of the widest integer tile that fits the registers.
+    /// Most tokens of an integer tile whose sums fit the registers.
     const TILE_TOKENS: usize;
 
     /// Asks for the cache line at `p`, which need not be readable.
@@ -46,4 +46,19 @@ pub(crate) trait Isa: Copy {
     /// stored (not yet less one). Every weight row has the same multiple of 64 bytes, every activation row four
     /// times as many codes in the order of [`crate::ternary::position`].
     fn dot_tile<const R: usize, const T: usize>(self, w: [&[u8]; R], a: [&[i8]; T]) -> [[i32; T]; R];
+}
+
+/// Checks the lengths that [`Isa::dot_tile`] relies on. Returns the number of 64-byte chunks of a weight row.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn tile_chunks<const R: usize, const T: usize>(w: [&[u8]; R], a: [&[i8]; T]) -> usize {
+    let bytes = w[0].len();
+    for w in w {
+        assert_eq!(w.len(), bytes);
+    }
+    for a in a {
+        assert_eq!(a.len(), bytes * 4);
+    }
+    assert_eq!(bytes % 64, 0);
+    bytes / 64
 }
