@@ -7,7 +7,7 @@ use crate::memory::{Aligned, Bytes, HugeBuffer};
 use crate::ops::{FloatType, PAGE};
 use crate::pool::Pool;
 use crate::table::{HeadPages, Kernels};
-use crate::ternary::panel::{PANEL, PanelSource};
+use crate::ternary::panel::{BLOCK, PanelSource};
 use crate::ternary::{self, Activations, Layout, OutPtr, Which, columns};
 use std::marker::PhantomData;
 
@@ -168,7 +168,7 @@ pub struct Workspace {
     columns: usize,
     /// Two rows of floats for each thread.
     floats: Aligned<f32>,
-    /// A panel of unpacked weights for each thread.
+    /// A block of unpacked weights for each thread.
     panels: Aligned<u8>,
     /// Sums of a product by columns, for each thread.
     sums: Aligned<i32>,
@@ -181,13 +181,13 @@ impl Workspace {
         Self {
             columns: width,
             floats: Aligned::zeroed(threads * 2 * width),
-            panels: Aligned::zeroed(threads * PANEL * width),
+            panels: Aligned::zeroed(threads * BLOCK * width),
             sums: Aligned::zeroed(threads * width),
         }
     }
     /// Its size in bytes.
     pub const fn bytes(columns: usize, threads: usize) -> usize {
-        threads * ternary::row_bytes(columns) * 4 * (2 * 4 + PANEL + 4)
+        threads * ternary::row_bytes(columns) * 4 * (2 * 4 + BLOCK + 4)
     }
 }
 
@@ -404,7 +404,7 @@ impl Compute {
         }
         // Several tokens take a panel of rows at a time; one takes some 16 KiB of rows.
         let row_bytes = ternary::row_bytes(q.columns);
-        let grain = if q.tokens > 1 { PANEL } else { ((16 << 10) / row_bytes).max(4) & !3 };
+        let grain = if q.tokens > 1 { BLOCK } else { ((16 << 10) / row_bytes).max(4) & !3 };
         let mut end = 0;
         let plan = jobs.map(|(matrix, out)| {
             check(matrix, q, out);
@@ -425,10 +425,10 @@ impl Compute {
             });
             return;
         }
-        let panels = Rows::new(&mut work.panels, work.columns * PANEL);
+        let panels = Rows::new(&mut work.panels, work.columns * BLOCK);
         let live = q.live_columns();
-        self.pool.run(end / PANEL, |task, worker| {
-            let (matrix, out, first, count) = job(task * PANEL);
+        self.pool.run(end / BLOCK, |task, worker| {
+            let (matrix, out, first, count) = job(task * BLOCK);
             let (source, a) = match (matrix.layout, live) {
                 (Layout::Rows, _) => {
                     let w = &matrix.bytes[first * row_bytes..][..count * row_bytes];
@@ -445,7 +445,7 @@ impl Compute {
             // SAFETY: each worker runs one task at a time; these rows of every token are this task's alone and lie in the
             // output, whose length was checked.
             unsafe {
-                self.kernels.matmul_panel(source, matrix.scale, a, panels.row(worker), first, count, out);
+                self.kernels.matmul_block(source, matrix.scale, a, panels.row(worker), first, count, out);
             }
         });
     }

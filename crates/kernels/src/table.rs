@@ -42,7 +42,7 @@ pub struct Kernels {
     attention: unsafe fn(&[f32], usize, f32, HeadPages<'_>, usize, &mut [f32]),
     decode_row: unsafe fn(FloatType, &[u8], &mut [f32]) -> bool,
     gemv_rows: unsafe fn(&[u8], usize, Which<'_>, f32, Activations<'_>, OutPtr),
-    matmul_panel: unsafe fn(PanelSource<'_>, f32, Activations<'_>, &mut [u8], usize, usize, OutPtr),
+    matmul_block: unsafe fn(PanelSource<'_>, f32, Activations<'_>, &mut [u8], usize, usize, OutPtr),
     add_columns: unsafe fn(&[u8], usize, &[u32], &[i8], &mut [i32]),
     finish_columns: unsafe fn(&[i32], i32, f32, &mut [f32]),
     head_rows: unsafe fn(FloatType, &[u8], &[f32], usize, usize, OutPtr),
@@ -57,7 +57,7 @@ macro_rules! kernels {
             use super::*;
             pub(super) static KERNELS: Kernels = Kernels {
                 name: $name, rmsnorm, quantize, add, relu2_mul, silu_mul, rope, attention, decode_row, gemv_rows,
-                matmul_panel, add_columns, finish_columns, head_rows, stream_read,
+                matmul_block, add_columns, finish_columns, head_rows, stream_read,
             };
             $(#[target_feature(enable = $features)])?
             unsafe fn rmsnorm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
@@ -102,13 +102,13 @@ macro_rules! kernels {
                 unsafe { ternary::gemv_rows(isa, w, row_bytes, which, weight_scale, a, out) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn matmul_panel(
-                source: PanelSource<'_>, weight_scale: f32, a: Activations<'_>, panel: &mut [u8], first: usize,
+            unsafe fn matmul_block(
+                source: PanelSource<'_>, weight_scale: f32, a: Activations<'_>, panels: &mut [u8], first: usize,
                 count: usize, out: OutPtr,
             ) {
                 let isa = $isa;
                 // SAFETY: the caller's contract, handed on.
-                unsafe { panel::matmul_panel(isa, source, weight_scale, a, panel, first, count, out) }
+                unsafe { panel::matmul_block(isa, source, weight_scale, a, panels, first, count, out) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn add_columns(w: &[u8], column_bytes: usize, list: &[u32], q: &[i8], sums: &mut [i32]) {
@@ -247,19 +247,19 @@ impl Kernels {
         unsafe { (self.gemv_rows)(w, row_bytes, which, weight_scale, a, out) }
     }
     /// # Safety
-    /// As [`panel::matmul_panel`].
-    pub(crate) unsafe fn matmul_panel(
+    /// As [`panel::matmul_block`].
+    pub(crate) unsafe fn matmul_block(
         &self,
         source: PanelSource<'_>,
         weight_scale: f32,
         a: Activations<'_>,
-        panel: &mut [u8],
+        panels: &mut [u8],
         first: usize,
         count: usize,
         out: OutPtr,
     ) {
         // SAFETY: as above, and the caller's contract.
-        unsafe { (self.matmul_panel)(source, weight_scale, a, panel, first, count, out) }
+        unsafe { (self.matmul_block)(source, weight_scale, a, panels, first, count, out) }
     }
     pub(crate) fn add_columns(
         &self,

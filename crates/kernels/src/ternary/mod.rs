@@ -71,6 +71,16 @@ unsafe impl Sync for OutPtr {}
 
 impl OutPtr {
     /// # Safety
+    /// The elements from `row` on must be in bounds of the output and written by no one else meanwhile.
+    #[inline(always)]
+    pub(crate) unsafe fn write_all(self, token: usize, row: usize, values: &[f32]) {
+        // SAFETY: the caller's; `values` is a shared borrow and cannot be part of the output.
+        unsafe {
+            let to = self.ptr.add(token * self.stride + row);
+            std::ptr::copy_nonoverlapping(values.as_ptr(), to, values.len());
+        }
+    }
+    /// # Safety
     /// The element must be in bounds of the output and written by no one else meanwhile.
     #[inline(always)]
     pub(crate) unsafe fn write(self, token: usize, row: usize, value: f32) {
