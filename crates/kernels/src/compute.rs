@@ -59,10 +59,10 @@ impl TernaryMatrix {
 /// A float matrix `[rows][columns]`, stored little-endian: embedding and output head.
 #[derive(Clone)]
 pub struct FloatMatrix {
-    bytes: Bytes,
-    ty: FloatType,
-    rows: usize,
-    columns: usize,
+    pub(crate) bytes: Bytes,
+    pub(crate) ty: FloatType,
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
 }
 
 impl FloatMatrix {
@@ -259,12 +259,12 @@ fn check(matrix: &TernaryMatrix, q: &QuantizedRows, out: &[f32]) {
 
 /// Kernels and the threads that run them.
 pub struct Compute {
-    kernels: &'static Kernels,
-    pool: Pool,
+    pub(crate) kernels: &'static Kernels,
+    pub(crate) pool: Pool,
 }
 
 /// A slice handed out in disjoint rows.
-struct Rows<'a, T> {
+pub(crate) struct Rows<'a, T> {
     ptr: *mut T,
     len: usize,
     width: usize,
@@ -274,16 +274,24 @@ struct Rows<'a, T> {
 unsafe impl<T: Send> Sync for Rows<'_, T> {}
 
 impl<'a, T> Rows<'a, T> {
-    fn new(slice: &'a mut [T], width: usize) -> Self {
+    pub(crate) fn new(slice: &'a mut [T], width: usize) -> Self {
         Self { ptr: slice.as_mut_ptr(), len: slice.len(), width, life: PhantomData }
     }
     /// # Safety
     /// Nobody else may hold row `i` while the result lives.
     #[allow(clippy::mut_from_ref)]
-    unsafe fn row(&self, i: usize) -> &mut [T] {
+    pub(crate) unsafe fn row(&self, i: usize) -> &mut [T] {
         assert!((i + 1) * self.width <= self.len);
         // SAFETY: in bounds as just checked; exclusive by the caller's contract.
         unsafe { std::slice::from_raw_parts_mut(self.ptr.add(i * self.width), self.width) }
+    }
+    /// # Safety
+    /// Nobody else may hold any of the `count` rows from `first` on while the result lives.
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn rows(&self, first: usize, count: usize) -> &mut [T] {
+        assert!((first + count) * self.width <= self.len);
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.add(first * self.width), count * self.width) }
     }
 }
 
@@ -482,7 +490,12 @@ impl Compute {
             let codes = &q.packed[range.clone()];
             self.kernels.add_columns(&matrix.bytes, column_bytes, &q.live[range], codes, sums);
         });
-        self.kernels.finish_columns(&work.sums[..self.pool.threads() * width], q.sums[0], matrix.scale / q.scales[0], out);
+        self.kernels.finish_columns(
+            &work.sums[..self.pool.threads() * width],
+            q.sums[0],
+            matrix.scale / q.scales[0],
+            out,
+        );
     }
 
     /// Rotates every head of every row of x (`[tokens][heads * head_dim]`). `cos`, `sin`: `[tokens][half]`.
@@ -554,22 +567,6 @@ impl Compute {
         for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
             self.kernels.rmsnorm(x, weight, eps, out);
         }
-    }
-
-    /// Logits: out (`[tokens][vocabulary]`) = x (`[tokens][columns]`) · matrixᵀ.
-    pub fn head(&self, matrix: &FloatMatrix, x: &[f32], out: &mut [f32]) {
-        let tokens = x.len() / matrix.columns;
-        assert_eq!(out.len(), tokens * matrix.rows);
-        let out = OutPtr { ptr: out.as_mut_ptr(), stride: matrix.rows };
-        let row_bytes = matrix.columns * matrix.ty.size();
-        let tile_rows = ((256 << 10) / row_bytes).clamp(4, 1024) & !3;
-        self.pool.run(matrix.rows.div_ceil(tile_rows), |task, _| {
-            let begin = task * tile_rows;
-            let end = (begin + tile_rows).min(matrix.rows);
-            let w = &matrix.bytes[begin * row_bytes..end * row_bytes];
-            // SAFETY: rows begin..end of every token are this task's alone and lie in the output, whose length was checked.
-            unsafe { self.kernels.head_rows(matrix.ty, w, x, matrix.columns, begin, out) }
-        });
     }
 
     /// Reads `floats` once with all threads, as fast as memory gives them.

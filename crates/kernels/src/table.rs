@@ -4,6 +4,7 @@ use crate::isa::scalar::Scalar;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{avx2::Avx2, avx512::Avx512};
 use crate::ops::{self, FloatType, Page};
+use crate::screen::{self, Probe, Screen};
 use crate::ternary::panel::{self, PanelSource};
 use crate::ternary::{self, Activations, Layout, OutPtr, Which, columns};
 
@@ -46,6 +47,9 @@ pub struct Kernels {
     add_columns: unsafe fn(&[u8], usize, &[u32], &[i8], &mut [i32]),
     finish_columns: unsafe fn(&[i32], i32, f32, &mut [f32]),
     head_rows: unsafe fn(FloatType, &[u8], &[f32], usize, usize, OutPtr),
+    head_listed: unsafe fn(FloatType, &[u8], &[f32], &[u32], &mut [f32]),
+    screen_row: unsafe fn(&[f32], &[f32], &mut [u8]) -> (f32, f32),
+    screen_logits: unsafe fn(&Screen, &Probe, usize, &mut [f32]) -> (f32, f32),
     stream_read: unsafe fn(&[f32]) -> f32,
 }
 
@@ -57,7 +61,8 @@ macro_rules! kernels {
             use super::*;
             pub(super) static KERNELS: Kernels = Kernels {
                 name: $name, rmsnorm, quantize, add, relu2_mul, silu_mul, rope, attention, decode_row, gemv_rows,
-                matmul_block, add_columns, finish_columns, head_rows, stream_read,
+                matmul_block, add_columns, finish_columns, head_rows,
+                head_listed, screen_row, screen_logits, stream_read,
             };
             $(#[target_feature(enable = $features)])?
             unsafe fn rmsnorm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
@@ -125,6 +130,20 @@ macro_rules! kernels {
                 let isa = $isa;
                 // SAFETY: the caller's contract, handed on.
                 unsafe { ops::head_rows(isa, ty, w, x, columns, first_row, out) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn head_listed(ty: FloatType, w: &[u8], x: &[f32], list: &[u32], out: &mut [f32]) {
+                ops::head_listed($isa, ty, w, x, list, out);
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn screen_row(row: &[f32], dither: &[f32], codes: &mut [u8]) -> (f32, f32) {
+                screen::screen_row($isa, row, dither, codes)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn screen_logits(
+                screen: &Screen, probe: &Probe, first: usize, logits: &mut [f32],
+            ) -> (f32, f32) {
+                screen::screen_logits($isa, screen, probe, first, logits)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn stream_read(floats: &[f32]) -> f32 {
@@ -289,6 +308,24 @@ impl Kernels {
     ) {
         // SAFETY: as above, and the caller's contract.
         unsafe { (self.head_rows)(ty, w, x, columns, first_row, out) }
+    }
+    pub(crate) fn head_listed(&self, ty: FloatType, w: &[u8], x: &[f32], list: &[u32], out: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { (self.head_listed)(ty, w, x, list, out) }
+    }
+    pub(crate) fn screen_row(&self, row: &[f32], dither: &[f32], codes: &mut [u8]) -> (f32, f32) {
+        // SAFETY: as above.
+        unsafe { (self.screen_row)(row, dither, codes) }
+    }
+    pub(crate) fn screen_logits(
+        &self,
+        screen: &Screen,
+        probe: &Probe,
+        first: usize,
+        logits: &mut [f32],
+    ) -> (f32, f32) {
+        // SAFETY: as above.
+        unsafe { (self.screen_logits)(screen, probe, first, logits) }
     }
     pub(crate) fn stream_read(&self, floats: &[f32]) -> f32 {
         // SAFETY: as above.

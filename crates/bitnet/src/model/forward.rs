@@ -2,7 +2,9 @@
 
 use super::{Model, Phase, Profile};
 use bitnet_kernels::ternary::Layout;
-use bitnet_kernels::{Activation, Aligned, Compute, KvStore, QuantizedRows, Workspace};
+use bitnet_kernels::{
+    Activation, Aligned, Compute, HeadScratch, KvStore, Logits, QuantizedRows, Screen, Workspace,
+};
 
 /// One token of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,6 +17,8 @@ pub struct Row {
     pub position: u32,
     /// Whether its logits are wanted.
     pub wants_logits: bool,
+    /// For the caller: what this row answers to.
+    pub tag: u32,
 }
 
 /// The buffers of a step of up to a fixed number of rows. Nothing is allocated while a step runs.
@@ -38,6 +42,7 @@ pub struct Scratch {
     /// Rows of the up projection that squared ReLU leaves alive.
     live: Vec<u32>,
     work: Workspace,
+    head: HeadScratch,
     profile: Profile,
     /// `[rows][rope_dim / 2]`.
     cos: Aligned<f32>,
@@ -64,6 +69,7 @@ impl Scratch {
             codes: QuantizedRows::new(max_rows, widest),
             live: Vec::with_capacity(config.intermediate_size),
             work: Workspace::new(widest, compute.pool().threads()),
+            head: HeadScratch::new(config.vocab_size, config.hidden_size),
             profile: Profile::default(),
             cos: floats(config.rope_dim / 2),
             sin: floats(config.rope_dim / 2),
@@ -94,8 +100,8 @@ impl Scratch {
 
 impl Model {
     /// Runs one step: every row through every block, its keys and values into `kv`. `pages(s)` are the pages of
-    /// sequence s, which must reach the positions of its rows. The logits of the rows that want them are written to
-    /// `logits` (`[wanted rows][vocab_size]`), in order.
+    /// sequence s, which must reach the positions of its rows. The logits of the rows that want them, those that `choice`
+    /// asks for, are written to `logits` (`[wanted rows][vocab_size]`), in order.
     ///
     /// Rows of one sequence must stand in order of position, and follow what `kv` already holds of it.
     ///
@@ -107,12 +113,31 @@ impl Model {
         kv: &mut KvStore,
         rows: &[Row],
         pages: impl Fn(u32) -> &'a [u32] + Sync,
+        choice: impl Fn(&Row) -> Logits<'a>,
         scratch: &mut Scratch,
         logits: &mut [f32],
     ) -> Result<(), usize> {
         let (config, weights, n) = (self.config(), self.weights(), rows.len());
         let eps = config.rms_norm_eps;
-        let Scratch { ids, x, q, attended, k, v, gate, up, delta, codes, live, work, profile, cos, sin, .. } = scratch;
+        let Scratch {
+            ids,
+            x,
+            q,
+            attended,
+            k,
+            v,
+            gate,
+            up,
+            delta,
+            codes,
+            live,
+            work,
+            head,
+            profile,
+            cos,
+            sin,
+            ..
+        } = scratch;
         let x = &mut x[..n * config.hidden_size];
         let (q, attended) = (&mut q[..n * config.q_width()], &mut attended[..n * config.q_width()]);
         let (k, v) = (&mut k[..n * config.kv_width()], &mut v[..n * config.kv_width()]);
@@ -178,19 +203,22 @@ impl Model {
             profile.lap(Phase::Down, layer.ffn_down.byte_len() / config.intermediate_size * columns);
         }
         let mut wanted = 0;
-        for (i, row) in rows.iter().enumerate() {
-            if row.wants_logits {
-                let range = |i: usize| i * config.hidden_size..(i + 1) * config.hidden_size;
-                compute.rmsnorm(&x[range(i)], &weights.output_norm, eps, &mut delta[range(wanted)]);
-                wanted += 1;
-            }
+        for (i, _) in rows.iter().enumerate().filter(|(_, row)| row.wants_logits) {
+            let range = |i: usize| i * config.hidden_size..(i + 1) * config.hidden_size;
+            compute.rmsnorm(&x[range(i)], &weights.output_norm, eps, &mut delta[range(wanted)]);
+            // The ids have been looked up: their place is free for the rows that want logits.
+            ids[wanted] = i as u32;
+            wanted += 1;
         }
-        compute.head(
-            &weights.head,
-            &delta[..wanted * config.hidden_size],
-            &mut logits[..wanted * config.vocab_size],
-        );
-        profile.lap(Phase::Head, if wanted > 0 { weights.head.byte_len() } else { 0 });
+        let (delta, logits) =
+            (&delta[..wanted * config.hidden_size], &mut logits[..wanted * config.vocab_size]);
+        compute.head(&weights.head, delta, |i| choice(&rows[ids[i] as usize]), head, logits);
+        let (screened, survivors) = head.take_counts();
+        profile.count_head(screened, survivors);
+        let screen = weights.head.screen.as_ref().filter(|_| screened > 0).map_or(0, Screen::byte_len);
+        let matrix = weights.head.matrix.byte_len();
+        let all = if wanted as u64 > screened { matrix } else { 0 };
+        profile.lap(Phase::Head, screen + all + matrix / config.vocab_size * survivors as usize);
         Ok(())
     }
 }

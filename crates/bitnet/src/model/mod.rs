@@ -11,4 +11,4 @@ pub use config::{Config, Repair};
 pub use forward::{Row, Scratch};
 pub use load::{Model, ModelBytes, ModelInfo, SpecialTokens};
 pub use profile::{Phase, Profile};
-pub use weights::{Layer, Weights};
+pub use weights::{Layer, Strategy, Weights};

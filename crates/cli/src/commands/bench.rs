@@ -2,7 +2,8 @@
 
 use crate::{output, source};
 use anyhow::{Context, Result};
-use bitnet::kernels::{HugeBuffer, TernaryMatrix};
+use bitnet::generate::{Sampler, SamplerConfig};
+use bitnet::kernels::{HugeBuffer, Logits, TernaryMatrix};
 use bitnet::model::{Config, Model, Phase};
 use bitnet::{Engine, EngineOptions, Feed, SequenceId, Wanted};
 use serde::Serialize;
@@ -67,7 +68,7 @@ struct Measurement {
 pub fn run(args: &Args) -> Result<()> {
     let compute = args.model.compute()?;
     let model = match args.synthetic {
-        Some(_) => Model::random(Config::bitnet_2b_4t(), &compute)?,
+        Some(_) => Model::random(Config::bitnet_2b_4t(), &compute, args.model.strategy())?,
         None => args.model.load(&compute)?,
     };
     let name = model.config().name.clone().unwrap_or_else(|| model.file().to_owned());
@@ -135,13 +136,17 @@ fn profile(engine: &mut Engine, args: &Args, tokens: usize) {
         bytes += b as f64;
     }
     line("sum", time, bytes);
+    let (screened, survivors) = engine.profile().head();
+    if screened > 0 {
+        eprintln!("head: {:.0} rows a token computed exactly", survivors as f64 / screened as f64);
+    }
 }
 
 /// Bytes of weights that one decoded step reads: every ternary matrix and the head.
 fn bytes_per_step(model: &Model) -> usize {
     let weights = model.weights();
     let ternary = weights.layers.iter().flat_map(bitnet::model::Layer::matrices).map(TernaryMatrix::byte_len);
-    weights.head.byte_len() + ternary.sum::<usize>()
+    weights.head.matrix.byte_len() + ternary.sum::<usize>()
 }
 
 /// Adds the rates, in bytes a second, of three reads of half a gigabyte.
@@ -170,7 +175,7 @@ fn prefill(engine: &mut Engine, sequence: SequenceId, args: &Args) -> Result<Vec
             engine.profile().clear();
         }
         let start = Instant::now();
-        engine.feed(&[Feed { sequence, tokens: &tokens, wanted: Wanted::Last }])?;
+        engine.feed(&[Feed { sequence, tokens: &tokens, wanted: Wanted::Last(Logits::Every) }])?;
         // The first round takes the memory from the system.
         if rep > 0 {
             rates.push(tokens.len() as f64 / start.elapsed().as_secs_f64());
@@ -181,6 +186,10 @@ fn prefill(engine: &mut Engine, sequence: SequenceId, args: &Args) -> Result<Vec
 }
 
 fn decode(engine: &mut Engine, sequences: &[SequenceId], args: &Args) -> Result<Vec<f64>> {
+    // With the sampling that `run` has by default; which token is drawn does not matter to the speed.
+    let sampler = || Sampler::new(SamplerConfig::default());
+    let mut samplers = sequences.iter().map(|_| sampler()).collect::<Result<Vec<_>, _>>()?;
+    let vocab = engine.model().config().vocab_size;
     let mut rates = Vec::new();
     for rep in 0..=args.reps {
         for sequence in sequences {
@@ -196,9 +205,17 @@ fn decode(engine: &mut Engine, sequences: &[SequenceId], args: &Args) -> Result<
             let feeds: Vec<Feed<'_>> = sequences
                 .iter()
                 .zip(tokens.chunks(1))
-                .map(|(&sequence, tokens)| Feed { sequence, tokens, wanted: Wanted::Last })
+                .zip(&mut samplers)
+                .map(|((&sequence, tokens), sampler)| Feed {
+                    sequence,
+                    tokens,
+                    wanted: Wanted::Last(sampler.wanted(&[])),
+                })
                 .collect();
-            engine.feed(&feeds)?;
+            let logits = engine.feed(&feeds)?;
+            for (sampler, logits) in samplers.iter_mut().zip(logits.chunks(vocab)) {
+                sampler.sample(logits, &[])?;
+            }
         }
         if rep > 0 {
             rates.push((steps * sequences.len()) as f64 / start.elapsed().as_secs_f64());
