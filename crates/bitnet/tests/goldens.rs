@@ -6,11 +6,15 @@
 
 mod common;
 
-use bitnet::kernels::{Compute, KvStore, Logits, PAGE, QuantizedRows, TernaryMatrix, best, ternary::pack};
+use bitnet::kernels::ternary::{Layout, pack};
+use bitnet::kernels::{
+    Compute, HeadScratch, KvStore, Logits, PAGE, QuantizedRows, TernaryMatrix, Workspace, best,
+};
 use bitnet::model::Model;
 use bitnet::{Feed, Wanted};
 use common::{MODELS, Tensors, engine, fixture, gguf, ids};
 use sha2::{Digest, Sha256};
+use std::cell::RefCell;
 
 fn golden(model: &str) -> (Tensors, serde_json::Value) {
     let json = std::fs::read(fixture(model, "golden.json")).unwrap();
@@ -60,7 +64,7 @@ fn log_softmax(logits: &[f64]) -> Vec<f64> {
 /// The head in float64 from the same stored values: the embedding, or a head of its own.
 fn head(model: &Model, vocab: usize, hidden: usize, compute: &Compute) -> Vec<f64> {
     let mut rows = vec![0.0; vocab * hidden];
-    compute.embed(&model.weights().head, &(0..vocab as u32).collect::<Vec<_>>(), &mut rows).unwrap();
+    compute.embed(&model.weights().head.matrix, &(0..vocab as u32).collect::<Vec<_>>(), &mut rows).unwrap();
     rows.into_iter().map(f64::from).collect()
 }
 
@@ -172,7 +176,7 @@ fn every_layer_agrees_on_the_references_own_inputs() {
             }
         }
         let widest = config.hidden_size.max(config.q_width()).max(config.intermediate_size);
-        let mut scratch = vec![0.0; compute.scratch_floats(widest)];
+        let work = RefCell::new(Workspace::new(widest, compute.pool().threads()));
         let mut q = QuantizedRows::new(n, widest);
         for l in golden.ints("trace.layers") {
             let layer = &model.weights().layers[l as usize];
@@ -188,7 +192,7 @@ fn every_layer_agrees_on_the_references_own_inputs() {
             let linear =
                 |q: &QuantizedRows, equal: &[bool], matrix: &TernaryMatrix, output: &str, rows: &[usize]| {
                     let mut out = vec![0.0; n * matrix.rows()];
-                    compute.linear(q, [(matrix, &mut out)]);
+                    compute.linear(q, &mut work.borrow_mut(), [(matrix, &mut out)]);
                     let want = get(output);
                     let picked: Vec<f32> = rows
                         .iter()
@@ -199,7 +203,14 @@ fn every_layer_agrees_on_the_references_own_inputs() {
             let rows: Vec<usize> = (0..n).collect();
 
             norm("x", &layer.attn_norm, "attn_norm");
-            compute.norm_quantize(&get("x"), &layer.attn_norm, eps, &mut scratch, &mut q);
+            compute.norm_quantize(
+                &get("x"),
+                &layer.attn_norm,
+                eps,
+                Layout::Rows,
+                &mut work.borrow_mut(),
+                &mut q,
+            );
             let equal = codes.compare(&what, &q, &golden, &part("attn_norm"));
             linear(&q, &equal, &layer.attn_q, "q", &rows);
             linear(&q, &equal, &layer.attn_k, "k", &positions);
@@ -236,7 +247,14 @@ fn every_layer_agrees_on_the_references_own_inputs() {
             close(&format!("{what} attn"), &attended, &get("attn"), &all);
 
             norm("attn", &layer.attn_sub_norm, "attn_sub_norm");
-            compute.norm_quantize(&get("attn"), &layer.attn_sub_norm, eps, &mut scratch, &mut q);
+            compute.norm_quantize(
+                &get("attn"),
+                &layer.attn_sub_norm,
+                eps,
+                Layout::Rows,
+                &mut work.borrow_mut(),
+                &mut q,
+            );
             let equal = codes.compare(&what, &q, &golden, &part("attn_sub_norm"));
             linear(&q, &equal, &layer.attn_output, "o", &rows);
             let mut x = get("x");
@@ -244,7 +262,14 @@ fn every_layer_agrees_on_the_references_own_inputs() {
             close(&format!("{what} x_mid"), &x, &get("x_mid"), &all);
 
             norm("x_mid", &layer.ffn_norm, "ffn_norm");
-            compute.norm_quantize(&get("x_mid"), &layer.ffn_norm, eps, &mut scratch, &mut q);
+            compute.norm_quantize(
+                &get("x_mid"),
+                &layer.ffn_norm,
+                eps,
+                Layout::Rows,
+                &mut work.borrow_mut(),
+                &mut q,
+            );
             let equal = codes.compare(&what, &q, &golden, &part("ffn_norm"));
             linear(&q, &equal, &layer.ffn_gate, "gate", &rows);
             linear(&q, &equal, &layer.ffn_up, "up", &rows);
@@ -258,7 +283,8 @@ fn every_layer_agrees_on_the_references_own_inputs() {
                 &get("up"),
                 width,
                 sub_norm,
-                &mut scratch,
+                layer.ffn_down.layout(),
+                &mut work.borrow_mut(),
                 &mut q,
             );
             let equal = codes.compare(&what, &q, &golden, &part("ffn_sub_norm"));
@@ -274,6 +300,8 @@ fn every_layer_agrees_on_the_references_own_inputs() {
         compute.head(
             &model.weights().head,
             &golden.floats("final.norm")[..kept * config.hidden_size],
+            |_| Logits::Every,
+            &mut HeadScratch::new(config.vocab_size, config.hidden_size),
             &mut ours,
         );
         close(&format!("{name} logits"), &ours, &logits, &all[..kept]);

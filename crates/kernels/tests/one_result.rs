@@ -3,8 +3,8 @@
 
 use bitnet_kernels::ternary::{Layout, columns, position, row_bytes};
 use bitnet_kernels::{
-    Activation, Bytes, Compute, FloatMatrix, FloatType, Kernels, KvStore, QuantizedRows, TernaryMatrix,
-    Workspace, supported,
+    Activation, Bytes, Compute, FloatMatrix, FloatType, Head, HeadScratch, Kernels, KvStore, Logits,
+    QuantizedRows, Screen, TernaryMatrix, Workspace, supported,
 };
 use std::sync::Arc;
 
@@ -313,7 +313,9 @@ fn head_embedding_rope_and_sums_are_the_same_everywhere() {
                 let mut embedded = vec![f32::NAN; rows * columns];
                 compute.embed(&w, &(0..rows as u32).collect::<Vec<_>>(), &mut embedded).unwrap();
                 let mut logits = vec![f32::NAN; tokens * rows];
-                compute.head(&w, &x, &mut logits);
+                let head = Head { matrix: w.clone(), screen: None };
+                let mut scratch = HeadScratch::new(rows, columns);
+                compute.head(&head, &x, |_| Logits::Every, &mut scratch, &mut logits);
                 (bits(&embedded), bits(&logits))
             });
             for t in 0..tokens {
@@ -340,6 +342,57 @@ fn head_embedding_rope_and_sums_are_the_same_everywhere() {
             compute.rmsnorm(&x, &y[..columns], 1e-6, &mut normed);
             bits(&normed)
         });
+    }
+}
+
+/// Rows like Gaussians, some with a weight far outside and one all the same, and their screen.
+fn screened_head(random: &mut Random, rows: usize, columns: usize, compute: &Compute) -> Head {
+    let mut weights: Vec<f32> =
+        (0..rows * columns).map(|_| (0..6).map(|_| random.float()).sum::<f32>()).collect();
+    (0..rows).step_by(97).for_each(|r| weights[r * columns + r % columns] *= 20.0);
+    weights[..columns].fill(0.25);
+    let bytes: Vec<u8> = weights.iter().flat_map(|w| w.to_le_bytes()).collect();
+    let n = bytes.len();
+    let matrix = FloatMatrix::new(Bytes::new(Arc::new(bytes), 0..n), FloatType::F32, rows, columns);
+    let mut codes = vec![0; rows * Screen::row_bytes(columns)];
+    let mut scales = vec![0; rows * Screen::SCALE_BYTES];
+    compute.screen_rows(&matrix, 0, &mut codes, &mut scales);
+    let bytes = |v: Vec<u8>| {
+        let n = v.len();
+        Bytes::new(Arc::new(v), 0..n)
+    };
+    Head { matrix, screen: Some(Screen::new(bytes(codes), bytes(scales), rows, columns)) }
+}
+
+#[test]
+fn the_screen_never_loses_a_row() {
+    let mut random = Random(8);
+    for (columns, rows, tokens) in [(256, 3000, 3), (100, 2000, 9), (2560, 1024, 1)] {
+        let mut x = random.floats(tokens * columns);
+        x[1] = 40.0; // a channel that stands out, as trained models have them
+        let also = [3, 1999 % rows as u32];
+        let (all, best) = everywhere(|compute| {
+            let head = screened_head(&mut Random(9), rows, columns, compute);
+            let mut scratch = HeadScratch::new(rows, columns);
+            let mut logits = || vec![f32::NAN; tokens * rows];
+            let (mut all, mut best) = (logits(), logits());
+            compute.head(&head, &x, |_| Logits::Every, &mut scratch, &mut all);
+            let wanted = |t| Logits::Best { top: 1 + t, also: &also };
+            compute.head(&head, &x, wanted, &mut scratch, &mut best);
+            // Of heads so small the screen may leave too much; then all logits are computed.
+            assert!(scratch.take_counts().0 > 0);
+            (bits(&all), bits(&best))
+        });
+        for (t, (all, best)) in all.chunks(rows).zip(best.chunks(rows)).enumerate() {
+            let value = |r: usize| f32::from_bits(all[r]);
+            let mut ranked: Vec<usize> = (0..rows).collect();
+            ranked.sort_by(|&a, &b| value(b).total_cmp(&value(a)));
+            let floor = value(ranked[1 + t + also.len() - 1]);
+            for r in 0..rows {
+                let needed = value(r) >= floor || also.contains(&(r as u32));
+                assert!(best[r] == all[r] || best[r] == f32::NEG_INFINITY.to_bits() && !needed);
+            }
+        }
     }
 }
 

@@ -23,7 +23,7 @@ pub(crate) const COLUMN_ORDER: [u8; 64] = {
 pub(crate) const GROUP: usize = 8;
 
 /// Groups that are asked for ahead of the one that is added.
-const AHEAD: usize = 2;
+const AHEAD: usize = 1;
 
 /// Most inputs of a matrix stored by columns: keeps 64 times a sum of products in 32 bits.
 pub const MAX_COLUMNS: usize = 1 << 16;
