@@ -20,6 +20,37 @@ impl EngineOptions {
     pub fn for_model(config: &Config) -> Self {
         Self { context: config.context_length.min(4096), sequences: 1, max_rows: 512 }
     }
+
+    /// The memory that an engine of these sizes takes for a model of the shape of `config`, without its weights.
+    pub fn bytes(&self, config: &Config, threads: usize) -> EngineBytes {
+        let logits = config.vocab_size.saturating_mul(size_of::<f32>());
+        EngineBytes {
+            kv_cache: self.page_bytes(config).saturating_mul(self.pages()),
+            buffers: Scratch::bytes(config, self.rows(), threads).saturating_add(logits),
+        }
+    }
+
+    fn pages(&self) -> usize {
+        self.context.div_ceil(PAGE).saturating_mul(self.sequences)
+    }
+
+    fn page_bytes(&self, config: &Config) -> usize {
+        KvStore::page_bytes(config.n_layers, config.n_kv_heads, config.head_dim).unwrap_or(usize::MAX)
+    }
+
+    /// A step has no more rows than the context.
+    fn rows(&self) -> usize {
+        self.max_rows.clamp(1, self.context.max(1))
+    }
+}
+
+/// The memory an engine takes besides the weights, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EngineBytes {
+    /// The key/value cache when all of it is in use.
+    pub kv_cache: usize,
+    /// The activations of a step and the logits of one token.
+    pub buffers: usize,
 }
 
 /// A sequence of an engine.
@@ -78,11 +109,9 @@ impl Engine {
     /// [`Error::NoMemory`] where the system refuses them.
     pub fn new(model: Model, compute: Compute, options: EngineOptions) -> Result<Self, Error> {
         let config = model.config();
-        let options =
-            EngineOptions { max_rows: options.max_rows.clamp(1, options.context.max(1)), ..options };
-        let pages = options.context.div_ceil(PAGE).saturating_mul(options.sequences);
-        let page = KvStore::page_bytes(config.n_layers, config.n_kv_heads, config.head_dim);
-        let bytes = page.unwrap_or(usize::MAX).saturating_mul(pages);
+        let options = EngineOptions { max_rows: options.rows(), ..options };
+        let pages = options.pages();
+        let bytes = options.page_bytes(config).saturating_mul(pages);
         let kv = KvStore::new(pages, config.n_layers, config.n_kv_heads, config.head_dim)
             .filter(|_| u32::try_from(pages).is_ok())
             .ok_or(Error::NoMemory { what: "the key/value cache", bytes })?;
