@@ -12,6 +12,9 @@ const CHUNK: usize = 32;
 
 /// Perplexity as llama.cpp defines it: the text is cut into windows of CTX tokens, and each window is scored over its
 /// second half.
+///
+/// The same figures as those of llama-perplexity, to the rounding of the two (a few parts in ten thousand), need the same
+/// tokens: of a file that names no pre-tokenizer llama.cpp splits the text in a way of its own.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -44,7 +47,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let window = args.model.context(Some(args.ctx_size), model.config());
     let (found, needed) = (tokens.len(), 2 * window);
     ensure!(found >= needed, "the text has {found} tokens; windows of {window} (-c) need at least {needed}");
-    let bos = model.special().bos.filter(|_| model.special().add_bos);
+    let bos = model.special().first();
 
     let vocab = model.config().vocab_size;
     let options = EngineOptions { context: window, sequences: 1, max_rows: window.min(512) };
@@ -69,7 +72,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             ensure!(!interrupted.load(Ordering::Relaxed), Interrupted);
         }
         let (perplexity, _) = score.perplexity();
-        if !args.model.quiet {
+        if !args.model.file.quiet {
             notice(format_args!("[{}/{n_windows}] {perplexity:.4}", index + 1));
         }
     }

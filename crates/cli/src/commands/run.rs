@@ -103,7 +103,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         strings: args.stop.clone(),
         max_tokens: usize::try_from(args.n_predict).ok(),
     };
-    let mut engine = Engine::new(model, compute, EngineOptions { context, sequences: 1, max_rows: 512 })?;
+    let options = EngineOptions { context, ..EngineOptions::for_model(model.config()) };
+    let mut engine = Engine::new(model, compute, options)?;
     let sequence = engine.open();
     let load_time = start.elapsed();
 
@@ -140,7 +141,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     };
     if args.json {
         output::print_json(&statistics.json(&text))?;
-    } else if !args.model.quiet {
+    } else if !args.model.file.quiet {
         statistics.print();
     }
     if statistics.generated.finish == FinishReason::Cancelled {
