@@ -1,8 +1,10 @@
 //! The engine: one model, its threads, its cache, and the sequences that share them.
 
 use crate::Error;
-use crate::model::{Config, Model, Row, Scratch};
+use crate::model::{Config, Model, Row, Scratch, Unfinished};
 use bitnet_kernels::{Compute, KvStore, PAGE};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// Sizes that an engine is built with.
 #[derive(Clone, Copy, Debug)]
@@ -25,7 +27,7 @@ impl EngineOptions {
     pub fn bytes(&self, config: &Config, threads: usize) -> EngineBytes {
         let logits = config.vocab_size.saturating_mul(size_of::<f32>());
         EngineBytes {
-            kv_cache: self.page_bytes(config).saturating_mul(self.pages()),
+            kv_cache: self.kv_bytes(config),
             buffers: Scratch::bytes(config, self.rows(), threads).saturating_add(logits),
         }
     }
@@ -34,8 +36,9 @@ impl EngineOptions {
         self.context.div_ceil(PAGE).saturating_mul(self.sequences)
     }
 
-    fn page_bytes(&self, config: &Config) -> usize {
-        KvStore::page_bytes(config.n_layers, config.n_kv_heads, config.head_dim).unwrap_or(usize::MAX)
+    fn kv_bytes(&self, config: &Config) -> usize {
+        let page = KvStore::page_bytes(config.n_layers, config.n_kv_heads, config.head_dim);
+        page.unwrap_or(usize::MAX).saturating_mul(self.pages())
     }
 
     /// A step has no more rows than the context.
@@ -100,6 +103,7 @@ pub struct Engine {
     scratch: Scratch,
     rows: Vec<Row>,
     logits: Vec<f32>,
+    cancel: Arc<AtomicBool>,
 }
 
 impl Engine {
@@ -111,7 +115,7 @@ impl Engine {
         let config = model.config();
         let options = EngineOptions { max_rows: options.rows(), ..options };
         let pages = options.pages();
-        let bytes = options.page_bytes(config).saturating_mul(pages);
+        let bytes = options.kv_bytes(config);
         let kv = KvStore::new(pages, config.n_layers, config.n_kv_heads, config.head_dim)
             .filter(|_| u32::try_from(pages).is_ok())
             .ok_or(Error::NoMemory { what: "the key/value cache", bytes })?;
@@ -123,6 +127,7 @@ impl Engine {
             sequences: Vec::new(),
             rows: Vec::with_capacity(options.max_rows),
             logits: vec![0.0; config.vocab_size],
+            cancel: Arc::default(),
             options,
             model,
             compute,
@@ -140,6 +145,12 @@ impl Engine {
     /// The sizes the engine was built with.
     pub fn options(&self) -> EngineOptions {
         self.options
+    }
+
+    /// While `flag` is up, [`Engine::feed`] gives [`Error::Cancelled`]; a feed in progress ends before the model's next
+    /// block.
+    pub fn cancel_by(&mut self, flag: Arc<AtomicBool>) {
+        self.cancel = flag;
     }
 
     /// A new, empty sequence.
@@ -179,8 +190,9 @@ impl Engine {
     /// `[wanted][vocab_size]`, in the order of the feeds and their tokens. A sequence may stand in one feed only.
     ///
     /// # Errors
-    /// [`Error::TokenOutOfRange`], [`Error::ContextFull`] and [`Error::CacheFull`] before anything is computed, and
-    /// [`Error::Model`] where an embedding is not finite. After an error the sequences are as they were.
+    /// [`Error::TokenOutOfRange`], [`Error::ContextFull`] and [`Error::CacheFull`] before anything is computed,
+    /// [`Error::Model`] where an embedding is not finite, and [`Error::Cancelled`]. After an error the sequences are as
+    /// they were.
     pub fn feed(&mut self, feeds: &[Feed<'_>]) -> Result<&[f32], Error> {
         self.reserve(feeds)?;
         let vocab = self.model.config().vocab_size;
@@ -250,18 +262,17 @@ impl Engine {
             if self.rows.is_empty() {
                 break;
             }
-            let sequences = &self.sequences;
+            let Self { model, compute, kv, rows, scratch, cancel, sequences, .. } = self;
             let pages = |sequence: u32| &sequences[sequence as usize].pages[..];
             let logits = &mut self.logits[written * vocab..];
-            let result =
-                self.model.step(&self.compute, &mut self.kv, &self.rows, pages, &mut self.scratch, logits);
-            if let Err(row) = result {
-                return Err(Error::Model {
-                    file: self.model.file().to_owned(),
+            model.step(compute, kv, rows, pages, scratch, logits, cancel).map_err(|why| match why {
+                Unfinished::Cancelled => Error::Cancelled,
+                Unfinished::BadEmbedding(row) => Error::Model {
+                    file: model.file().to_owned(),
                     thing: "tensor \"token_embd.weight\"".into(),
-                    problem: format!("row {} holds a NaN or an infinity", self.rows[row].token),
-                });
-            }
+                    problem: format!("row {} holds a NaN or an infinity", rows[row].token),
+                },
+            })?;
             written += self.rows.iter().filter(|row| row.wants_logits).count();
         }
         Ok(())

@@ -2,6 +2,7 @@
 
 use super::Model;
 use bitnet_kernels::{Aligned, Compute, KvStore, QuantizedRows};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// One token of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,6 +15,15 @@ pub struct Row {
     pub position: u32,
     /// Whether its logits are wanted.
     pub wants_logits: bool,
+}
+
+/// Why a step gave no logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unfinished {
+    /// The embedding of this row's token is not finite.
+    BadEmbedding(usize),
+    /// Someone raised the flag.
+    Cancelled,
 }
 
 /// The buffers of a step of up to a fixed number of rows. Nothing is allocated while a step runs.
@@ -86,10 +96,11 @@ impl Model {
     /// sequence s, which must reach the positions of its rows. The logits of the rows that want them are written to
     /// `logits` (`[wanted rows][vocab_size]`), in order.
     ///
-    /// Rows of one sequence must stand in order of position, and follow what `kv` already holds of it.
+    /// Rows of one sequence must stand in order of position, and follow what `kv` already holds of it. Another thread may
+    /// raise `cancel`, which ends the step before its next block.
     ///
     /// # Errors
-    /// Err(row) where the embedding of a row's token is not finite.
+    /// [`Unfinished`] says why.
     pub fn step<'a>(
         &self,
         compute: &Compute,
@@ -98,7 +109,8 @@ impl Model {
         pages: impl Fn(u32) -> &'a [u32] + Sync,
         scratch: &mut Scratch,
         logits: &mut [f32],
-    ) -> Result<(), usize> {
+        cancel: &AtomicBool,
+    ) -> Result<(), Unfinished> {
         let (config, weights, n) = (self.config(), self.weights(), rows.len());
         let eps = config.rms_norm_eps;
         let Scratch { ids, x, q, attended, k, v, gate, up, delta, codes, workers, cos, sin, .. } = scratch;
@@ -112,12 +124,16 @@ impl Model {
 
         ids.clear();
         ids.extend(rows.iter().map(|row| row.token));
-        compute.embed(&weights.embedding, ids, x)?;
+        compute.embed(&weights.embedding, ids, x).map_err(Unfinished::BadEmbedding)?;
         for (i, row) in rows.iter().enumerate() {
             let range = i * half..(i + 1) * half;
             self.rope_angles(row.position as usize, &mut cos[range.clone()], &mut sin[range]);
         }
         for (index, layer) in weights.layers.iter().enumerate() {
+            // A step of a long prompt takes seconds.
+            if cancel.load(Ordering::Relaxed) {
+                return Err(Unfinished::Cancelled);
+            }
             compute.norm_quantize(x, &layer.attn_norm, eps, workers, codes);
             compute.linear(
                 codes,

@@ -7,6 +7,6 @@ mod rope;
 mod weights;
 
 pub use config::{Config, Repair};
-pub use forward::{Row, Scratch};
+pub use forward::{Row, Scratch, Unfinished};
 pub use load::{Model, ModelInfo, SpecialTokens};
 pub use weights::{Layer, Weights};

@@ -1,11 +1,10 @@
-use crate::output::{self, Interrupted, notice};
+use crate::output::{self, notice};
 use crate::source;
 use anyhow::ensure;
 use bitnet::kernels::math::exp64;
 use bitnet::text::Specials;
 use bitnet::{Engine, EngineOptions, Feed, Wanted};
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
 
 /// Tokens whose logits are in memory at once.
 const CHUNK: usize = 32;
@@ -53,7 +52,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let options = EngineOptions { context: window, sequences: 1, max_rows: window.min(512) };
     let mut engine = Engine::new(model, compute, options)?;
     let sequence = engine.open();
-    let interrupted = output::interrupt_flag()?;
+    engine.cancel_by(output::interrupt_flag()?);
     let first = window / 2;
     let mut score = Score::default();
     let windows = tokens.chunks_exact(window);
@@ -69,7 +68,6 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             for (logits, &next) in logits.chunks_exact(vocab).zip(&window[start + 1..]) {
                 score.add(logits, next);
             }
-            ensure!(!interrupted.load(Ordering::Relaxed), Interrupted);
         }
         let (perplexity, _) = score.perplexity();
         if !args.model.file.quiet {
