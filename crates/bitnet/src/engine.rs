@@ -1,8 +1,10 @@
 //! The engine: one model, its threads, its cache, and the sequences that share them.
 
 use crate::Error;
-use crate::model::{Config, Model, Profile, Row, Scratch};
+use crate::model::{Config, Model, Profile, Row, Scratch, Unfinished};
 use bitnet_kernels::{Compute, KvStore, Logits, PAGE};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// Sizes that an engine is built with.
 #[derive(Clone, Copy, Debug)]
@@ -20,6 +22,38 @@ impl EngineOptions {
     pub fn for_model(config: &Config) -> Self {
         Self { context: config.context_length.min(4096), sequences: 1, max_rows: 512 }
     }
+
+    /// The memory that an engine of these sizes takes for a model of the shape of `config`, without its weights.
+    pub fn bytes(&self, config: &Config, threads: usize) -> EngineBytes {
+        let logits = config.vocab_size.saturating_mul(size_of::<f32>());
+        EngineBytes {
+            kv_cache: self.kv_bytes(config),
+            buffers: Scratch::bytes(config, self.rows(), threads).saturating_add(logits),
+        }
+    }
+
+    fn pages(&self) -> usize {
+        self.context.div_ceil(PAGE).saturating_mul(self.sequences)
+    }
+
+    fn kv_bytes(&self, config: &Config) -> usize {
+        let page = KvStore::page_bytes(config.n_layers, config.n_kv_heads, config.head_dim);
+        page.unwrap_or(usize::MAX).saturating_mul(self.pages())
+    }
+
+    /// A step has no more rows than the context.
+    fn rows(&self) -> usize {
+        self.max_rows.clamp(1, self.context.max(1))
+    }
+}
+
+/// The memory an engine takes besides the weights, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EngineBytes {
+    /// The key/value cache when all of it is in use.
+    pub kv_cache: usize,
+    /// The activations of a step and the logits of one token.
+    pub buffers: usize,
 }
 
 /// A sequence of an engine.
@@ -69,6 +103,7 @@ pub struct Engine {
     scratch: Scratch,
     rows: Vec<Row>,
     logits: Vec<f32>,
+    cancel: Arc<AtomicBool>,
 }
 
 impl Engine {
@@ -78,11 +113,9 @@ impl Engine {
     /// [`Error::NoMemory`] where the system refuses them.
     pub fn new(model: Model, compute: Compute, options: EngineOptions) -> Result<Self, Error> {
         let config = model.config();
-        let options =
-            EngineOptions { max_rows: options.max_rows.clamp(1, options.context.max(1)), ..options };
-        let pages = options.context.div_ceil(PAGE).saturating_mul(options.sequences);
-        let page = KvStore::page_bytes(config.n_layers, config.n_kv_heads, config.head_dim);
-        let bytes = page.unwrap_or(usize::MAX).saturating_mul(pages);
+        let options = EngineOptions { max_rows: options.rows(), ..options };
+        let pages = options.pages();
+        let bytes = options.kv_bytes(config);
         let kv = KvStore::new(pages, config.n_layers, config.n_kv_heads, config.head_dim)
             .filter(|_| u32::try_from(pages).is_ok())
             .ok_or(Error::NoMemory { what: "the key/value cache", bytes })?;
@@ -94,6 +127,7 @@ impl Engine {
             sequences: Vec::new(),
             rows: Vec::with_capacity(options.max_rows),
             logits: vec![0.0; config.vocab_size],
+            cancel: Arc::default(),
             options,
             model,
             compute,
@@ -115,6 +149,12 @@ impl Engine {
     /// The sizes the engine was built with.
     pub fn options(&self) -> EngineOptions {
         self.options
+    }
+
+    /// While `flag` is up, [`Engine::feed`] gives [`Error::Cancelled`]; a feed in progress ends before the model's next
+    /// block.
+    pub fn cancel_by(&mut self, flag: Arc<AtomicBool>) {
+        self.cancel = flag;
     }
 
     /// A new, empty sequence.
@@ -154,8 +194,9 @@ impl Engine {
     /// `[wanted][vocab_size]`, in the order of the feeds and their tokens. A sequence may stand in one feed only.
     ///
     /// # Errors
-    /// [`Error::TokenOutOfRange`], [`Error::ContextFull`] and [`Error::CacheFull`] before anything is computed, and
-    /// [`Error::Model`] where an embedding is not finite. After an error the sequences are as they were.
+    /// [`Error::TokenOutOfRange`], [`Error::ContextFull`] and [`Error::CacheFull`] before anything is computed,
+    /// [`Error::Model`] where an embedding is not finite, and [`Error::Cancelled`]. After an error the sequences are as
+    /// they were.
     pub fn feed(&mut self, feeds: &[Feed<'_>]) -> Result<&[f32], Error> {
         self.reserve(feeds)?;
         let vocab = self.model.config().vocab_size;
@@ -236,22 +277,23 @@ impl Engine {
             if self.rows.is_empty() {
                 break;
             }
-            let sequences = &self.sequences;
+            let Self { model, compute, kv, rows, scratch, cancel, sequences, .. } = self;
             let pages = |sequence: u32| &sequences[sequence as usize].pages[..];
             let choice = |row: &Row| match feeds[row.tag as usize].wanted {
                 Wanted::Last(logits) | Wanted::All(logits) => logits,
                 Wanted::Nothing => Logits::Every,
             };
-            let (scratch, logits) = (&mut self.scratch, &mut self.logits[written * vocab..]);
-            let result =
-                self.model.step(&self.compute, &mut self.kv, &self.rows, pages, choice, scratch, logits);
-            if let Err(row) = result {
-                return Err(Error::Model {
-                    file: self.model.file().to_owned(),
-                    thing: "tensor \"token_embd.weight\"".into(),
-                    problem: format!("row {} holds a NaN or an infinity", self.rows[row].token),
-                });
-            }
+            let logits = &mut self.logits[written * vocab..];
+            model.step(compute, kv, rows, pages, choice, scratch, logits, cancel).map_err(
+                |why| match why {
+                    Unfinished::Cancelled => Error::Cancelled,
+                    Unfinished::BadEmbedding(row) => Error::Model {
+                        file: model.file().to_owned(),
+                        thing: "tensor \"token_embd.weight\"".into(),
+                        problem: format!("row {} holds a NaN or an infinity", rows[row].token),
+                    },
+                },
+            )?;
             written += self.rows.iter().filter(|row| row.wants_logits).count();
         }
         Ok(())

@@ -54,6 +54,9 @@ pub enum Error {
         /// Tokens a page holds.
         page_tokens: usize,
     },
+    /// The flag of [`Engine::cancel_by`](crate::Engine::cancel_by) was raised.
+    #[error("cancelled")]
+    Cancelled,
     /// There is nothing to continue.
     #[error("the prompt is empty, and the model has no token that begins a text")]
     EmptyPrompt,

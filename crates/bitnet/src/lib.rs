@@ -14,5 +14,5 @@ pub mod text;
 
 pub use bitnet_gguf as gguf;
 pub use bitnet_kernels as kernels;
-pub use engine::{Engine, EngineOptions, Feed, SequenceId, Wanted};
+pub use engine::{Engine, EngineBytes, EngineOptions, Feed, SequenceId, Wanted};
 pub use error::Error;

@@ -1,21 +1,23 @@
-//! Decoding allocates nothing: the sizes were planned before.
+//! Memory is planned: an engine takes what it says, and decoding allocates nothing.
 #![allow(clippy::unwrap_used)]
 
 mod common;
 
-use bitnet::kernels::Logits;
-use bitnet::kernels::best;
-use bitnet::{Feed, Wanted};
+use bitnet::kernels::{Compute, Logits, best};
+use bitnet::model::{Model, Strategy};
+use bitnet::{Engine, EngineOptions, Feed, Wanted};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 struct Counting;
 static COUNT: AtomicUsize = AtomicUsize::new(0);
+static BYTES: AtomicUsize = AtomicUsize::new(0);
 
 // SAFETY: everything is handed to the system's allocator unchanged.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         COUNT.fetch_add(1, Ordering::Relaxed);
+        BYTES.fetch_add(layout.size(), Ordering::Relaxed);
         // SAFETY: the caller's contract.
         unsafe { System.alloc(layout) }
     }
@@ -28,9 +30,19 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+// One test, for other threads would be counted too.
 #[test]
-fn a_decoded_token_allocates_nothing() {
-    let mut engine = common::engine(&common::gguf("demo"), best(), 2, 64, 1);
+fn an_engine_takes_what_it_says_and_a_decoded_token_nothing() {
+    let threads = 2;
+    let compute = Compute::new(best(), threads);
+    let model = Model::load(&common::gguf("demo"), &compute, Strategy::Sparse).unwrap();
+    let options = EngineOptions { context: 640, sequences: 1, max_rows: 512 };
+    let planned = options.bytes(model.config(), threads).buffers;
+    let before = BYTES.load(Ordering::Relaxed);
+    let mut engine = Engine::new(model, compute, options).unwrap();
+    let taken = BYTES.load(Ordering::Relaxed) - before;
+    assert!(taken.abs_diff(planned) < planned / 50, "planned {planned}, taken {taken}");
+
     let sequence = engine.open();
     let mut step = |token: u32| {
         engine

@@ -2,9 +2,10 @@
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::Path;
 
-use bitnet::convert::{ConvertError, HeadType, Report, hf_to_gguf};
+use bitnet::convert::{ConvertError, HeadType, Progress, Report, hf_to_gguf};
 use bitnet::gguf::{Gguf, TensorType};
 use bitnet::kernels::ternary::pack::unpack_i2s;
 use proptest::prelude::*;
@@ -101,6 +102,7 @@ fn convert(dir: &TempDir, head: HeadType) -> Result<(Report, Gguf), ConvertError
     let result = hf_to_gguf(dir.path(), &path, head, &mut |progress| {
         assert!(progress.done > last && progress.done <= progress.total, "{progress:?}");
         (last, total) = (progress.done, progress.total);
+        ControlFlow::Continue(())
     });
     match result {
         Ok(report) => {
@@ -301,7 +303,8 @@ fn shards_give_the_same_file() {
     let out = tempfile::tempdir().unwrap();
     let convert = |dir: &Path, name: &str| {
         let path = out.path().join(name);
-        hf_to_gguf(dir, &path, HeadType::Auto, &mut |_| ()).map(|_| std::fs::read(path).unwrap())
+        let progress = &mut |_: Progress<'_>| ControlFlow::Continue(());
+        hf_to_gguf(dir, &path, HeadType::Auto, progress).map(|_| std::fs::read(path).unwrap())
     };
     let map = Value::from(map);
     write_index(&map);
@@ -473,14 +476,21 @@ proptest! {
 #[test]
 fn an_older_file_survives_a_refusal() {
     let mut tensors = tensors();
-    tensors.get_mut("model.layers.1.mlp.up_proj.weight").unwrap().2[0] = f32::NAN;
-    let dir = folder(&config(), &tensors);
     let out = tempfile::tempdir().unwrap();
     let path = out.path().join("out.gguf");
     std::fs::write(&path, "older").unwrap();
-    assert!(hf_to_gguf(dir.path(), &path, HeadType::Auto, &mut |_| ()).is_err());
-    assert_eq!(std::fs::read(&path).unwrap(), b"older");
-    assert_eq!(std::fs::read_dir(out.path()).unwrap().count(), 1);
+    let refused = |dir: TempDir, progress: &mut dyn FnMut(Progress<'_>) -> ControlFlow<()>| {
+        let error = hf_to_gguf(dir.path(), &path, HeadType::Auto, progress).unwrap_err();
+        assert_eq!(std::fs::read(&path).unwrap(), b"older");
+        assert_eq!(std::fs::read_dir(out.path()).unwrap().count(), 1);
+        error
+    };
+    let last = &mut |p: Progress<'_>| {
+        if p.done < p.total { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    };
+    assert!(matches!(refused(folder(&config(), &tensors), last), ConvertError::Cancelled));
+    tensors.get_mut("model.layers.1.mlp.up_proj.weight").unwrap().2[0] = f32::NAN;
+    refused(folder(&config(), &tensors), &mut |_| ControlFlow::Continue(()));
 }
 
 /// The 256 byte tokens, one merge, and three special tokens.

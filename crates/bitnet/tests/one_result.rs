@@ -7,9 +7,10 @@ mod common;
 use bitnet::gguf::Gguf;
 use bitnet::kernels::{Kernels, Logits, best, supported};
 use bitnet::model::Strategy;
-use bitnet::{Engine, Feed, SequenceId, Wanted};
+use bitnet::{Engine, Error, Feed, SequenceId, Wanted};
 use common::{MODELS, Tensors, engine, engine_as, fixture, gguf, ids};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 const POSITIONS: usize = 150;
 
@@ -193,4 +194,20 @@ fn a_refused_feed_changes_nothing() {
         .unwrap_err();
     assert_eq!(error.to_string(), "the key/value cache is full: 10 pages of 64 tokens are in use");
     assert!(feed(&mut engine, sequence, &tokens[10..]) == reference[10 * vocab..]);
+}
+
+#[test]
+fn a_cancelled_feed_leaves_no_trace() {
+    let (gguf, tokens) = model("demo");
+    let reference = alone(&gguf, &tokens, best(), 2, 100);
+    let mut engine = engine(&gguf, best(), 2, 512, 1);
+    let sequence = engine.open();
+    let flag = Arc::new(AtomicBool::new(false));
+    engine.cancel_by(flag.clone());
+    let first = feed(&mut engine, sequence, &tokens[..100]);
+    flag.store(true, Relaxed);
+    let cancelled = engine.feed(&[Feed { sequence, tokens: &[7, 8, 9], wanted: Wanted::All }]);
+    assert!(matches!(cancelled, Err(Error::Cancelled)));
+    flag.store(false, Relaxed);
+    assert!([first, feed(&mut engine, sequence, &tokens[100..])].concat() == reference);
 }

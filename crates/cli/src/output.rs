@@ -1,18 +1,21 @@
 //! Where things are printed: results on stdout, notices on stderr, and how a command ends.
 
 use anyhow::Context;
+use bitnet::convert::ConvertError;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag::{register, register_conditional_shutdown};
 use std::fmt::{self, Display};
 use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 /// Whoever read stdout has left: not a failure.
 #[derive(Debug)]
 struct ReaderLeft;
 
-/// The user pressed Ctrl-C.
+/// The user pressed Ctrl-C, or something asked the program to end.
 #[derive(Debug)]
 pub struct Interrupted;
 
@@ -55,23 +58,25 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
     if error.is::<ReaderLeft>() {
         return ExitCode::SUCCESS;
     }
-    if error.is::<Interrupted>() {
+    let cancelled = matches!(error.downcast_ref(), Some(bitnet::Error::Cancelled))
+        || matches!(error.downcast_ref(), Some(ConvertError::Cancelled));
+    if cancelled || error.is::<Interrupted>() {
         return ExitCode::from(130);
     }
     notice(format_args!("error: {}", format!("{error:#}").replace(['\n', '\r'], " ")));
     ExitCode::from(1)
 }
 
-/// A flag that the first Ctrl-C raises; the second ends the program.
+/// A flag that Ctrl-C or a request to end raises, so that the command can clean up; while it is up, another one ends the
+/// program at once.
 pub fn interrupt_flag() -> anyhow::Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
-    let raised = flag.clone();
-    ctrlc::set_handler(move || {
-        if raised.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-    })
-    .context("cannot watch for Ctrl-C")?;
+    for signal in [SIGINT, SIGTERM] {
+        // In this order, for the first signal must find the flag down.
+        register_conditional_shutdown(signal, 130, flag.clone())
+            .and_then(|_| register(signal, flag.clone()))
+            .context("cannot watch for Ctrl-C")?;
+    }
     Ok(flag)
 }
 

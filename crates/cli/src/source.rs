@@ -4,19 +4,29 @@ use crate::output::notice;
 use anyhow::{Context, bail};
 use bitnet::gguf::Gguf;
 use bitnet::kernels::{Compute, Kernels, allowed_threads, best, supported};
-use bitnet::model::{Config, Model, Strategy};
+use bitnet::model::{Config, Model, Repair, Strategy};
 use bitnet::{EngineOptions, Error};
 use std::fmt::Display;
 use std::io::{IsTerminal, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// The model of a command, and what it runs on.
+/// The model of a command.
 #[derive(clap::Args)]
-pub struct ModelArgs {
+pub struct FileArgs {
     /// Path of a GGUF file [default: the built-in demo]
     #[arg(short = 'm', long, value_name = "MODEL")]
     model: Option<String>,
+    /// No notices and statistics on stderr
+    #[arg(short = 'q', long)]
+    pub quiet: bool,
+}
+
+/// The model of a command, and what it runs on.
+#[derive(clap::Args)]
+pub struct ModelArgs {
+    #[command(flatten)]
+    pub file: FileArgs,
     /// Threads [default: one for each physical core that this process may use]
     #[arg(short = 't', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
@@ -26,9 +36,6 @@ pub struct ModelArgs {
     /// Read every weight for every token, instead of only those that can matter; the result is the same
     #[arg(long)]
     dense: bool,
-    /// No notices and statistics on stderr
-    #[arg(short = 'q', long)]
-    pub quiet: bool,
 }
 
 /// What `-c` may be.
@@ -56,13 +63,34 @@ pub fn open(model: Option<&str>) -> anyhow::Result<Gguf> {
     Ok(Gguf::open(path)?)
 }
 
+impl FileArgs {
+    pub fn open(&self) -> anyhow::Result<Gguf> {
+        open(self.model.as_deref())
+    }
+
+    /// Tells what was repaired, a line each.
+    pub fn note_repairs(&self, repairs: &[Repair]) {
+        for repair in repairs {
+            self.note(&repair.message);
+        }
+    }
+
+    /// One line on stderr, unless the user wants none.
+    pub fn note(&self, line: impl Display) {
+        if !self.quiet {
+            notice(format_args!("note: {line}"));
+        }
+    }
+}
+
 impl ModelArgs {
     /// Kernels and threads, never more than the process may use.
     pub fn compute(&self) -> anyhow::Result<Compute> {
         let allowed = allowed_threads();
         let asked = self.threads.map_or(allowed, usize::from);
         if asked > allowed {
-            self.note(format_args!("{asked} threads are more than this process may use; {allowed} it is"));
+            self.file
+                .note(format_args!("{asked} threads are more than this process may use; {allowed} it is"));
         }
         Ok(Compute::new(self.kernels.unwrap_or_else(best), asked.min(allowed)))
     }
@@ -74,10 +102,8 @@ impl ModelArgs {
 
     /// Loads the model and tells what was repaired.
     pub fn load(&self, compute: &Compute) -> anyhow::Result<Model> {
-        let model = Model::load(&Arc::new(open(self.model.as_deref())?), compute, self.strategy())?;
-        for repair in model.repairs() {
-            self.note(&repair.message);
-        }
+        let model = Model::load(&Arc::new(self.file.open()?), compute, self.strategy())?;
+        self.file.note_repairs(model.repairs());
         Ok(model)
     }
 
@@ -86,16 +112,10 @@ impl ModelArgs {
         let context = context(asked, config);
         if context > config.context_length {
             let trained = config.context_length;
-            self.note(format_args!("a context of {context} tokens; the model was trained with {trained}"));
+            self.file
+                .note(format_args!("a context of {context} tokens; the model was trained with {trained}"));
         }
         context
-    }
-
-    /// One line on stderr, unless the user wants none.
-    pub fn note(&self, line: impl Display) {
-        if !self.quiet {
-            notice(format_args!("note: {line}"));
-        }
     }
 }
 

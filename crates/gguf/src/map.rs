@@ -57,6 +57,6 @@ impl Bytes {
             }
         }
         #[cfg(not(unix))]
-        let _ = range;
+        let _ = (self, range);
     }
 }

@@ -11,6 +11,7 @@ mod config;
 mod vocab;
 
 use std::io::{self, Write};
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use bitnet_gguf::{AtomicFile, TensorType, TensorWriter, Value, Writer};
@@ -95,6 +96,9 @@ pub enum ConvertError {
         /// What is wrong with it.
         error: TokenizerError,
     },
+    /// The caller's `progress` ended it.
+    #[error("cancelled")]
+    Cancelled,
     /// The GGUF file cannot be written.
     #[error(transparent)]
     Gguf(#[from] bitnet_gguf::Error),
@@ -113,15 +117,16 @@ impl ConvertError {
 /// Converts the checkpoint in `dir` (config.json, model.safetensors or its shards with model.safetensors.index.json, and
 /// optionally tokenizer.json and tokenizer_config.json) to the file `out`, which appears only when it is complete.
 ///
-/// `progress` is called after each piece of a tensor.
+/// `progress` is called after each piece of a tensor and may end the conversion.
 ///
 /// # Errors
-/// The first thing that is wrong, with file, key or tensor, and what was expected; then nothing is left behind.
+/// The first thing that is wrong, with file, key or tensor, and what was expected, or [`ConvertError::Cancelled`]; then nothing
+/// is left behind.
 pub fn hf_to_gguf(
     dir: &Path,
     out: &Path,
     head: HeadType,
-    progress: &mut dyn FnMut(Progress<'_>),
+    progress: &mut dyn FnMut(Progress<'_>) -> ControlFlow<()>,
 ) -> Result<Report, ConvertError> {
     let config = HfConfig::read(&dir.join("config.json"))?;
     let tokenizer = HfTokenizer::read(dir, &config)?;
@@ -264,7 +269,7 @@ fn parts<'a>(
 
 /// One conversion at work.
 struct Run<'a> {
-    progress: &'a mut dyn FnMut(Progress<'_>),
+    progress: &'a mut dyn FnMut(Progress<'_>) -> ControlFlow<()>,
     done: u64,
     total: u64,
     notices: Vec<String>,
@@ -280,8 +285,10 @@ impl Run<'_> {
         tensor.read(|piece, bytes| {
             take(piece)?;
             self.done += bytes;
-            (self.progress)(Progress { tensor: tensor.name, done: self.done, total: self.total });
-            Ok(())
+            match (self.progress)(Progress { tensor: tensor.name, done: self.done, total: self.total }) {
+                ControlFlow::Continue(()) => Ok(()),
+                ControlFlow::Break(()) => Err(ConvertError::Cancelled),
+            }
         })
     }
 

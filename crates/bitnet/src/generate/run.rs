@@ -21,7 +21,8 @@ pub struct Generated {
 /// whole characters as soon as no stop string can begin in it. `emit` is called after every token, perhaps with nothing,
 /// and may end the generation.
 ///
-/// The engine's sequence afterwards holds the prompt and all generated tokens but the last.
+/// The engine's sequence afterwards holds the prompt and all generated tokens but the last; without the prompt if
+/// [`Engine::cancel_by`] ended it there.
 ///
 /// # Errors
 /// As [`Engine::feed`], [`Error::Sample`] where the logits allow no choice, and [`Error::NoTokenizer`].
@@ -56,7 +57,10 @@ pub fn generate(
     let mut next = prompt.to_vec();
     let finish = loop {
         let feed = Feed { sequence, tokens: &next, wanted: Wanted::Last(sampler.wanted(&history)) };
-        let logits = engine.feed(&[feed])?;
+        let logits = match engine.feed(&[feed]) {
+            Err(Error::Cancelled) => break FinishReason::Cancelled,
+            logits => logits?,
+        };
         let id = sampler.sample(logits, &history)?;
         if history.len() == first {
             prompt_time = start.elapsed();

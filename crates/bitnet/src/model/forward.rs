@@ -5,6 +5,7 @@ use bitnet_kernels::ternary::Layout;
 use bitnet_kernels::{
     Activation, Aligned, Compute, HeadScratch, KvStore, Logits, QuantizedRows, Screen, Workspace,
 };
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// One token of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,6 +20,15 @@ pub struct Row {
     pub wants_logits: bool,
     /// For the caller: what this row answers to.
     pub tag: u32,
+}
+
+/// Why a step gave no logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unfinished {
+    /// The embedding of this row's token is not finite.
+    BadEmbedding(usize),
+    /// Someone raised the flag.
+    Cancelled,
 }
 
 /// The buffers of a step of up to a fixed number of rows. Nothing is allocated while a step runs.
@@ -103,10 +113,11 @@ impl Model {
     /// sequence s, which must reach the positions of its rows. The logits of the rows that want them, those that `choice`
     /// asks for, are written to `logits` (`[wanted rows][vocab_size]`), in order.
     ///
-    /// Rows of one sequence must stand in order of position, and follow what `kv` already holds of it.
+    /// Rows of one sequence must stand in order of position, and follow what `kv` already holds of it. Another thread may
+    /// raise `cancel`, which ends the step before its next block.
     ///
     /// # Errors
-    /// Err(row) where the embedding of a row's token is not finite.
+    /// [`Unfinished`] says why.
     pub fn step<'a>(
         &self,
         compute: &Compute,
@@ -116,7 +127,8 @@ impl Model {
         choice: impl Fn(&Row) -> Logits<'a>,
         scratch: &mut Scratch,
         logits: &mut [f32],
-    ) -> Result<(), usize> {
+        cancel: &AtomicBool,
+    ) -> Result<(), Unfinished> {
         let (config, weights, n) = (self.config(), self.weights(), rows.len());
         let eps = config.rms_norm_eps;
         let Scratch {
@@ -149,13 +161,17 @@ impl Model {
         profile.begin();
         ids.clear();
         ids.extend(rows.iter().map(|row| row.token));
-        compute.embed(&weights.embedding, ids, x)?;
+        compute.embed(&weights.embedding, ids, x).map_err(Unfinished::BadEmbedding)?;
         for (i, row) in rows.iter().enumerate() {
             let range = i * half..(i + 1) * half;
             self.rope_angles(row.position as usize, &mut cos[range.clone()], &mut sin[range]);
         }
         profile.lap(Phase::Embed, 0);
         for (index, layer) in weights.layers.iter().enumerate() {
+            // A step of a long prompt takes seconds.
+            if cancel.load(Ordering::Relaxed) {
+                return Err(Unfinished::Cancelled);
+            }
             compute.norm_quantize(x, &layer.attn_norm, eps, Layout::Rows, work, codes);
             profile.lap(Phase::Norm, 0);
             compute.linear(

@@ -7,7 +7,7 @@ use super::{Config, Layer, Strategy, Weights};
 use crate::Error;
 use crate::text::{Specials, Tokenizer, Vocab};
 use bitnet_gguf::Gguf;
-use bitnet_kernels::{Compute, KvStore, PAGE, Screen, TernaryMatrix};
+use bitnet_kernels::{Compute, Screen, TernaryMatrix};
 use std::sync::{Arc, OnceLock};
 
 /// An immutable model: many sequences share it.
@@ -41,17 +41,9 @@ pub struct ModelInfo<'a> {
     pub repairs: Vec<Repair>,
     /// Special tokens.
     pub special: SpecialTokens,
+    gguf: &'a Gguf,
     plan: WeightPlan<'a>,
     vocab: Option<Vocab<'a>>,
-}
-
-/// The memory a model takes, in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ModelBytes {
-    /// All weights, in the engine's layout.
-    pub weights: usize,
-    /// Key/value cache of one position, all layers.
-    pub kv_per_token: usize,
 }
 
 impl<'a> ModelInfo<'a> {
@@ -67,18 +59,30 @@ impl<'a> ModelInfo<'a> {
         let vocab = read_vocab(&keys, &config, &mut repairs)?;
         let special = read_special(&keys, &config, vocab.as_ref(), &mut repairs)?;
         check_template(gguf, &mut repairs)?;
-        Ok(Self { config, repairs, special, plan, vocab })
+        Ok(Self { config, repairs, special, gguf, plan, vocab })
     }
 
-    /// The memory the model will take.
-    pub fn bytes(&self) -> ModelBytes {
-        model_bytes(&self.config, self.plan.byte_len())
+    /// Bytes of all weights, in the engine's layout.
+    pub fn weight_bytes(&self) -> usize {
+        self.plan.byte_len()
+    }
+
+    /// Builds the tokenizer: for those who need no weights.
+    ///
+    /// # Errors
+    /// [`Error::NoTokenizer`] where the file has none, [`Error::Tokenizer`] where its vocabulary is broken.
+    pub fn tokenizer(&self) -> Result<Tokenizer, Error> {
+        let file = || self.gguf.name().to_owned();
+        let vocab = self.vocab.as_ref().ok_or_else(|| Error::NoTokenizer(file()))?;
+        Tokenizer::new(vocab).map_err(|error| Error::Tokenizer { file: file(), error })
     }
 }
 
-fn model_bytes(config: &Config, weights: usize) -> ModelBytes {
-    let page = KvStore::page_bytes(config.n_layers, config.n_kv_heads, config.head_dim).unwrap_or(usize::MAX);
-    ModelBytes { weights, kv_per_token: page / PAGE }
+impl SpecialTokens {
+    /// The token that begins every prompt, where the model wants one.
+    pub fn first(&self) -> Option<u32> {
+        self.bos.filter(|_| self.add_bos)
+    }
 }
 
 impl Model {
@@ -87,7 +91,7 @@ impl Model {
     /// # Errors
     /// As [`ModelInfo::new`], and what only the weights and the vocabulary themselves can show.
     pub fn load(gguf: &Arc<Gguf>, compute: &Compute, strategy: Strategy) -> Result<Self, Error> {
-        let ModelInfo { config, repairs, special, plan, vocab } = ModelInfo::new(gguf, strategy)?;
+        let ModelInfo { config, repairs, special, plan, vocab, .. } = ModelInfo::new(gguf, strategy)?;
         let weight_bytes = plan.byte_len();
         // The tokenizer is built while the other threads read the weights.
         let tokenizer = OnceLock::new();
@@ -160,7 +164,7 @@ impl Model {
     /// # Errors
     /// [`Error::NoTokenizer`] where the file has none.
     pub fn prompt(&self, text: &str, specials: Specials) -> Result<Vec<u32>, Error> {
-        let mut ids: Vec<u32> = self.special.bos.filter(|_| self.special.add_bos).into_iter().collect();
+        let mut ids: Vec<u32> = self.special.first().into_iter().collect();
         ids.extend(self.tokenizer()?.encode(text, specials));
         Ok(ids)
     }
@@ -172,9 +176,9 @@ impl Model {
     pub fn repairs(&self) -> &[Repair] {
         &self.repairs
     }
-    /// The memory the model takes.
-    pub fn bytes(&self) -> ModelBytes {
-        model_bytes(&self.config, self.weight_bytes)
+    /// Bytes of all weights, in the engine's layout.
+    pub fn weight_bytes(&self) -> usize {
+        self.weight_bytes
     }
 }
 

@@ -8,7 +8,7 @@ mod rope;
 mod weights;
 
 pub use config::{Config, Repair};
-pub use forward::{Row, Scratch};
-pub use load::{Model, ModelBytes, ModelInfo, SpecialTokens};
+pub use forward::{Row, Scratch, Unfinished};
+pub use load::{Model, ModelInfo, SpecialTokens};
 pub use profile::{Phase, Profile};
 pub use weights::{Layer, Strategy, Weights};

@@ -8,6 +8,7 @@ use bitnet::kernels::{Compute, Kernels};
 use bitnet::model::{Model, Strategy};
 use bitnet::{Engine, EngineOptions};
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -26,7 +27,7 @@ pub(crate) fn gguf(model: &str) -> Arc<Gguf> {
     }
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("model.gguf");
-    hf_to_gguf(&fixture(model, ""), &out, HeadType::Auto, &mut |_| {}).unwrap();
+    hf_to_gguf(&fixture(model, ""), &out, HeadType::Auto, &mut |_| ControlFlow::Continue(())).unwrap();
     Arc::new(Gguf::from_vec(model, std::fs::read(out).unwrap()).unwrap())
 }
 

@@ -1,7 +1,9 @@
-use crate::output::notice;
+use crate::output::{self, notice};
 use bitnet::convert::{HeadType, hf_to_gguf};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 
 /// Makes a GGUF file of a Hugging Face model folder with config.json, safetensors weights (the bf16 master weights) and
 /// tokenizer.json.
@@ -34,10 +36,12 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     // Drawn only where stderr is a terminal.
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     bar.set_style(ProgressStyle::with_template("{bar:40} {bytes} of {total_bytes} {eta} {wide_msg}")?);
+    let interrupted = output::interrupt_flag()?;
     let report = hf_to_gguf(&args.input, &args.output, head, &mut |progress| {
         bar.set_length(progress.total);
         bar.set_position(progress.done);
         bar.set_message(progress.tensor.to_owned());
+        if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
     bar.finish_and_clear();
     let report = report?;

@@ -1,10 +1,11 @@
 use crate::{output, source};
+use bitnet::model::{ModelInfo, Strategy};
 use std::io::IsTerminal;
 
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    model: source::ModelArgs,
+    model: source::FileArgs,
     /// Print control tokens such as <|eot_id|> too
     #[arg(long)]
     special: bool,
@@ -14,9 +15,11 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let model = args.model.load(&args.model.compute()?)?;
-    source::check_ids(&args.ids, model.config())?;
-    let mut bytes = model.tokenizer()?.decode(&args.ids, args.special)?;
+    let gguf = args.model.open()?;
+    let info = ModelInfo::new(&gguf, Strategy::default())?;
+    args.model.note_repairs(&info.repairs);
+    source::check_ids(&args.ids, &info.config)?;
+    let mut bytes = info.tokenizer()?.decode(&args.ids, args.special)?;
     if std::io::stdout().is_terminal() {
         bytes.push(b'\n');
     }

@@ -1,12 +1,10 @@
 use crate::{output, source};
 use bitnet::gguf::{Gguf, Value};
-use bitnet::kernels::PAGE;
-use bitnet::model::{Config, ModelInfo, Strategy};
+use bitnet::kernels::allowed_threads;
+use bitnet::model::{ModelInfo, Strategy};
+use bitnet::{EngineBytes, EngineOptions};
 use serde_json::{Map, json};
 use std::fmt::Write;
-
-/// Rows of a step, as `bitnet run` has them.
-const MAX_ROWS: usize = 512;
 
 /// Shows what a model file holds and the memory it takes, without reading its weights. A file that cannot be run is shown
 /// as far as it can be read.
@@ -37,36 +35,24 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     info.map(|_| ()).map_err(Into::into)
 }
 
-/// Bytes that running a model takes.
+/// Bytes that `bitnet run` takes.
 struct Memory {
     context: usize,
     weights: usize,
-    kv_cache: usize,
-    buffers: usize,
+    engine: EngineBytes,
 }
 
 impl Memory {
     fn plan(info: &ModelInfo<'_>, asked: Option<u32>) -> Self {
         let context = source::context(asked, &info.config);
-        let bytes = info.bytes();
-        Self {
-            context,
-            weights: bytes.weights,
-            kv_cache: bytes.kv_per_token.saturating_mul(context.next_multiple_of(PAGE)),
-            buffers: buffers(&info.config, MAX_ROWS.min(context)),
-        }
+        let options = EngineOptions { context, ..EngineOptions::for_model(&info.config) };
+        let engine = options.bytes(&info.config, allowed_threads());
+        Self { context, weights: info.weight_bytes(), engine }
     }
 
     fn total(&self) -> usize {
-        self.weights.saturating_add(self.kv_cache).saturating_add(self.buffers)
+        self.weights.saturating_add(self.engine.kv_cache).saturating_add(self.engine.buffers)
     }
-}
-
-/// The activations of a step: see `bitnet::model::Scratch`.
-fn buffers(c: &Config, rows: usize) -> usize {
-    let widest = c.hidden_size.max(c.q_width()).max(c.intermediate_size);
-    let floats = 2 * (c.hidden_size + c.q_width() + c.kv_width() + c.intermediate_size) + c.rope_dim;
-    rows * (4 * floats + widest) + 4 * c.vocab_size
 }
 
 /// Tensor type, number of tensors, bytes; in the order of their first use.
@@ -134,8 +120,8 @@ fn as_text(args: &Args, gguf: &Gguf, info: Option<&ModelInfo<'_>>) -> String {
                     size(memory.total()),
                     size(memory.weights),
                     memory.context,
-                    size(memory.kv_cache),
-                    size(memory.buffers)
+                    size(memory.engine.kv_cache),
+                    size(memory.engine.buffers)
                 ),
             );
         }
@@ -201,8 +187,8 @@ fn as_json(args: &Args, gguf: &Gguf, info: Result<&ModelInfo<'_>, &bitnet::Error
     all["memory"] = json!({
         "context": memory.context,
         "weights_bytes": memory.weights,
-        "kv_cache_bytes": memory.kv_cache,
-        "buffers_bytes": memory.buffers,
+        "kv_cache_bytes": memory.engine.kv_cache,
+        "buffers_bytes": memory.engine.buffers,
         "total_bytes": memory.total(),
     });
     all

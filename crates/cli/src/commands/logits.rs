@@ -1,10 +1,8 @@
-use crate::output::{self, Interrupted};
-use crate::source;
+use crate::{output, source};
 use anyhow::ensure;
 use bitnet::kernels::Logits;
 use bitnet::{Engine, EngineOptions, Feed, Wanted};
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
 
 /// Tokens whose logits are in memory at once.
 const CHUNK: usize = 32;
@@ -35,7 +33,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let options = EngineOptions { context, sequences: 1, max_rows: CHUNK };
     let mut engine = Engine::new(model, compute, options)?;
     let sequence = engine.open();
-    let interrupted = output::interrupt_flag()?;
+    engine.cancel_by(output::interrupt_flag()?);
     output::write_file(&args.output, |out| {
         out.write_all(&npy_header(tokens.len(), vocab))?;
         for tokens in tokens.chunks(CHUNK) {
@@ -43,7 +41,6 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             for value in logits {
                 out.write_all(&value.to_le_bytes())?;
             }
-            ensure!(!interrupted.load(Ordering::Relaxed), Interrupted);
         }
         Ok(())
     })

@@ -1,4 +1,4 @@
-use crate::output::{self, Interrupted, notice};
+use crate::output::{self, notice};
 use crate::source;
 use anyhow::ensure;
 use bitnet::kernels::Logits;
@@ -6,13 +6,15 @@ use bitnet::kernels::math::exp64;
 use bitnet::text::Specials;
 use bitnet::{Engine, EngineOptions, Feed, Wanted};
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
 
 /// Tokens whose logits are in memory at once.
 const CHUNK: usize = 32;
 
 /// Perplexity as llama.cpp defines it: the text is cut into windows of CTX tokens, and each window is scored over its
 /// second half.
+///
+/// The same figures as those of llama-perplexity, to the rounding of the two (a few parts in ten thousand), need the same
+/// tokens: of a file that names no pre-tokenizer llama.cpp splits the text in a way of its own.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -45,13 +47,13 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let window = args.model.context(Some(args.ctx_size), model.config());
     let (found, needed) = (tokens.len(), 2 * window);
     ensure!(found >= needed, "the text has {found} tokens; windows of {window} (-c) need at least {needed}");
-    let bos = model.special().bos.filter(|_| model.special().add_bos);
+    let bos = model.special().first();
 
     let vocab = model.config().vocab_size;
     let options = EngineOptions { context: window, sequences: 1, max_rows: window.min(512) };
     let mut engine = Engine::new(model, compute, options)?;
     let sequence = engine.open();
-    let interrupted = output::interrupt_flag()?;
+    engine.cancel_by(output::interrupt_flag()?);
     let first = window / 2;
     let mut score = Score::default();
     let windows = tokens.chunks_exact(window);
@@ -67,10 +69,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             for (logits, &next) in logits.chunks_exact(vocab).zip(&window[start + 1..]) {
                 score.add(logits, next);
             }
-            ensure!(!interrupted.load(Ordering::Relaxed), Interrupted);
         }
         let (perplexity, _) = score.perplexity();
-        if !args.model.quiet {
+        if !args.model.file.quiet {
             notice(format_args!("[{}/{n_windows}] {perplexity:.4}", index + 1));
         }
     }

@@ -9,7 +9,6 @@ use clap::CommandFactory;
 use std::hash::{BuildHasher, RandomState};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// Continues a text. The continuation goes to stdout, everything else to stderr.
@@ -103,11 +102,12 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         strings: args.stop.clone(),
         max_tokens: usize::try_from(args.n_predict).ok(),
     };
-    let mut engine = Engine::new(model, compute, EngineOptions { context, sequences: 1, max_rows: 512 })?;
+    let options = EngineOptions { context, ..EngineOptions::for_model(model.config()) };
+    let mut engine = Engine::new(model, compute, options)?;
     let sequence = engine.open();
     let load_time = start.elapsed();
 
-    let interrupted = output::interrupt_flag()?;
+    engine.cancel_by(output::interrupt_flag()?);
     let start = Instant::now();
     let (mut text, mut first_token, mut failure) = (String::new(), None, None);
     let mut emit = |part: &str| {
@@ -116,17 +116,15 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         if !args.json && !part.is_empty() {
             failure = output::print(part.as_bytes()).err();
         }
-        if failure.is_some() || interrupted.load(Ordering::Relaxed) {
-            return ControlFlow::Break(());
-        }
-        ControlFlow::Continue(())
+        if failure.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     };
     let generated = generate(&mut engine, sequence, &prompt, &mut sampler, &stop, &mut emit);
     if let Some(error) = failure {
         return Err(error);
     }
-    // A run that failed before its first word leaves stdout empty.
-    if !args.json && !text.ends_with('\n') && (generated.is_ok() || !text.is_empty()) {
+    // A run that ended before its first word leaves stdout empty.
+    let ended = !matches!(&generated, Err(_) | Ok(Generated { finish: FinishReason::Cancelled, .. }));
+    if !args.json && !text.ends_with('\n') && (ended || !text.is_empty()) {
         output::print(b"\n")?;
     }
     let statistics = Statistics {
@@ -140,7 +138,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     };
     if args.json {
         output::print_json(&statistics.json(&text))?;
-    } else if !args.model.quiet {
+    } else if !args.model.file.quiet {
         statistics.print();
     }
     if statistics.generated.finish == FinishReason::Cancelled {

@@ -1,10 +1,11 @@
 use crate::{output, source};
+use bitnet::model::{ModelInfo, Strategy};
 use bitnet::text::Specials;
 
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    model: source::ModelArgs,
+    model: source::FileArgs,
     /// Print the text of every token too, as JSON
     #[arg(long)]
     json: bool,
@@ -23,15 +24,14 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         Some(text) => text.clone(),
         None => source::read_text(None)?,
     };
-    let model = args.model.load(&args.model.compute()?)?;
+    let gguf = args.model.open()?;
+    let info = ModelInfo::new(&gguf, Strategy::default())?;
+    args.model.note_repairs(&info.repairs);
+    let tokenizer = info.tokenizer()?;
     let specials = if args.special { Specials::Parse } else { Specials::AsText };
-    let ids = if args.no_bos {
-        model.tokenizer()?.encode(&text, specials)
-    } else {
-        model.prompt(&text, specials)?
-    };
+    let mut ids: Vec<u32> = info.special.first().filter(|_| !args.no_bos).into_iter().collect();
+    ids.extend(tokenizer.encode(&text, specials));
     if args.json {
-        let tokenizer = model.tokenizer()?;
         let piece = |&id: &u32| String::from_utf8_lossy(tokenizer.token_bytes(id).unwrap_or_default());
         let pieces: Vec<_> = ids.iter().map(piece).collect();
         return output::print_json(&serde_json::json!({ "tokens": ids, "pieces": pieces }));

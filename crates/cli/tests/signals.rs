@@ -1,0 +1,88 @@
+//! The `bitnet` command when a signal ends it.
+#![cfg(target_os = "linux")]
+#![allow(clippy::unwrap_used)] // in the helpers of tests too
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
+
+/// Slow enough not to be done before the signal comes.
+fn spawn(args: &[&str]) -> Child {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet"));
+    command.args(args).args(["--kernels", "scalar", "-t", "1"]);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+fn send(signal: &str, child: &Child) {
+    assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+}
+
+/// Waits until the program watches for SIGINT, the second bit of the signals it catches.
+fn wait_for_handler(child: &Child) {
+    let catches = || {
+        let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
+        u64::from_str_radix(mask.trim(), 16).unwrap() & 2 != 0
+    };
+    while !catches() {
+        sleep(Duration::from_millis(1));
+    }
+}
+
+fn ended(child: Child) -> Output {
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{}", String::from_utf8_lossy(&output.stderr));
+    output
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+#[test]
+fn an_interrupt_ends_the_text() {
+    let mut child = spawn(&["run", "-p", "Once", "-n", "-1", "--ignore-eos"]);
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    assert!(!stdout.fill_buf().unwrap().is_empty());
+    send("-INT", &child);
+    let mut text = String::new();
+    while stdout.read_line(&mut text).unwrap() > 0 {}
+    let stderr = ended(child).stderr;
+    assert!(text.ends_with('\n') && String::from_utf8_lossy(&stderr).contains("ended: cancelled"));
+}
+
+#[test]
+fn an_interrupt_ends_a_long_prompt() {
+    let folder = tempfile::tempdir().unwrap();
+    let prompt = folder.path().join("prompt.txt");
+    fs::write(&prompt, "once upon a time ".repeat(4000)).unwrap();
+    for (json, expected) in [(&["--json"][..], "\"tokens\": []"), (&[], "")] {
+        let child = spawn(&[&["run", "-f", text(&prompt), "-c", "65536"], json].concat());
+        wait_for_handler(&child);
+        send("-INT", &child);
+        let stdout = ended(child).stdout;
+        let stdout = String::from_utf8_lossy(&stdout);
+        assert!(stdout.contains(expected) && stdout.is_empty() == expected.is_empty(), "{stdout}");
+    }
+}
+
+#[test]
+fn signals_leave_no_half_written_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = tempfile::NamedTempFile::new().unwrap();
+    fs::write(&tokens, "1 2 3 4 ".repeat(10_000)).unwrap();
+    let out = folder.path().join("x.npy");
+    let files = || fs::read_dir(folder.path()).unwrap().count();
+    for signal in ["-INT", "-TERM"] {
+        let child = spawn(&["logits", "--tokens-file", text(tokens.path()), "-o", text(&out)]);
+        while files() == 0 {
+            sleep(Duration::from_millis(1));
+        }
+        send(signal, &child);
+        ended(child);
+        assert_eq!(files(), 0);
+    }
+}
