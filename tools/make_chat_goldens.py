@@ -65,7 +65,7 @@ TEMPLATES = {
   {{- turn(message.role, message['content'].replace('\\t', '  ').rstrip()) }}
 {% endfor %}
 {% if add_generation_prompt %}
-{{ '(%d)' % ns.users }}<|start_header_id|>assistant<|end_header_id|>
+{{ '(' ~ ns.users ~ ')' }}<|start_header_id|>assistant<|end_header_id|>
 
 {% endif %}
 """,

@@ -76,13 +76,20 @@ fn the_family_is_recognised() {
     let goldens = &*GOLDENS;
     let name = |template: Result<ChatTemplate, _>| template.unwrap().name();
     assert_eq!(name(jinja(&goldens.templates["bitnet"])), "bitnet");
-    assert_eq!(name(jinja(&goldens.templates["bitnet"].replace("bos_token if loop.first else ''", "''"))), "bitnet");
+    assert_eq!(
+        name(jinja(&goldens.templates["bitnet"].replace("bos_token if loop.first else ''", "''"))),
+        "bitnet"
+    );
     assert_eq!(name(jinja(&goldens.templates["llama3"])), "its own");
     assert_eq!(name(ChatTemplate::of_model(None, model("bitnet-b1.58"))), "bitnet");
     assert_eq!(name(ChatTemplate::of_model(None, model("llama"))), "llama3");
     assert_eq!(name(ChatTemplate::of_model(Some(&goldens.templates["chatml"]), model("bitnet"))), "its own");
-    for (template, end) in [("bitnet", "<|eot_id|>"), ("llama3", "<|eot_id|>"), ("falcon3", "<|end_of_text|>"), ("chatml", "<|im_end|>")]
-    {
+    for (template, end) in [
+        ("bitnet", "<|eot_id|>"),
+        ("llama3", "<|eot_id|>"),
+        ("falcon3", "<|end_of_text|>"),
+        ("chatml", "<|im_end|>"),
+    ] {
         assert_eq!(ChatTemplate::built_in(template, model("")).unwrap().end_of_turn(), Some(id(end)));
         assert_eq!(jinja(&goldens.templates[template]).unwrap().end_of_turn(), Some(id(end)));
     }
@@ -96,9 +103,19 @@ fn messages_make_no_control_tokens() {
     let controls: Vec<u32> = (0..TOKENIZER.n_vocab() as u32).filter(|&id| TOKENIZER.is_control(id)).collect();
     let count = |ids: &[u32]| ids.iter().filter(|id| controls.contains(id)).count();
     for (name, source) in GOLDENS.templates.iter().filter(|(name, _)| *name != "methods") {
-        for template in [jinja(source).unwrap(), ChatTemplate::of_model(Some(source), model("bitnet")).unwrap()] {
+        for template in
+            [jinja(source).unwrap(), ChatTemplate::of_model(Some(source), model("bitnet")).unwrap()]
+        {
             let plain = template.encode(&TOKENIZER, &user("x"), true).unwrap();
-            for text in ["<|eot_id|>", "a<|im_end|>b<|user|>", "<|<|eot_id|>|>", " <|eot_id|>\n", "<|begin_of_text|>", "eot_id", "<|"] {
+            for text in [
+                "<|eot_id|>",
+                "a<|im_end|>b<|user|>",
+                "<|<|eot_id|>|>",
+                " <|eot_id|>\n",
+                "<|begin_of_text|>",
+                "eot_id",
+                "<|",
+            ] {
                 let ids = template.encode(&TOKENIZER, &user(text), true).unwrap();
                 assert_eq!(count(&ids), count(&plain), "{name}: {text}");
                 let text_ids = TOKENIZER.encode(text.trim(), Specials::AsText);
@@ -141,10 +158,15 @@ proptest! {
 #[test]
 fn known_tokens_stay_as_they_are() {
     // "hello" cut as no tokenizer would.
-    let odd: Vec<u32> = "hello".chars().flat_map(|c| TOKENIZER.encode(&c.to_string(), Specials::AsText)).collect();
+    let odd: Vec<u32> =
+        "hello".chars().flat_map(|c| TOKENIZER.encode(&c.to_string(), Specials::AsText)).collect();
     assert_ne!(odd, TOKENIZER.encode("hello", Specials::AsText));
     let question = Message::new(Role::User, "<|eot_id|> q");
-    let messages = [question.clone(), Message::generated("hello ".into(), odd.clone()), Message::new(Role::User, "and?")];
+    let messages = [
+        question.clone(),
+        Message::generated("hello ".into(), odd.clone()),
+        Message::new(Role::User, "and?"),
+    ];
     for name in ["bitnet", "llama3", "falcon3", "chatml"] {
         let template = ChatTemplate::built_in(name, model("")).unwrap();
         let mut before = template.encode(&TOKENIZER, std::slice::from_ref(&question), true).unwrap();
@@ -162,7 +184,8 @@ fn known_tokens_stay_as_they_are() {
 #[test]
 fn hostile_templates_end_in_a_clear_error() {
     let start = Instant::now();
-    let doubling = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}";
+    let doubling =
+        "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}";
     for source in [
         "{% for i in range(100000) %}{% for j in range(100000) %}x{% endfor %}{% endfor %}",
         "{% for i in range(100000) %}{{ 'x' * 100000 }}{% endfor %}",
@@ -173,6 +196,7 @@ fn hostile_templates_end_in_a_clear_error() {
         "{{ ('y' * 4000000).join('x' * 4000000) }}",
         "{{ ('y' * 400000).join(['x'] * 4000000) }}",
         "{{ (['x' * 100000] * 100000) | join }}",
+        "{{ ''.join(['x' * 100000] * 100000) }}",
         "{{ 'x' | center(1000000000000) }}{{ '%1000000000d' % 1 }}",
         "{{ '%1000000000d' % 1 }}",
         "{{ '%1000000000d' | format(1) }}",
@@ -190,9 +214,12 @@ fn hostile_templates_end_in_a_clear_error() {
             Err(error) => error.to_string(),
             Ok(ids) => panic!("{source}: {} tokens", ids.len()),
         };
-        assert!(error.starts_with("chat template: ") || error.starts_with("the chat template refuses"), "{error}");
+        assert!(
+            error.starts_with("chat template: ") || error.starts_with("the chat template refuses"),
+            "{error}"
+        );
         assert!(!error.contains('\n') && error.len() < 500, "{error}");
-        assert!(start.elapsed().as_secs() < 60, "{source}");
+        assert!(start.elapsed().as_secs() < 20, "{source}");
     }
     let nested = format!("{}x{}", "{% if true %}".repeat(5000), "{% endif %}".repeat(5000));
     assert!(matches!(jinja(&nested).err(), Some(TemplateError::Broken(_))));

@@ -5,6 +5,7 @@
 
 mod commands;
 mod output;
+mod sampling;
 mod source;
 
 use clap::{Parser, Subcommand};

@@ -3,10 +3,15 @@
 use super::TemplateError;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Value};
-use minijinja::{Environment, Error, ErrorKind, context};
+use minijinja::{Environment, Error, ErrorKind, State, context};
+use std::fmt::{self, Write};
+use std::io;
 
-/// Steps that any template may take, each also good for 64 bytes of text. Real ones take a few hundred a message.
-const BASE_FUEL: u64 = 200_000;
+/// Steps that any template may take, each also good for 64 bytes of text. Real ones take some hundreds.
+const BASE_FUEL: u64 = 50_000;
+/// Steps for each message, besides one for each of its bytes.
+const MESSAGE_FUEL: u64 = 1000;
+const FUEL_BYTES: u64 = 64;
 /// A longer source is no chat template.
 const MAX_SOURCE: usize = 1 << 20;
 
@@ -16,18 +21,27 @@ pub(super) struct Jinja(Environment<'static>);
 impl Jinja {
     pub(super) fn new(source: &str) -> Result<Self, TemplateError> {
         if source.len() > MAX_SOURCE {
-            return Err(TemplateError::Broken(format!("{} bytes; expected at most {MAX_SOURCE}", source.len())));
+            return Err(TemplateError::Broken(format!(
+                "{} bytes; expected at most {MAX_SOURCE}",
+                source.len()
+            )));
         }
         let mut env = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         env.set_syntax(syntax.map_err(|error| broken(&error))?);
-        env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        env.set_unknown_method_callback(method);
         env.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message).with_source(Refusal))
         });
-        // Neither escapes HTML, unlike Jinja's own.
-        env.add_filter("tojson", |value: &Value, _: Kwargs| {
-            serde_json::to_string(value).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))
+        env.add_filter("join", join);
+        // Jinja's own escapes HTML, Hugging Face's does not.
+        env.add_filter("tojson", |state: &State, value: &Value, _: Kwargs| {
+            let mut out = Bounded::new(state);
+            match serde_json::to_writer(&mut out, value) {
+                Ok(()) => Ok(out.text),
+                Err(error) if error.is_io() => Err(ErrorKind::OutOfFuel.into()),
+                Err(error) => Err(Error::new(ErrorKind::BadSerialization, error.to_string())),
+            }
         });
         env.add_template_owned("template", source.to_owned()).map_err(|error| broken(&error))?;
         Ok(Self(env))
@@ -41,16 +55,16 @@ impl Jinja {
         bos: &str,
         eos: &str,
     ) -> Result<String, TemplateError> {
-        let mut bytes = 0;
+        let mut fuel = BASE_FUEL;
         let messages: Vec<Value> = messages
             .map(|(role, content)| {
-                bytes += content.len() as u64 + 64;
+                fuel += content.len() as u64 + MESSAGE_FUEL;
                 context! { role, content }
             })
             .collect();
         // Most of the environment is shared by the clone; the fuel is a setting of it.
         let mut env = self.0.clone();
-        env.set_fuel(Some(BASE_FUEL + 4 * bytes));
+        env.set_fuel(Some(fuel));
         let template = env.get_template("template").map_err(|error| broken(&error))?;
         // Hugging Face passes the last two as None; templates ask for them.
         let values = context! {
@@ -67,6 +81,66 @@ impl Jinja {
                 broken(&error)
             }
         })
+    }
+}
+
+/// Python's methods. Two of them could make more text than there is fuel for: `join`, and `format` with a width.
+fn method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
+    match (method, value.as_str(), args) {
+        ("join", Some(separator), [items]) => {
+            join(state, items, Some(separator), Kwargs::from_iter([("", Value::UNDEFINED); 0]))
+        }
+        ("format", Some(text), _) if text.contains(':') => Err(Error::new(
+            ErrorKind::InvalidOperation,
+            "str.format with a format after \":\" is not supported",
+        )),
+        _ => minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args),
+    }
+}
+
+fn join(state: &State, items: &Value, separator: Option<&str>, options: Kwargs) -> Result<Value, Error> {
+    let attribute: Option<&str> = options.get("attribute")?;
+    let separator = separator.map_or_else(|| options.get("d").map(Option::unwrap_or_default), Ok)?;
+    options.assert_all_used()?;
+    let mut out = Bounded::new(state);
+    for (index, item) in items.try_iter()?.enumerate() {
+        state.consume_fuel(1)?;
+        let item = attribute.map_or_else(|| Ok(item.clone()), |name| item.get_attr(name))?;
+        write!(out, "{}{item}", if index > 0 { separator } else { "" }).map_err(|_| ErrorKind::OutOfFuel)?;
+    }
+    Ok(out.text.into())
+}
+
+/// Text that ends where the fuel ends. What has become a value costs fuel by itself.
+struct Bounded {
+    text: String,
+    most: u64,
+}
+
+impl Bounded {
+    fn new(state: &State) -> Self {
+        Self { text: String::new(), most: state.fuel_levels().map_or(0, |(_, left)| left * FUEL_BYTES) }
+    }
+}
+
+impl Write for Bounded {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        if (self.text.len() + text.len()) as u64 > self.most {
+            return Err(fmt::Error);
+        }
+        self.text.push_str(text);
+        Ok(())
+    }
+}
+
+impl io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let text = std::str::from_utf8(bytes).map_err(io::Error::other)?;
+        self.write_str(text).map(|()| bytes.len()).map_err(io::Error::other)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 

@@ -161,8 +161,9 @@ impl ChatTemplate {
     pub fn from_jinja(source: &str, model: TemplateModel<'_>) -> Result<Self, TemplateError> {
         let template = Self::new("its own", Form::Jinja(Jinja::new(source)?), model);
         if let Ok(bitnet) = Self::built_in(BITNET, model) {
-            let probe = [(Role::System, "S"), (Role::User, " u"), (Role::Assistant, "a"), (Role::User, "v\n")]
-                .map(|(role, content)| Message::new(role, content));
+            let probe =
+                [(Role::System, "S"), (Role::User, " u"), (Role::Assistant, "a"), (Role::User, "v\n")]
+                    .map(|(role, content)| Message::new(role, content));
             let expected = bitnet.render(&probe, true)?;
             let found = template.render(&probe, true);
             if found.is_ok_and(|found| found == expected || found == expected[bitnet.bos_text.len()..]) {
@@ -217,7 +218,8 @@ impl ChatTemplate {
             .map(|(role, content)| Message::new(role, content));
         let text = self.render(&probe, true)?;
         let after = text.split_once("answer").map_or("", |(_, after)| after);
-        self.end_of_turn = tokenizer.find_special(after).map(|(_, id)| id).filter(|&id| tokenizer.is_control(id));
+        self.end_of_turn =
+            tokenizer.find_special(after).map(|(_, id)| id).filter(|&id| tokenizer.is_control(id));
         Ok(self)
     }
 
@@ -338,9 +340,12 @@ impl ChatTemplate {
     ) -> Result<String, TemplateError> {
         let pairs = messages.iter().map(|message| message.role).zip(contents.iter().copied());
         match &self.form {
-            Form::Jinja(jinja) => {
-                jinja.render(pairs.map(|(role, text)| (role.name(), text)), answer, &self.bos_text, &self.eos_text)
-            }
+            Form::Jinja(jinja) => jinja.render(
+                pairs.map(|(role, text)| (role.name(), text)),
+                answer,
+                &self.bos_text,
+                &self.eos_text,
+            ),
             Form::BitNet => {
                 let mut text = self.bos_text.clone();
                 pairs.for_each(|(role, content)| text.extend([header(role), content.trim(), EOT]));
@@ -384,7 +389,8 @@ fn guarded(content: &str, tokenizer: &Tokenizer, mark: char) -> String {
     let (mut opens, mut closes) = (false, false);
     for token in tokenizer.control_tokens() {
         let lens = 1..token.len();
-        let inside = trimmed.len() < token.len() && token.windows(bytes.len().max(1)).any(|part| part == bytes);
+        let inside =
+            trimmed.len() < token.len() && token.windows(bytes.len().max(1)).any(|part| part == bytes);
         opens |= inside || lens.clone().any(|len| bytes.starts_with(&token[token.len() - len..]));
         closes |= lens.clone().any(|len| bytes.ends_with(&token[..len]));
     }
