@@ -51,6 +51,16 @@ pub fn notice(line: impl Display) {
     let _ = writeln!(io::stderr(), "{line}");
 }
 
+/// As [`notice`], less prominent where the terminal has colours and the user wants them (NO_COLOR is honoured).
+pub fn hint(line: impl Display) {
+    let _ = writeln!(anstream::stderr(), "\x1b[2m{line}\x1b[0m");
+}
+
+/// Whether nothing more can be printed, or the user wants to leave.
+pub fn is_final(error: &anyhow::Error) -> bool {
+    error.is::<ReaderLeft>() || error.is::<Interrupted>()
+}
+
 /// The exit code of a failed command, after its one line on stderr.
 pub fn report(error: &anyhow::Error) -> ExitCode {
     if error.is::<ReaderLeft>() {
