@@ -2,10 +2,17 @@
 //! messages that mean harm; and conversations on the demo model.
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
+use bitnet::generate::{Answer, Chat, FinishReason, Sampler, SamplerConfig, StopConditions};
+use bitnet::kernels::{Compute, best};
+use bitnet::model::Model;
 use bitnet::text::{ChatTemplate, HfVocab, Message, Role, Specials, TemplateError, TemplateModel, Tokenizer};
+use bitnet::{Engine, EngineOptions, Error};
 use proptest::prelude::*;
 use serde::Deserialize;
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::sync::LazyLock;
 use std::time::Instant;
 
@@ -225,4 +232,100 @@ fn hostile_templates_end_in_a_clear_error() {
     assert!(matches!(jinja(&nested).err(), Some(TemplateError::Broken(_))));
     let refusal = jinja("{{ raise_exception('roles must alternate') }}").err().unwrap();
     assert_eq!(refusal, TemplateError::Refused("roles must alternate".into()));
+}
+
+/// A chat with the demo model in a small context, which never ends an answer by itself.
+struct Talk {
+    engine: Engine,
+    chat: Chat,
+    sampler: Sampler,
+    stop: StopConditions,
+}
+
+impl Talk {
+    fn new(context: usize, max_tokens: usize) -> Self {
+        let gguf = common::gguf("demo");
+        let compute = Compute::new(best(), 2);
+        let model = Model::load(&gguf, &compute).unwrap();
+        let template = model.chat_template(None).unwrap();
+        let options = EngineOptions { context, sequences: 1, max_rows: 64 };
+        let mut engine = Engine::new(model, compute, options).unwrap();
+        let chat = Chat::new(&mut engine, template);
+        let logit_bias = [4089, 4092].map(|id| (id, f32::NEG_INFINITY)).to_vec();
+        let sampler = Sampler::new(SamplerConfig { logit_bias, ..SamplerConfig::default() }).unwrap();
+        let stop = StopConditions { max_tokens: Some(max_tokens), ..StopConditions::default() };
+        Self { engine, chat, sampler, stop }
+    }
+
+    fn answer(&mut self) -> Result<(Answer, String), Error> {
+        let mut text = String::new();
+        let answer = self.chat.answer(&mut self.engine, &mut self.sampler, &self.stop, &mut |part| {
+            text.push_str(part);
+            ControlFlow::Continue(())
+        })?;
+        assert_eq!(self.chat.messages().last().unwrap().content, text);
+        Ok((answer, text))
+    }
+}
+
+#[test]
+fn a_turn_costs_only_its_own_tokens() {
+    let mut talk = Talk::new(640, 20);
+    talk.chat.set_system("You tell tales.");
+    talk.chat.ask("Once upon a time <|eot_id|>");
+    let (first, text) = talk.answer().unwrap();
+    assert_eq!((first.cached_tokens, first.generated.tokens.len(), first.dropped), (0, 20, 0));
+    talk.chat.ask("And then?");
+    let (second, _) = talk.answer().unwrap();
+    // All but the last generated token, which was never fed, and what follows it.
+    assert_eq!(second.cached_tokens, first.prompt_tokens + 19);
+    assert!(second.prompt_tokens - second.cached_tokens < 20);
+
+    // The same conversation from its text gives the same answer, however it came about.
+    let mut again = Talk::new(640, 20);
+    again.chat.set_messages(talk.chat.messages().to_vec());
+    again.chat.set_messages(again.chat.messages()[..2].to_vec());
+    assert!(again.chat.retry());
+    assert_eq!(again.answer().unwrap().1, text);
+    assert!(again.chat.retry());
+    let (retried, other) = again.answer().unwrap();
+    assert_eq!(retried.prompt_tokens - retried.cached_tokens, 1);
+    assert_ne!(other, text, "the random numbers go on");
+    again.chat.clear();
+    assert_eq!((again.chat.messages().len(), again.chat.retry()), (1, false));
+}
+
+#[test]
+fn the_oldest_turns_go_and_the_system_prompt_stays() {
+    let mut talk = Talk::new(160, 30);
+    talk.chat.set_system("You tell tales.");
+    let mut dropped = 0;
+    for turn in 0..12 {
+        talk.chat.ask(format!("Question {turn}?"));
+        let (answer, _) = talk.answer().unwrap();
+        dropped += answer.dropped;
+        assert_eq!(answer.generated.tokens.len(), 30);
+        assert!(talk.chat.cached_tokens(&talk.engine) <= 160);
+        assert_eq!(talk.chat.system(), Some("You tell tales."));
+        let messages = talk.chat.messages();
+        assert_eq!(messages[messages.len() - 2].content, format!("Question {turn}?"));
+        assert_eq!(messages.len() + dropped, 1 + 2 * (turn + 1));
+    }
+    assert!(dropped >= 10);
+    // An answer that fills the context goes on without the oldest turns.
+    talk.stop.max_tokens = Some(100);
+    talk.chat.ask("A long one.");
+    let (answer, text) = talk.answer().unwrap();
+    assert!(answer.dropped > 0 && answer.generated.tokens.len() == 100, "{answer:?}");
+    let ids = &answer.generated.tokens;
+    let decoded = talk.engine.model().tokenizer().unwrap().decode(ids, false).unwrap();
+    assert_eq!(text, String::from_utf8_lossy(&decoded));
+    assert_eq!(talk.chat.messages().len(), 3);
+    // With nothing to leave out it ends.
+    talk.chat.clear();
+    talk.stop.max_tokens = None;
+    talk.chat.ask("Endless.");
+    assert_eq!(talk.answer().unwrap().0.generated.finish, FinishReason::ContextFull);
+    talk.chat.ask("x ".repeat(200));
+    assert!(matches!(talk.answer(), Err(Error::ContextFull { context: 160, .. })));
 }
