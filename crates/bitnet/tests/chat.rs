@@ -208,7 +208,7 @@ fn hostile_templates_end_in_a_clear_error() {
         "{{ '%1000000000d' % 1 }}",
         "{{ '%1000000000d' | format(1) }}",
         "{{ '{:>1000000000}'.format(1) }}",
-        "{{ 'x' | indent(1000000000) }}",
+        "{{ 'x\ny' | indent(1000000000) }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{{ raise_exception('no\nway') }}",
         "{% include 'x' %}",
@@ -227,6 +227,45 @@ fn hostile_templates_end_in_a_clear_error() {
         );
         assert!(!error.contains('\n') && error.len() < 500, "{error}");
         assert!(start.elapsed().as_secs() < 20, "{source}");
+    }
+    // One long text many times, and a list whose halves are the same list, sixty times over.
+    let nest =
+        "{% set ns = namespace(x=['ab']) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}";
+    for (before, many) in [("", "(['x' * 100000] * 100000)"), (nest, "ns.x")] {
+        for expression in [
+            "L",
+            "L ~ 'y'",
+            "'y' ~ (1, L)",
+            "L in 'x'",
+            "L not in 'x'",
+            "L | string",
+            "L | tojson",
+            "L | join",
+            "''.join(L)",
+            "'{}'.format(L)",
+            "'%s' | format(L)",
+            "L | upper",
+            "L | trim",
+            "L | replace('a', 'b')",
+            "'x' | replace('x', L)",
+            "'x'.replace('x', L)",
+            "L | safe",
+            "L | indent",
+            "L is in 'x'",
+            "'x'[L]",
+            "raise_exception(L)",
+            "L.nothing()",
+            "L | pprint",
+            "[L, L]",
+            "{'a': L}",
+        ] {
+            let source = format!("{before}{{{{ {} }}}}", expression.replace('L', many));
+            let error =
+                jinja(&source).and_then(|template| template.encode(&TOKENIZER, &user("x"), true)).err();
+            let clear = error.as_ref().is_some_and(|error| error.to_string().len() < 300);
+            let empty = expression == "'x'[L]"; // no such character
+            assert!((clear || empty) && start.elapsed().as_secs() < 20, "{source}: {error:?}");
+        }
     }
     let nested = format!("{}x{}", "{% if true %}".repeat(5000), "{% endif %}".repeat(5000));
     assert!(matches!(jinja(&nested).err(), Some(TemplateError::Broken(_))));

@@ -1,9 +1,10 @@
 //! Jinja as Hugging Face sets it up for chat templates, with a bound on the work.
 
 use super::TemplateError;
+use super::jinja_guard::{PLAIN, guard_operators};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value};
-use minijinja::{Environment, Error, ErrorKind, State, context};
+use minijinja::value::{Kwargs, Rest, Value, ValueKind};
+use minijinja::{Environment, Error, ErrorKind, State, context, filters};
 use std::fmt::{self, Write};
 use std::io;
 
@@ -30,10 +31,42 @@ impl Jinja {
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         env.set_syntax(syntax.map_err(|error| broken(&error))?);
         env.set_unknown_method_callback(method);
-        env.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+        env.add_function("raise_exception", |message: &Value| -> Result<Value, Error> {
+            let message = plain(message)?.to_string();
             Err(Error::new(ErrorKind::InvalidOperation, message).with_source(Refusal))
         });
+        env.add_function(PLAIN, plain);
+        // Those that make text of whatever they get.
+        let text_filters: [(&'static str, Value); 13] = [
+            ("upper", Value::from_function(filters::upper)),
+            ("lower", Value::from_function(filters::lower)),
+            ("title", Value::from_function(filters::title)),
+            ("capitalize", Value::from_function(filters::capitalize)),
+            ("trim", Value::from_function(filters::trim)),
+            ("replace", Value::from_function(filters::replace)),
+            ("split", Value::from_function(filters::split)),
+            ("lines", Value::from_function(filters::lines)),
+            ("indent", Value::from_function(filters::indent)),
+            ("format", Value::from_function(filters::format)),
+            ("safe", Value::from_function(filters::safe)),
+            ("escape", Value::from_function(filters::escape)),
+            ("e", Value::from_function(filters::escape)),
+        ];
+        for (name, filter) in text_filters {
+            env.add_filter(name, move |state: &mut State, values: Rest<Value>| {
+                values
+                    .iter()
+                    .filter(|value| !value.is_kwargs())
+                    .try_for_each(|value| plain(value).map(drop))?;
+                filter.call(state, &values)
+            });
+        }
+        // These work on long texts without using fuel.
+        ["pprint", "max", "min", "unique"].iter().for_each(|filter| env.remove_filter(filter));
+        ["in", "startingwith", "endingwith", "containing"].iter().for_each(|test| env.remove_test(test));
+        env.set_formatter(|out, state, value| out.write_str(&text(state, value)?).map_err(Error::from));
         env.add_filter("join", join);
+        env.add_filter("string", |state: &State, value: &Value| text(state, value));
         // Jinja's own escapes HTML, Hugging Face's does not.
         env.add_filter("tojson", |state: &State, value: &Value, _: Kwargs| {
             let mut out = Bounded::new(state);
@@ -43,7 +76,7 @@ impl Jinja {
                 Err(error) => Err(Error::new(ErrorKind::BadSerialization, error.to_string())),
             }
         });
-        env.add_template_owned("template", source.to_owned()).map_err(|error| broken(&error))?;
+        env.add_template_owned("template", guard_operators(source)).map_err(|error| broken(&error))?;
         Ok(Self(env))
     }
 
@@ -90,6 +123,7 @@ fn method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Res
         ("join", Some(separator), [items]) => {
             join(state, items, Some(separator), Kwargs::from_iter([("", Value::UNDEFINED); 0]))
         }
+        (_, Some(_), _) if args.iter().any(|arg| plain(arg).is_err()) => plain(&Value::from(args.to_vec())),
         ("format", Some(text), _) if text.contains(':') => Err(Error::new(
             ErrorKind::InvalidOperation,
             "str.format with a format after \":\" is not supported",
@@ -109,6 +143,22 @@ fn join(state: &State, items: &Value, separator: Option<&str>, options: Kwargs) 
         write!(out, "{}{item}", if index > 0 { separator } else { "" }).map_err(|_| ErrorKind::OutOfFuel)?;
     }
     Ok(out.text.into())
+}
+
+/// A value that is no list and no map: what text operators may get.
+fn plain(value: &Value) -> Result<Value, Error> {
+    use ValueKind::{Bool, None, Number, String, Undefined};
+    if matches!(value.kind(), Bool | None | Number | String | Undefined) {
+        return Ok(value.clone());
+    }
+    Err(Error::new(ErrorKind::InvalidOperation, "a list or a map where text is expected"))
+}
+
+/// A value as text.
+fn text(state: &State, value: &Value) -> Result<String, Error> {
+    let mut out = Bounded::new(state);
+    write!(out, "{value}").map_err(|_| ErrorKind::OutOfFuel)?;
+    Ok(out.text)
 }
 
 /// Text that ends where the fuel ends. What has become a value costs fuel by itself.

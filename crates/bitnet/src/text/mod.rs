@@ -4,6 +4,7 @@ mod bpe;
 mod classes;
 mod hf;
 mod jinja;
+mod jinja_guard;
 mod split;
 mod stream;
 mod template;
