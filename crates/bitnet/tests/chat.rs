@@ -209,6 +209,7 @@ fn hostile_templates_end_in_a_clear_error() {
         "{{ '%1000000000d' | format(1) }}",
         "{{ '{:>1000000000}'.format(1) }}",
         "{{ 'x\ny' | indent(1000000000) }}",
+        "{{ 'x\ny' | indent(width=1000000000) }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{{ raise_exception('no\nway') }}",
         "{% include 'x' %}",
@@ -226,7 +227,7 @@ fn hostile_templates_end_in_a_clear_error() {
             "{error}"
         );
         assert!(!error.contains('\n') && error.len() < 500, "{error}");
-        assert!(start.elapsed().as_secs() < 20, "{source}");
+        assert!(start.elapsed().as_secs() < 10, "{source}");
     }
     // One long text many times, and a list whose halves are the same list, sixty times over.
     let nest =

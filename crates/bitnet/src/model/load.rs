@@ -295,8 +295,8 @@ fn read_special(
 fn read_template<'a>(gguf: &'a Gguf, repairs: &mut Vec<Repair>) -> Result<Option<&'a str>, Error> {
     let template = gguf.get_str("tokenizer.chat_template")?;
     if template.is_some_and(|t| t.contains("BITNETAssistant")) {
-        let message = "the chat template in the metadata is not the model's: \
-                       \"Role: content<|eot_id|>\" for each message is, as the model was trained with";
+        let message = "the chat template in the metadata is not the model's: chat takes the one the model was trained with, \
+                       \"Role: content<|eot_id|>\" for each message";
         repairs.push(Repair { name: "chat_template", message: message.into() });
         return Ok(None);
     }

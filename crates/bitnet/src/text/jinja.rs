@@ -12,7 +12,10 @@ use std::io;
 const BASE_FUEL: u64 = 50_000;
 /// Steps for each message, besides one for each of its bytes.
 const MESSAGE_FUEL: u64 = 1000;
+/// Bytes of text that a step is good for.
 const FUEL_BYTES: u64 = 64;
+/// Columns that `indent` may add.
+const MAX_INDENT: usize = 1000;
 /// A longer source is no chat template.
 const MAX_SOURCE: usize = 1 << 20;
 
@@ -54,10 +57,14 @@ impl Jinja {
         ];
         for (name, filter) in text_filters {
             env.add_filter(name, move |state: &mut State, values: Rest<Value>| {
-                values
-                    .iter()
-                    .filter(|value| !value.is_kwargs())
-                    .try_for_each(|value| plain(value).map(drop))?;
+                for value in values.iter().filter(|value| !value.is_kwargs()) {
+                    plain(value)?;
+                }
+                let wide = |value: &Value| value.as_usize().is_some_and(|width| width > MAX_INDENT);
+                let named = values.last().and_then(|last| last.get_attr("width").ok());
+                if name == "indent" && values.iter().chain(&named).any(wide) {
+                    return Err(ErrorKind::OutOfFuel.into()); // the filter itself finds out too late
+                }
                 filter.call(state, &values)
             });
         }

@@ -2,6 +2,9 @@ use crate::{output, source};
 use std::io::IsTerminal;
 
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  bitnet detokenize 4088 1013 262
+  bitnet tokenize \"Once\" | xargs bitnet detokenize")]
 pub struct Args {
     #[command(flatten)]
     model: source::ModelArgs,

@@ -9,6 +9,8 @@ use std::sync::atomic::Ordering;
 const CHUNK: usize = 32;
 
 #[derive(clap::Args)]
+#[command(after_help = "Example:
+  bitnet logits -m model.gguf --tokens 128000,9906 -o logits.npy")]
 pub struct Args {
     #[command(flatten)]
     model: source::ModelArgs,

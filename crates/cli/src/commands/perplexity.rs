@@ -13,6 +13,8 @@ const CHUNK: usize = 32;
 /// Perplexity as llama.cpp defines it: the text is cut into windows of CTX tokens, and each window is scored over its
 /// second half.
 #[derive(clap::Args)]
+#[command(after_help = "Example:
+  bitnet perplexity -m model.gguf -f wiki.test.raw -c 512")]
 pub struct Args {
     #[command(flatten)]
     model: source::ModelArgs,

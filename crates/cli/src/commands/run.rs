@@ -12,6 +12,10 @@ use std::time::{Duration, Instant};
 
 /// Continues a text. The continuation goes to stdout, everything else to stderr.
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  bitnet run -p \"Once upon a time\"
+  bitnet run -m model.gguf -f prompt.txt -n 200 --temp 0
+  echo \"The capital of France is\" | bitnet run -m model.gguf -q")]
 pub struct Args {
     #[command(flatten)]
     model: source::ModelArgs,

@@ -2,6 +2,9 @@ use crate::{output, source};
 use bitnet::text::Specials;
 
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  bitnet tokenize \"Once upon a time\"
+  bitnet tokenize -m model.gguf --json < text.txt")]
 pub struct Args {
     #[command(flatten)]
     model: source::ModelArgs,
