@@ -72,7 +72,9 @@ impl Jinja {
         ["pprint", "max", "min", "unique"].iter().for_each(|filter| env.remove_filter(filter));
         ["in", "startingwith", "endingwith", "containing"].iter().for_each(|test| env.remove_test(test));
         env.set_formatter(|out, state, value| out.write_str(&text(state, value)?).map_err(Error::from));
-        env.add_filter("join", join);
+        env.add_filter("join", |state: &State, items: &Value, separator: Option<&str>, options: Kwargs| {
+            join(state, items, separator, &options)
+        });
         env.add_filter("string", |state: &State, value: &Value| text(state, value));
         // Jinja's own escapes HTML, Hugging Face's does not.
         env.add_filter("tojson", |state: &State, value: &Value, _: Kwargs| {
@@ -115,7 +117,7 @@ impl Jinja {
             let source = std::iter::successors(Some(&error as &dyn std::error::Error), |e| e.source());
             if error.kind() == ErrorKind::OutOfFuel {
                 TemplateError::Endless
-            } else if source.into_iter().any(|e| e.is::<Refusal>()) {
+            } else if source.into_iter().any(<dyn std::error::Error>::is::<Refusal>) {
                 TemplateError::Refused(one_line(error.detail().unwrap_or_default()))
             } else {
                 broken(&error)
@@ -128,7 +130,7 @@ impl Jinja {
 fn method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
     match (method, value.as_str(), args) {
         ("join", Some(separator), [items]) => {
-            join(state, items, Some(separator), Kwargs::from_iter([("", Value::UNDEFINED); 0]))
+            join(state, items, Some(separator), &Kwargs::from_iter([("", Value::UNDEFINED); 0]))
         }
         (_, Some(_), _) if args.iter().any(|arg| plain(arg).is_err()) => plain(&Value::from(args.to_vec())),
         ("format", Some(text), _) if text.contains(':') => Err(Error::new(
@@ -139,7 +141,7 @@ fn method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Res
     }
 }
 
-fn join(state: &State, items: &Value, separator: Option<&str>, options: Kwargs) -> Result<Value, Error> {
+fn join(state: &State, items: &Value, separator: Option<&str>, options: &Kwargs) -> Result<Value, Error> {
     let attribute: Option<&str> = options.get("attribute")?;
     let separator = separator.map_or_else(|| options.get("d").map(Option::unwrap_or_default), Ok)?;
     options.assert_all_used()?;

@@ -121,7 +121,7 @@ pub struct ChatTemplate {
 enum Form {
     /// bitnet-b1.58-2B-4T: its reference encodes header and content apart, which no Jinja can express.
     BitNet,
-    Jinja(Jinja),
+    Jinja(Box<Jinja>),
 }
 
 /// The built-in ones: name, a control token that tells the family, Jinja.
@@ -159,7 +159,7 @@ impl ChatTemplate {
     /// # Errors
     /// [`TemplateError::Broken`], and whatever a short conversation shows.
     pub fn from_jinja(source: &str, model: TemplateModel<'_>) -> Result<Self, TemplateError> {
-        let template = Self::new("its own", Form::Jinja(Jinja::new(source)?), model);
+        let template = Self::new("its own", Form::Jinja(Box::new(Jinja::new(source)?)), model);
         if let Ok(bitnet) = Self::built_in(BITNET, model) {
             let probe =
                 [(Role::System, "S"), (Role::User, " u"), (Role::Assistant, "a"), (Role::User, "v\n")]
@@ -183,7 +183,7 @@ impl ChatTemplate {
         if !has(model.tokenizer, token) {
             return Err(TemplateError::MissingToken { template, token });
         }
-        let form = if template == BITNET { Form::BitNet } else { Form::Jinja(Jinja::new(source)?) };
+        let form = if template == BITNET { Form::BitNet } else { Form::Jinja(Box::new(Jinja::new(source)?)) };
         Self::new(template, form, model).finished(model.tokenizer)
     }
 
