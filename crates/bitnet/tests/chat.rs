@@ -286,7 +286,7 @@ impl Talk {
     fn new(context: usize, max_tokens: usize) -> Self {
         let gguf = common::gguf("demo");
         let compute = Compute::new(best(), 2);
-        let model = Model::load(&gguf, &compute).unwrap();
+        let model = Model::load(&gguf, &compute, bitnet::model::Strategy::default()).unwrap();
         let template = model.chat_template(None).unwrap();
         let options = EngineOptions { context, sequences: 1, max_rows: 64 };
         let mut engine = Engine::new(model, compute, options).unwrap();

@@ -4,6 +4,7 @@
 //! register is padded with zeros; lanes are folded 8, 4, 2, 1.
 
 use crate::isa::Isa;
+use crate::ternary::Layout;
 
 /// Positions in a key/value page, and in a segment of the attention sum.
 pub const PAGE: usize = 64;
@@ -79,9 +80,9 @@ pub(crate) fn rmsnorm<I: Isa>(isa: I, x: &[f32], weight: &[f32], eps: f32, out: 
 }
 
 /// Quantises a row to int8 with absmax scaling: q = round_half_even(x * s), s = (1 / max(max|x|, 1e-5)) * 127. The codes are
-/// written in the order of [`crate::ternary::position`], the padding with zeros. Returns s and the sum of the codes.
+/// written in the order that a matrix of this layout takes, the padding with zeros. Returns s and the sum of the codes.
 #[inline(always)]
-pub(crate) fn quantize<I: Isa>(isa: I, x: &[f32], codes: &mut [i8]) -> (f32, i32) {
+pub(crate) fn quantize<I: Isa>(isa: I, x: &[f32], layout: Layout, codes: &mut [i8]) -> (f32, i32) {
     let (blocks, tail) = x.as_chunks::<16>();
     let mut top = isa.splat(1e-5);
     for block in blocks {
@@ -99,7 +100,10 @@ pub(crate) fn quantize<I: Isa>(isa: I, x: &[f32], codes: &mut [i8]) -> (f32, i32
         let out = &mut codes.as_chunks_mut::<256>().0[chunk];
         for half_run in 0..16 {
             let i = 256 * chunk + 16 * half_run;
-            let at = crate::ternary::position(16 * half_run);
+            let at = match layout {
+                Layout::Rows => crate::ternary::position(16 * half_run),
+                Layout::Columns => 16 * half_run,
+            };
             let out = &mut out[at..].as_chunks_mut::<16>().0[0];
             match x.len().saturating_sub(i) {
                 0 => *out = [0; 16],
@@ -448,6 +452,27 @@ unsafe fn head_typed<I: Isa>(
             r += step_rows;
         }
         t += step;
+    }
+}
+
+/// Logits of single rows of the head `w`, one for each of `list`, to `out`.
+#[inline(always)]
+pub(crate) fn head_listed<I: Isa>(isa: I, ty: FloatType, w: &[u8], x: &[f32], list: &[u32], out: &mut [f32]) {
+    let row_bytes = x.len() * ty.size();
+    for (i, (&row, out)) in list.iter().zip(out).enumerate() {
+        // The next row is anywhere: ask for it while this one is multiplied.
+        if let Some(&next) = list.get(i + 1) {
+            let at = w.as_ptr().wrapping_add(next as usize * row_bytes);
+            let mut line = 0;
+            while line < row_bytes {
+                isa.prefetch(at.wrapping_add(line));
+                line += 64;
+            }
+        }
+        let w = &w[row as usize * row_bytes..][..row_bytes];
+        let out = crate::ternary::OutPtr { ptr: out, stride: 0 };
+        // SAFETY: one row and one token give one element, which `out` is.
+        unsafe { head_rows(isa, ty, w, x, x.len(), 0, out) }
     }
 }
 
