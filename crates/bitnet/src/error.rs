@@ -1,4 +1,4 @@
-use crate::text::TokenizerError;
+use crate::text::{TemplateError, TokenizerError};
 
 /// What can go wrong between a model file and its text. Every message is one line.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +28,14 @@ pub enum Error {
     /// The model has no tokenizer, and text was to be made into tokens or back.
     #[error("{0}: the file has no tokenizer (tokenizer.ggml.tokens)")]
     NoTokenizer(String),
+    /// Messages cannot be made into a prompt.
+    #[error("{file}: {error}")]
+    Template {
+        /// The file.
+        file: String,
+        /// Why not.
+        error: TemplateError,
+    },
     /// The caller named a token that the model does not have.
     #[error("token {index} of the input is {id}, the vocabulary ends at {last}", last = vocab_size - 1)]
     TokenOutOfRange {

@@ -4,7 +4,9 @@
 #![allow(unreachable_pub)]
 
 mod commands;
+mod editor;
 mod output;
+mod sampling;
 mod source;
 
 use clap::{Parser, Subcommand};
@@ -14,16 +16,25 @@ use std::process::ExitCode;
 ///
 /// MODEL is the path of a GGUF file; without one the small demo model that is built into the program is used.
 #[derive(Parser)]
-#[command(name = "bitnet", version, arg_required_else_help = true)]
+#[command(name = "bitnet", version, arg_required_else_help = true, after_help = EXAMPLES)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
 }
 
+const EXAMPLES: &str = "\
+Examples:
+  bitnet run -p \"Once upon a time\"                 the built-in demo tells a fairy tale
+  bitnet run -m model.gguf -f prompt.txt -n 200     continue a text with a model of your own
+  bitnet chat -m model.gguf                         talk with it
+  bitnet bench -m model.gguf                        how fast is it here?
+  bitnet COMMAND --help                             options and examples of a command";
+
 #[derive(Subcommand)]
 enum Command {
     /// Continue a text
     Run(commands::run::Args),
+    Chat(commands::chat::Args),
     /// Print the token ids of a text
     Tokenize(commands::tokenize::Args),
     /// Print the text of token ids
@@ -38,11 +49,14 @@ enum Command {
     Convert(commands::convert::Args),
     /// Measure the speed of prompt processing and generation
     Bench(commands::bench::Args),
+    Completions(commands::completions::Args),
+    Man(commands::man::Args),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) => commands::run::run(&args),
+        Command::Chat(args) => commands::chat::run(&args),
         Command::Tokenize(args) => commands::tokenize::run(&args),
         Command::Detokenize(args) => commands::detokenize::run(&args),
         Command::Logits(args) => commands::logits::run(&args),
@@ -50,6 +64,8 @@ fn main() -> ExitCode {
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Convert(args) => commands::convert::run(&args),
         Command::Bench(args) => commands::bench::run(&args),
+        Command::Completions(args) => commands::completions::run(&args),
+        Command::Man(args) => commands::man::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

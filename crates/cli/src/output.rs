@@ -10,6 +10,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 /// Whoever read stdout has left: not a failure.
 #[derive(Debug)]
@@ -53,6 +54,16 @@ pub fn notice(line: impl Display) {
     let _ = writeln!(io::stderr(), "{line}");
 }
 
+/// As [`notice`], less prominent where the terminal has colours and the user wants them (NO_COLOR is honoured).
+pub fn hint(line: impl Display) {
+    let _ = writeln!(anstream::stderr(), "\x1b[2m{line}\x1b[0m");
+}
+
+/// Whether nothing more can be printed, or the user wants to leave.
+pub fn is_final(error: &anyhow::Error) -> bool {
+    error.is::<ReaderLeft>() || error.is::<Interrupted>()
+}
+
 /// The exit code of a failed command, after its one line on stderr.
 pub fn report(error: &anyhow::Error) -> ExitCode {
     if error.is::<ReaderLeft>() {
@@ -70,8 +81,17 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
 /// A flag that Ctrl-C or a request to end raises, so that the command can clean up; while it is up, another one ends the
 /// program at once.
 pub fn interrupt_flag() -> anyhow::Result<Arc<AtomicBool>> {
+    flag_raised_by(&[SIGINT, SIGTERM])
+}
+
+/// As [`interrupt_flag`], for Ctrl-C only.
+pub fn ctrl_c_flag() -> anyhow::Result<Arc<AtomicBool>> {
+    flag_raised_by(&[SIGINT])
+}
+
+fn flag_raised_by(signals: &[i32]) -> anyhow::Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
+    for &signal in signals {
         // In this order, for the first signal must find the flag down.
         register_conditional_shutdown(signal, 130, flag.clone())
             .and_then(|_| register(signal, flag.clone()))
@@ -107,6 +127,11 @@ pub fn write_file(
     file.as_file().sync_all().with_context(failed)?;
     file.persist(path).map_err(|error| error.error).with_context(failed)?;
     Ok(())
+}
+
+/// Tokens per second.
+pub fn rate(tokens: usize, time: Duration) -> f64 {
+    if time.is_zero() { 0.0 } else { tokens as f64 / time.as_secs_f64() }
 }
 
 /// `1.2 GiB`, for a person.

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)] // in the helpers of tests too
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread::sleep;
@@ -67,6 +67,20 @@ fn an_interrupt_ends_a_long_prompt() {
         let stdout = String::from_utf8_lossy(&stdout);
         assert!(stdout.contains(expected) && stdout.is_empty() == expected.is_empty(), "{stdout}");
     }
+}
+
+#[test]
+fn an_interrupt_ends_a_chat_that_waits_for_its_pipe() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet"));
+    let mut child =
+        command.args(["chat", "-n", "3"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(b"Once upon a time\n").unwrap();
+    let mut answer = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut answer).unwrap();
+    // Whether the answer has ended yet or not.
+    send("-INT", &child);
+    ended(child);
 }
 
 #[test]

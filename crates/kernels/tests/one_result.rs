@@ -374,7 +374,7 @@ fn the_screen_never_loses_a_row() {
         let (all, best) = everywhere(|compute| {
             let head = screened_head(&mut Random(9), rows, columns, compute);
             let mut scratch = HeadScratch::new(rows, columns);
-            let mut logits = || vec![f32::NAN; tokens * rows];
+            let logits = || vec![f32::NAN; tokens * rows];
             let (mut all, mut best) = (logits(), logits());
             compute.head(&head, &x, |_| Logits::Every, &mut scratch, &mut all);
             let wanted = |t| Logits::Best { top: 1 + t, also: &also };

@@ -5,7 +5,7 @@ use super::rope::{angles, inverse_frequencies};
 use super::weights::WeightPlan;
 use super::{Config, Layer, Strategy, Weights};
 use crate::Error;
-use crate::text::{Specials, Tokenizer, Vocab};
+use crate::text::{ChatTemplate, Specials, TemplateError, TemplateModel, Tokenizer, Vocab};
 use bitnet_gguf::Gguf;
 use bitnet_kernels::{Compute, Screen, TernaryMatrix};
 use std::sync::{Arc, OnceLock};
@@ -17,6 +17,7 @@ pub struct Model {
     weights: Weights,
     tokenizer: Option<Tokenizer>,
     special: SpecialTokens,
+    template: Option<String>,
     repairs: Vec<Repair>,
     weight_bytes: usize,
     inverse_frequencies: Vec<f32>,
@@ -29,6 +30,8 @@ pub struct SpecialTokens {
     pub bos: Option<u32>,
     /// Whether a prompt begins with `bos`.
     pub add_bos: bool,
+    /// Ends a text.
+    pub eos: Option<u32>,
     /// Ids that end a text: end of text, end of turn.
     pub stop: Vec<u32>,
 }
@@ -44,6 +47,7 @@ pub struct ModelInfo<'a> {
     gguf: &'a Gguf,
     plan: WeightPlan<'a>,
     vocab: Option<Vocab<'a>>,
+    template: Option<&'a str>,
 }
 
 impl<'a> ModelInfo<'a> {
@@ -58,8 +62,8 @@ impl<'a> ModelInfo<'a> {
         let keys = Keys { gguf, arch: config.architecture.clone() };
         let vocab = read_vocab(&keys, &config, &mut repairs)?;
         let special = read_special(&keys, &config, vocab.as_ref(), &mut repairs)?;
-        check_template(gguf, &mut repairs)?;
-        Ok(Self { config, repairs, special, gguf, plan, vocab })
+        let template = read_template(gguf, &mut repairs)?;
+        Ok(Self { config, repairs, special, gguf, plan, vocab, template })
     }
 
     /// Bytes of all weights, in the engine's layout.
@@ -91,7 +95,8 @@ impl Model {
     /// # Errors
     /// As [`ModelInfo::new`], and what only the weights and the vocabulary themselves can show.
     pub fn load(gguf: &Arc<Gguf>, compute: &Compute, strategy: Strategy) -> Result<Self, Error> {
-        let ModelInfo { config, repairs, special, plan, vocab, .. } = ModelInfo::new(gguf, strategy)?;
+        let ModelInfo { config, repairs, special, plan, vocab, template, .. } =
+            ModelInfo::new(gguf, strategy)?;
         let weight_bytes = plan.byte_len();
         // The tokenizer is built while the other threads read the weights.
         let tokenizer = OnceLock::new();
@@ -109,6 +114,7 @@ impl Model {
             weights: weights?,
             tokenizer,
             special,
+            template: template.map(str::to_owned),
             repairs,
             weight_bytes,
         })
@@ -131,6 +137,7 @@ impl Model {
             weights,
             tokenizer: None,
             special: SpecialTokens::default(),
+            template: None,
             repairs: Vec::new(),
         })
     }
@@ -167,6 +174,22 @@ impl Model {
         let mut ids: Vec<u32> = self.special.first().into_iter().collect();
         ids.extend(self.tokenizer()?.encode(text, specials));
         Ok(ids)
+    }
+    /// The chat template `choice`: the name of a built-in one or Jinja (anything with a brace in it); without a choice the
+    /// one in the file, or the built-in one that fits the model.
+    ///
+    /// # Errors
+    /// [`Error::NoTokenizer`] and [`Error::Template`].
+    pub fn chat_template(&self, choice: Option<&str>) -> Result<ChatTemplate, Error> {
+        let SpecialTokens { bos, eos, .. } = self.special;
+        let architecture = &self.config.architecture;
+        let model = TemplateModel { tokenizer: self.tokenizer()?, architecture, bos, eos };
+        let template = match choice {
+            Some(source) if source.contains('{') => ChatTemplate::from_jinja(source, model),
+            Some(name) => ChatTemplate::built_in(name, model),
+            None => ChatTemplate::of_model(self.template.as_deref(), model),
+        };
+        template.map_err(|error: TemplateError| Error::Template { file: self.file.clone(), error })
     }
     /// Special tokens.
     pub fn special(&self) -> &SpecialTokens {
@@ -273,14 +296,16 @@ fn read_special(
     }
     stop.dedup();
     let add_bos = keys.gguf.get_bool("tokenizer.ggml.add_bos_token")?.unwrap_or(bos.is_some());
-    Ok(SpecialTokens { bos, add_bos: add_bos && bos.is_some(), stop })
+    Ok(SpecialTokens { bos, add_bos: add_bos && bos.is_some(), eos, stop })
 }
 
-fn check_template(gguf: &Gguf, repairs: &mut Vec<Repair>) -> Result<(), Error> {
-    if gguf.get_str("tokenizer.chat_template")?.is_some_and(|t| t.contains("BITNETAssistant")) {
-        let message = "the chat template in the metadata is not the model's: \
-                       \"Role: content<|eot_id|>\" for each message is, as the model was trained with";
+fn read_template<'a>(gguf: &'a Gguf, repairs: &mut Vec<Repair>) -> Result<Option<&'a str>, Error> {
+    let template = gguf.get_str("tokenizer.chat_template")?;
+    if template.is_some_and(|t| t.contains("BITNETAssistant")) {
+        let message = "the chat template in the metadata is not the model's: chat takes the one the model was trained with, \
+                       \"Role: content<|eot_id|>\" for each message";
         repairs.push(Repair { name: "chat_template", message: message.into() });
+        return Ok(None);
     }
-    Ok(())
+    Ok(template.filter(|template| !template.trim().is_empty()))
 }

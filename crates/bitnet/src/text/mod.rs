@@ -1,12 +1,16 @@
-//! Text in and out: tokenizer and streaming decoder.
+//! Text in and out: tokenizer, chat templates and streaming decoder.
 
 mod bpe;
 mod classes;
 mod hf;
+mod jinja;
+mod jinja_guard;
 mod split;
 mod stream;
+mod template;
 mod tokenizer;
 
 pub use hf::HfVocab;
 pub use stream::{StopStrings, Stopped, TextStream};
+pub use template::{ChatTemplate, Message, Role, TemplateError, TemplateModel};
 pub use tokenizer::{Specials, Tokenizer, TokenizerError, Vocab};

@@ -265,6 +265,16 @@ impl Tokenizer {
         self.specials.id(&self.texts, text.as_bytes()).or_else(|| self.normal_id(text.as_bytes()))
     }
 
+    /// The leftmost control or user-defined token in a text, the longest of those that start there: (where, id).
+    pub fn find_special(&self, text: &str) -> Option<(usize, u32)> {
+        self.specials.find(&self.texts, text.as_bytes())
+    }
+
+    /// The texts of all control tokens.
+    pub fn control_tokens(&self) -> impl Iterator<Item = &[u8]> {
+        self.specials.sorted.iter().filter(|&&id| self.is_control(id)).map(|&id| self.texts.get(id))
+    }
+
     /// Number of token ids.
     pub fn n_vocab(&self) -> usize {
         self.kinds.len()

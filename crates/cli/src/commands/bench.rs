@@ -12,6 +12,9 @@ use std::time::Instant;
 
 /// Measures prefill and decode
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  bitnet bench -m model.gguf
+  bitnet bench --synthetic 2b-4t -p 512 -n 64 -o json")]
 pub struct Args {
     #[command(flatten)]
     model: source::ModelArgs,

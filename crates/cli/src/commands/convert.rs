@@ -8,6 +8,8 @@ use std::sync::atomic::Ordering;
 /// Makes a GGUF file of a Hugging Face model folder with config.json, safetensors weights (the bf16 master weights) and
 /// tokenizer.json.
 #[derive(clap::Args)]
+#[command(after_help = "Example:
+  bitnet convert ./bitnet-b1.58-2B-4T-bf16 model.gguf")]
 pub struct Args {
     /// The folder
     input: PathBuf,

@@ -3,6 +3,9 @@ use bitnet::model::{ModelInfo, Strategy};
 use std::io::IsTerminal;
 
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  bitnet detokenize 4088 1013 262
+  bitnet tokenize \"Once\" | xargs bitnet detokenize")]
 pub struct Args {
     #[command(flatten)]
     model: source::FileArgs,

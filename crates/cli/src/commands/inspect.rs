@@ -9,6 +9,9 @@ use std::fmt::Write;
 /// Shows what a model file holds and the memory it takes, without reading its weights. A file that cannot be run is shown
 /// as far as it can be read.
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  bitnet inspect model.gguf
+  bitnet inspect model.gguf --json")]
 pub struct Args {
     /// Path of a GGUF file [default: the built-in demo]
     model: Option<String>,

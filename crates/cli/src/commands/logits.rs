@@ -8,6 +8,8 @@ use std::path::PathBuf;
 const CHUNK: usize = 32;
 
 #[derive(clap::Args)]
+#[command(after_help = "Example:
+  bitnet logits -m model.gguf --tokens 128000,9906 -o logits.npy")]
 pub struct Args {
     #[command(flatten)]
     model: source::ModelArgs,

@@ -16,6 +16,8 @@ const CHUNK: usize = 32;
 /// The same figures as those of llama-perplexity, to the rounding of the two (a few parts in ten thousand), need the same
 /// tokens: of a file that names no pre-tokenizer llama.cpp splits the text in a way of its own.
 #[derive(clap::Args)]
+#[command(after_help = "Example:
+  bitnet perplexity -m model.gguf -f wiki.test.raw -c 512")]
 pub struct Args {
     #[command(flatten)]
     model: source::ModelArgs,

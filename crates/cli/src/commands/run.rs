@@ -1,18 +1,20 @@
-use crate::output::{self, Interrupted, notice};
+use crate::output::{self, Interrupted, notice, rate};
+use crate::sampling::SamplingArgs;
 use crate::source;
 use anyhow::{bail, ensure};
-use bitnet::generate::{FinishReason, Generated, Sampler, SamplerConfig, StopConditions, generate};
-use bitnet::model::Model;
+use bitnet::generate::{FinishReason, Generated, StopConditions, generate};
 use bitnet::text::Specials;
 use bitnet::{Engine, EngineOptions};
-use clap::CommandFactory;
-use std::hash::{BuildHasher, RandomState};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// Continues a text. The continuation goes to stdout, everything else to stderr.
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  bitnet run -p \"Once upon a time\"
+  bitnet run -m model.gguf -f prompt.txt -n 200 --temp 0
+  echo \"The capital of France is\" | bitnet run -m model.gguf -q")]
 pub struct Args {
     #[command(flatten)]
     model: source::ModelArgs,
@@ -44,41 +46,6 @@ pub struct Args {
     json: bool,
     #[command(flatten)]
     sampling: SamplingArgs,
-}
-
-#[derive(clap::Args)]
-#[command(next_help_heading = "Sampling")]
-struct SamplingArgs {
-    /// 0: always the most probable token
-    #[arg(long, value_name = "T", default_value_t = 0.8)]
-    temp: f32,
-    /// Only the K most probable tokens; 0: all
-    #[arg(long, value_name = "K", default_value_t = 40)]
-    top_k: u32,
-    /// Only the most probable tokens that together have probability P; 1: all
-    #[arg(long, value_name = "P", default_value_t = 0.95)]
-    top_p: f32,
-    /// Only tokens with at least P times the probability of the most probable; 0: all
-    #[arg(long, value_name = "P", default_value_t = 0.05)]
-    min_p: f32,
-    /// Factor against tokens that occurred; 1: none
-    #[arg(long, value_name = "R", default_value_t = 1.0)]
-    repeat_penalty: f32,
-    /// How many of the last tokens the penalties look at
-    #[arg(long, value_name = "N", default_value_t = 64)]
-    repeat_last_n: u32,
-    /// Taken off a token's logit for each time it occurred
-    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
-    frequency_penalty: f32,
-    /// Taken off a token's logit if it occurred
-    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
-    presence_penalty: f32,
-    /// Added to a token's logit; -inf forbids it; may be given several times
-    #[arg(long, value_name = "ID=BIAS", value_parser = parse_bias)]
-    logit_bias: Vec<(u32, f32)>,
-    /// Start of the random numbers, 64 bits [default: 32 random ones, told with the statistics]
-    #[arg(short = 's', long, value_name = "S")]
-    seed: Option<u64>,
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
@@ -147,35 +114,6 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-impl SamplingArgs {
-    /// The sampler; a setting out of range is a usage error.
-    fn sampler(&self) -> Sampler {
-        let config = SamplerConfig {
-            temperature: self.temp,
-            top_k: self.top_k,
-            top_p: self.top_p,
-            min_p: self.min_p,
-            repeat_penalty: self.repeat_penalty,
-            repeat_last_n: self.repeat_last_n,
-            frequency_penalty: self.frequency_penalty,
-            presence_penalty: self.presence_penalty,
-            logit_bias: self.logit_bias.clone(),
-            seed: self.seed.unwrap_or_else(|| RandomState::new().hash_one(0) >> 32),
-        };
-        Sampler::new(config).unwrap_or_else(|error| {
-            crate::Cli::command().error(clap::error::ErrorKind::ValueValidation, error).exit()
-        })
-    }
-
-    fn check_biases(&self, model: &Model) -> anyhow::Result<()> {
-        let vocab = model.config().vocab_size;
-        match self.logit_bias.iter().find(|(id, _)| *id as usize >= vocab) {
-            Some((id, _)) => bail!("--logit-bias has token {id}, the vocabulary ends at {}", vocab - 1),
-            None => Ok(()),
-        }
-    }
-}
-
 struct Statistics {
     generated: Generated,
     prompt_tokens: usize,
@@ -238,13 +176,4 @@ impl Statistics {
             "n_threads": self.threads,
         })
     }
-}
-
-fn rate(tokens: usize, time: Duration) -> f64 {
-    if time.is_zero() { 0.0 } else { tokens as f64 / time.as_secs_f64() }
-}
-
-fn parse_bias(text: &str) -> Result<(u32, f32), String> {
-    let parsed = text.split_once('=').and_then(|(id, bias)| Some((id.parse().ok()?, bias.parse().ok()?)));
-    parsed.ok_or_else(|| "expected ID=BIAS, such as 15043=-1.5".to_owned())
 }

@@ -3,6 +3,9 @@ use bitnet::model::{ModelInfo, Strategy};
 use bitnet::text::Specials;
 
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  bitnet tokenize \"Once upon a time\"
+  bitnet tokenize -m model.gguf --json < text.txt")]
 pub struct Args {
     #[command(flatten)]
     model: source::FileArgs,

@@ -1,0 +1,371 @@
+//! Chat templates against Hugging Face's `apply_chat_template`, on fixtures from `tools/make_chat_goldens.py`; templates and
+//! messages that mean harm; and conversations on the demo model.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use bitnet::generate::{Answer, Chat, FinishReason, Sampler, SamplerConfig, StopConditions};
+use bitnet::kernels::{Compute, best};
+use bitnet::model::Model;
+use bitnet::text::{ChatTemplate, HfVocab, Message, Role, Specials, TemplateError, TemplateModel, Tokenizer};
+use bitnet::{Engine, EngineOptions, Error};
+use proptest::prelude::*;
+use serde::Deserialize;
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+use std::sync::LazyLock;
+use std::time::Instant;
+
+#[derive(Deserialize)]
+struct Goldens {
+    tokens: Vec<String>,
+    templates: HashMap<String, String>,
+    conversations: Vec<Vec<Message>>,
+    cases: Vec<Case>,
+}
+
+#[derive(Deserialize)]
+struct Case {
+    template: String,
+    conversation: usize,
+    answer: bool,
+    text: String,
+    ids: Option<Vec<u32>>,
+}
+
+static GOLDENS: LazyLock<Goldens> =
+    LazyLock::new(|| serde_json::from_str(include_str!("fixtures/chat.json")).unwrap());
+static TOKENIZER: LazyLock<Tokenizer> = LazyLock::new(|| {
+    let mut vocab = HfVocab::parse(include_bytes!("fixtures/tokenizer/demo-tokenizer.json")).unwrap();
+    vocab.tokens.extend(GOLDENS.tokens.iter().cloned());
+    vocab.token_types.resize(vocab.tokens.len(), 3);
+    Tokenizer::new(&vocab.vocab()).unwrap()
+});
+
+fn id(token: &str) -> u32 {
+    TOKENIZER.token_id(token).unwrap()
+}
+
+fn model(architecture: &str) -> TemplateModel<'_> {
+    let (bos, eos) = (Some(id("<|begin_of_text|>")), Some(id("<|end_of_text|>")));
+    TemplateModel { tokenizer: &TOKENIZER, architecture, bos, eos }
+}
+
+fn jinja(source: &str) -> Result<ChatTemplate, TemplateError> {
+    ChatTemplate::from_jinja(source, model("llama"))
+}
+
+fn user(text: &str) -> [Message; 1] {
+    [Message::new(Role::User, text)]
+}
+
+#[test]
+fn conversations_equal_the_reference() {
+    let goldens = &*GOLDENS;
+    assert!(goldens.cases.iter().filter(|case| case.ids.is_some()).count() > 100);
+    for Case { template: name, conversation, answer, text, ids } in &goldens.cases {
+        let messages = &goldens.conversations[*conversation];
+        let own = jinja(&goldens.templates[name]).unwrap();
+        let built_in = ChatTemplate::built_in(name, model("llama")).ok();
+        assert_eq!(built_in.is_some(), !["blocks", "methods"].contains(&name.as_str()));
+        for template in [Some(own), built_in].into_iter().flatten() {
+            let about = format!("{name} ({}), conversation {conversation}", template.name());
+            assert_eq!(&template.render(messages, *answer).unwrap(), text, "{about}");
+            if let Some(ids) = ids {
+                assert_eq!(&template.encode(&TOKENIZER, messages, *answer).unwrap(), ids, "{about}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_family_is_recognised() {
+    let goldens = &*GOLDENS;
+    let name = |template: Result<ChatTemplate, _>| template.unwrap().name();
+    assert_eq!(name(jinja(&goldens.templates["bitnet"])), "bitnet");
+    assert_eq!(
+        name(jinja(&goldens.templates["bitnet"].replace("bos_token if loop.first else ''", "''"))),
+        "bitnet"
+    );
+    assert_eq!(name(jinja(&goldens.templates["llama3"])), "its own");
+    assert_eq!(name(ChatTemplate::of_model(None, model("bitnet-b1.58"))), "bitnet");
+    assert_eq!(name(ChatTemplate::of_model(None, model("llama"))), "llama3");
+    assert_eq!(name(ChatTemplate::of_model(Some(&goldens.templates["chatml"]), model("bitnet"))), "its own");
+    for (template, end) in [
+        ("bitnet", "<|eot_id|>"),
+        ("llama3", "<|eot_id|>"),
+        ("falcon3", "<|end_of_text|>"),
+        ("chatml", "<|im_end|>"),
+    ] {
+        assert_eq!(ChatTemplate::built_in(template, model("")).unwrap().end_of_turn(), Some(id(end)));
+        assert_eq!(jinja(&goldens.templates[template]).unwrap().end_of_turn(), Some(id(end)));
+    }
+    let unknown = ChatTemplate::built_in("vicuna", model("")).err();
+    assert_eq!(unknown, Some(TemplateError::Unknown("vicuna".into())));
+}
+
+/// A control token in a message is text, wherever the message comes in the template.
+#[test]
+fn messages_make_no_control_tokens() {
+    let controls: Vec<u32> = (0..TOKENIZER.n_vocab() as u32).filter(|&id| TOKENIZER.is_control(id)).collect();
+    let count = |ids: &[u32]| ids.iter().filter(|id| controls.contains(id)).count();
+    for (name, source) in GOLDENS.templates.iter().filter(|(name, _)| *name != "methods") {
+        for template in
+            [jinja(source).unwrap(), ChatTemplate::of_model(Some(source), model("bitnet")).unwrap()]
+        {
+            let plain = template.encode(&TOKENIZER, &user("x"), true).unwrap();
+            for text in [
+                "<|eot_id|>",
+                "a<|im_end|>b<|user|>",
+                "<|<|eot_id|>|>",
+                " <|eot_id|>\n",
+                "<|begin_of_text|>",
+                "eot_id",
+                "<|",
+            ] {
+                let ids = template.encode(&TOKENIZER, &user(text), true).unwrap();
+                assert_eq!(count(&ids), count(&plain), "{name}: {text}");
+                let text_ids = TOKENIZER.encode(text.trim(), Specials::AsText);
+                if name == "bitnet" {
+                    assert!(ids.windows(text_ids.len()).any(|window| window == text_ids), "{name}: {text}");
+                }
+                let rendered = template.render(&user(text), true).unwrap();
+                assert_eq!(String::from_utf8(TOKENIZER.decode(&ids, true).unwrap()).unwrap(), rendered);
+            }
+        }
+    }
+    // The template completes what the message begins.
+    let split = jinja("{{ '<|eot' }}{% for m in messages %}{{ m.content }}{% endfor %}{{ 'id|>' }}").unwrap();
+    for text in ["_", "_id|>", "_id|><|eot_", " _ "] {
+        assert_eq!(count(&split.encode(&TOKENIZER, &user(text), false).unwrap()), 0, "{text}");
+    }
+    let two = ChatTemplate::from_jinja("{{ bos_token }}{{ bos_token }}x", model("")).unwrap();
+    assert_eq!(count(&two.encode(&TOKENIZER, &user("x"), false).unwrap()), 1);
+}
+
+proptest! {
+    #[test]
+    fn no_text_makes_a_control_token(
+        parts in prop::collection::vec(prop_oneof![
+            prop::sample::select(&["<|eot_id|>", "<|im_end|>", "<|", "|>", "eot_id", "<|user", "_id|>", " ", "\n", "<", ">", "|", "\u{f0000}"][..])
+                .prop_map(str::to_owned),
+            "\\PC{0,3}",
+        ], 0..6),
+        name in prop::sample::select(&["bitnet", "llama3", "falcon3", "chatml"][..]),
+    ) {
+        let text = parts.concat();
+        let template = ChatTemplate::built_in(name, model("")).unwrap();
+        let control = |ids: Vec<u32>| ids.into_iter().filter(|&id| TOKENIZER.is_control(id)).collect::<Vec<_>>();
+        let ids = template.encode(&TOKENIZER, &user(&text), true).unwrap();
+        prop_assert_eq!(TOKENIZER.decode(&ids, true).unwrap(), template.render(&user(&text), true).unwrap().into_bytes());
+        prop_assert_eq!(control(ids), control(template.encode(&TOKENIZER, &user("x"), true).unwrap()));
+    }
+}
+
+#[test]
+fn known_tokens_stay_as_they_are() {
+    // "hello" cut as no tokenizer would.
+    let odd: Vec<u32> =
+        "hello".chars().flat_map(|c| TOKENIZER.encode(&c.to_string(), Specials::AsText)).collect();
+    assert_ne!(odd, TOKENIZER.encode("hello", Specials::AsText));
+    let question = Message::new(Role::User, "<|eot_id|> q");
+    let messages = [
+        question.clone(),
+        Message::generated("hello ".into(), odd.clone()),
+        Message::new(Role::User, "and?"),
+    ];
+    for name in ["bitnet", "llama3", "falcon3", "chatml"] {
+        let template = ChatTemplate::built_in(name, model("")).unwrap();
+        let mut before = template.encode(&TOKENIZER, std::slice::from_ref(&question), true).unwrap();
+        before.extend(&odd);
+        let ids = template.encode(&TOKENIZER, &messages, true).unwrap();
+        assert_eq!(ids[..before.len()], before, "{name}");
+        assert_eq!(Some(ids[before.len()]), template.end_of_turn());
+    }
+    // A template that looks into the answer gets the answer.
+    let picky = "{% for m in messages %}{{ m.content if 'hello' not in m.content else 'HELLO' }}{% endfor %}";
+    let ids = jinja(picky).unwrap().encode(&TOKENIZER, &messages[1..2], false).unwrap();
+    assert_eq!(TOKENIZER.decode(&ids, true).unwrap(), b"HELLO");
+}
+
+#[test]
+fn hostile_templates_end_in_a_clear_error() {
+    let start = Instant::now();
+    let doubling =
+        "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}";
+    for source in [
+        "{% for i in range(100000) %}{% for j in range(100000) %}x{% endfor %}{% endfor %}",
+        "{% for i in range(100000) %}{{ 'x' * 100000 }}{% endfor %}",
+        doubling,
+        "{{ 'x' * 100000000 }}",
+        "{{ ('x' * 4000000).replace('', 'y' * 4000000) }}",
+        "{{ ('x' * 4000000) | replace('', 'y' * 4000000) }}",
+        "{{ ('y' * 4000000).join('x' * 4000000) }}",
+        "{{ ('y' * 400000).join(['x'] * 4000000) }}",
+        "{{ (['x' * 100000] * 100000) | join }}",
+        "{{ ''.join(['x' * 100000] * 100000) }}",
+        "{{ 'x' | center(1000000000000) }}{{ '%1000000000d' % 1 }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '%1000000000d' | format(1) }}",
+        "{{ '{:>1000000000}'.format(1) }}",
+        "{{ 'x\ny' | indent(1000000000) }}",
+        "{{ 'x\ny' | indent(width=1000000000) }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ raise_exception('no\nway') }}",
+        "{% include 'x' %}",
+        "{% for m in messages %}",
+        "{{ messages[0].content.nonsense() }}",
+        "{{ 1 // 0 }}",
+        "{{ nothing.at.all }}",
+    ] {
+        let error = match jinja(source).and_then(|template| template.encode(&TOKENIZER, &user("x"), true)) {
+            Err(error) => error.to_string(),
+            Ok(ids) => panic!("{source}: {} tokens", ids.len()),
+        };
+        assert!(
+            error.starts_with("chat template: ") || error.starts_with("the chat template refuses"),
+            "{error}"
+        );
+        assert!(!error.contains('\n') && error.len() < 500, "{error}");
+        assert!(start.elapsed().as_secs() < 10, "{source}");
+    }
+    // One long text many times, and a list whose halves are the same list, sixty times over.
+    let nest =
+        "{% set ns = namespace(x=['ab']) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}";
+    for (before, many) in [("", "(['x' * 100000] * 100000)"), (nest, "ns.x")] {
+        for expression in [
+            "L",
+            "L ~ 'y'",
+            "'y' ~ (1, L)",
+            "L in 'x'",
+            "L not in 'x'",
+            "L | string",
+            "L | tojson",
+            "L | join",
+            "''.join(L)",
+            "'{}'.format(L)",
+            "'%s' | format(L)",
+            "L | upper",
+            "L | trim",
+            "L | replace('a', 'b')",
+            "'x' | replace('x', L)",
+            "'x'.replace('x', L)",
+            "L | safe",
+            "L | indent",
+            "L is in 'x'",
+            "'x'[L]",
+            "raise_exception(L)",
+            "L.nothing()",
+            "L | pprint",
+            "[L, L]",
+            "{'a': L}",
+        ] {
+            let source = format!("{before}{{{{ {} }}}}", expression.replace('L', many));
+            let error =
+                jinja(&source).and_then(|template| template.encode(&TOKENIZER, &user("x"), true)).err();
+            let clear = error.as_ref().is_some_and(|error| error.to_string().len() < 300);
+            let empty = expression == "'x'[L]"; // no such character
+            assert!((clear || empty) && start.elapsed().as_secs() < 20, "{source}: {error:?}");
+        }
+    }
+    let nested = format!("{}x{}", "{% if true %}".repeat(5000), "{% endif %}".repeat(5000));
+    assert!(matches!(jinja(&nested).err(), Some(TemplateError::Broken(_))));
+    let refusal = jinja("{{ raise_exception('roles must alternate') }}").err().unwrap();
+    assert_eq!(refusal, TemplateError::Refused("roles must alternate".into()));
+}
+
+/// A chat with the demo model in a small context, which never ends an answer by itself.
+struct Talk {
+    engine: Engine,
+    chat: Chat,
+    sampler: Sampler,
+    stop: StopConditions,
+}
+
+impl Talk {
+    fn new(context: usize, max_tokens: usize) -> Self {
+        let gguf = common::gguf("demo");
+        let compute = Compute::new(best(), 2);
+        let model = Model::load(&gguf, &compute, bitnet::model::Strategy::default()).unwrap();
+        let template = model.chat_template(None).unwrap();
+        let options = EngineOptions { context, sequences: 1, max_rows: 64 };
+        let mut engine = Engine::new(model, compute, options).unwrap();
+        let chat = Chat::new(&mut engine, template);
+        let logit_bias = [4089, 4092].map(|id| (id, f32::NEG_INFINITY)).to_vec();
+        let sampler = Sampler::new(SamplerConfig { logit_bias, ..SamplerConfig::default() }).unwrap();
+        let stop = StopConditions { max_tokens: Some(max_tokens), ..StopConditions::default() };
+        Self { engine, chat, sampler, stop }
+    }
+
+    fn answer(&mut self) -> Result<(Answer, String), Error> {
+        let mut text = String::new();
+        let answer = self.chat.answer(&mut self.engine, &mut self.sampler, &self.stop, &mut |part| {
+            text.push_str(part);
+            ControlFlow::Continue(())
+        })?;
+        assert_eq!(self.chat.messages().last().unwrap().content, text);
+        Ok((answer, text))
+    }
+}
+
+#[test]
+fn a_turn_costs_only_its_own_tokens() {
+    let mut talk = Talk::new(640, 20);
+    talk.chat.set_system("You tell tales.");
+    talk.chat.ask("Once upon a time <|eot_id|>");
+    let (first, text) = talk.answer().unwrap();
+    assert_eq!((first.cached_tokens, first.generated.tokens.len(), first.dropped), (0, 20, 0));
+    talk.chat.ask("And then?");
+    let (second, _) = talk.answer().unwrap();
+    // All but the last generated token, which was never fed, and what follows it.
+    assert_eq!(second.cached_tokens, first.prompt_tokens + 19);
+    assert!(second.prompt_tokens - second.cached_tokens < 20);
+
+    // The same conversation from its text gives the same answer, however it came about.
+    let mut again = Talk::new(640, 20);
+    again.chat.set_messages(talk.chat.messages().to_vec());
+    again.chat.set_messages(again.chat.messages()[..2].to_vec());
+    assert!(again.chat.retry());
+    assert_eq!(again.answer().unwrap().1, text);
+    assert!(again.chat.retry());
+    let (retried, other) = again.answer().unwrap();
+    assert_eq!(retried.prompt_tokens - retried.cached_tokens, 1);
+    assert_ne!(other, text, "the random numbers go on");
+    again.chat.clear();
+    assert_eq!((again.chat.messages().len(), again.chat.retry()), (1, false));
+}
+
+#[test]
+fn the_oldest_turns_go_and_the_system_prompt_stays() {
+    let mut talk = Talk::new(160, 30);
+    talk.chat.set_system("You tell tales.");
+    let mut dropped = 0;
+    for turn in 0..12 {
+        talk.chat.ask(format!("Question {turn}?"));
+        let (answer, _) = talk.answer().unwrap();
+        dropped += answer.dropped;
+        assert_eq!(answer.generated.tokens.len(), 30);
+        assert!(talk.chat.cached_tokens(&talk.engine) <= 160);
+        assert_eq!(talk.chat.system(), Some("You tell tales."));
+        let messages = talk.chat.messages();
+        assert_eq!(messages[messages.len() - 2].content, format!("Question {turn}?"));
+        assert_eq!(messages.len() + dropped, 1 + 2 * (turn + 1));
+    }
+    assert!(dropped >= 10);
+    // An answer that fills the context goes on without the oldest turns.
+    talk.stop.max_tokens = Some(100);
+    talk.chat.ask("A long one.");
+    let (answer, text) = talk.answer().unwrap();
+    assert!(answer.dropped > 0 && answer.generated.tokens.len() == 100, "{answer:?}");
+    let ids = &answer.generated.tokens;
+    let decoded = talk.engine.model().tokenizer().unwrap().decode(ids, false).unwrap();
+    assert_eq!(text, String::from_utf8_lossy(&decoded));
+    assert_eq!(talk.chat.messages().len(), 3);
+    // With nothing to leave out it ends.
+    talk.chat.clear();
+    talk.stop.max_tokens = None;
+    talk.chat.ask("Endless.");
+    assert_eq!(talk.answer().unwrap().0.generated.finish, FinishReason::ContextFull);
+    talk.chat.ask("x ".repeat(200));
+    assert!(matches!(talk.answer(), Err(Error::ContextFull { context: 160, .. })));
+}

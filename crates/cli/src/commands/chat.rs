@@ -1,0 +1,388 @@
+use crate::editor::{Input, Lines, history_file};
+use crate::output::{self, Interrupted, hint, notice, rate};
+use crate::sampling::SamplingArgs;
+use crate::source;
+use anyhow::{Context, bail, ensure};
+use bitnet::generate::{Answer, Chat, FinishReason, Sampler, SamplerConfig, StopConditions};
+use bitnet::text::{Message, Role};
+use bitnet::{Engine, EngineOptions, Error};
+use serde::{Deserialize, Serialize};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// Talk with a model.
+///
+/// In a terminal: type a message, Enter sends it. /help lists the commands. Ctrl-C stops an answer, Ctrl-D ends the chat.
+/// From a pipe: each line is a message, and stdout has the answers and nothing else.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  bitnet chat -m model.gguf                             talk in the terminal
+  bitnet chat -m model.gguf --system \"Answer in French.\"
+  printf 'Hi\\nAnd you?\\n' | bitnet chat -m model.gguf -q   two questions from a script")]
+pub struct Args {
+    #[command(flatten)]
+    model: source::ModelArgs,
+    /// System prompt: what the model should know or be before the first message
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    system: Option<String>,
+    /// Go on with a conversation that /save wrote
+    #[arg(long, value_name = "FILE")]
+    load: Option<PathBuf>,
+    /// How messages become a prompt: bitnet, llama3, falcon3, chatml or a file with Jinja [default: as the model says]
+    #[arg(long, value_name = "NAME|FILE")]
+    chat_template: Option<String>,
+    /// Most tokens of an answer; -1: until the model ends it or the context is full
+    #[arg(short = 'n', long, value_name = "N", default_value_t = -1, allow_negative_numbers = true,
+          value_parser = clap::value_parser!(i64).range(-1..))]
+    n_predict: i64,
+    /// Tokens of context; 0: as many as the model was trained with [default: the same, at most 4096]
+    #[arg(short = 'c', long, value_name = "CTX", value_parser = source::context_range())]
+    ctx_size: Option<u32>,
+    /// Do not keep what is typed for the arrow keys of the next chat
+    #[arg(long)]
+    no_history: bool,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+}
+
+const HELP: &str = "\
+/system [TEXT]      show the system prompt, or set it; /system - removes it
+/clear              forget the conversation, but not the system prompt
+/retry              another answer to the last question
+/save FILE          write the conversation to a file
+/load FILE          go on with a conversation from a file
+/set [NAME VALUE]   show the settings, or change one, such as /set temp 0.5
+/stats              what this chat took so far
+/help               this list
+/exit               end, as does Ctrl-D
+Ctrl-C stops an answer. A backslash at the end of a line, Alt-Enter, or \"\"\" before and after: a message of several lines.
+A message that begins with a slash: type it twice.";
+const COMMANDS: [&str; 9] =
+    ["/system ", "/clear", "/retry", "/save ", "/load ", "/set ", "/stats", "/help", "/exit"];
+/// No conversation is longer.
+const MAX_FILE: u64 = 64 << 20;
+
+/// What `/save` writes.
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    messages: Vec<Message>,
+}
+
+struct Session {
+    engine: Engine,
+    chat: Chat,
+    sampler: Sampler,
+    stop: StopConditions,
+    /// Ctrl-C raises it. Without a terminal it is up between the answers, where Ctrl-C ends the program.
+    interrupted: Arc<AtomicBool>,
+    quiet: bool,
+    /// A person reads the answers on a terminal.
+    terminal: bool,
+    totals: Totals,
+}
+
+#[derive(Default)]
+struct Totals {
+    answers: usize,
+    prompt_tokens: usize,
+    cached_tokens: usize,
+    generated: usize,
+    prompt_time: Duration,
+    decode_time: Duration,
+}
+
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    let sampler = args.sampling.sampler();
+    let loaded = args.load.as_deref().map(load).transpose()?;
+    let template = args.chat_template.as_deref().map(template).transpose()?;
+    let compute = args.model.compute()?;
+    let model = args.model.load(&compute)?;
+    args.sampling.check_biases(&model)?;
+    let context = args.model.context(args.ctx_size, model.config());
+    let template = model.chat_template(template.as_deref())?;
+    let stop = StopConditions {
+        ids: model.special().stop.clone(),
+        strings: Vec::new(),
+        max_tokens: usize::try_from(args.n_predict).ok(),
+    };
+    let name = model.file().to_owned();
+    let mut engine = Engine::new(model, compute, EngineOptions { context, sequences: 1, max_rows: 512 })?;
+    let mut chat = Chat::new(&mut engine, template);
+    chat.set_messages(loaded.unwrap_or_default());
+    if let Some(system) = &args.system {
+        chat.set_system(system);
+    }
+    let interrupted = output::ctrl_c_flag()?;
+    engine.cancel_by(interrupted.clone());
+    let mut lines = Lines::new(&COMMANDS, history_file().filter(|_| !args.no_history))?;
+    let terminal = lines.are_edited();
+    let mut session = Session {
+        engine,
+        chat,
+        sampler,
+        stop,
+        interrupted,
+        quiet: args.model.file.quiet,
+        terminal,
+        totals: Totals::default(),
+    };
+    if terminal && !session.quiet {
+        let template = session.chat.template().name();
+        hint(format_args!("{name}, context of {context} tokens, chat template: {template}"));
+        hint("/help lists the commands, Ctrl-D ends the chat");
+    }
+    session.between_answers();
+    loop {
+        let text = match lines.next(">>> ")? {
+            Input::Text(text) => text,
+            Input::Cleared => {
+                hint("Ctrl-D or /exit ends the chat");
+                continue;
+            }
+            Input::End => break,
+        };
+        // Text from a pipe is never a command: it may be anybody's.
+        let command = text.strip_prefix('/').filter(|rest| terminal && !rest.starts_with('/'));
+        let result = match command {
+            _ if text.trim().is_empty() => continue,
+            Some("exit" | "quit" | "bye") => break,
+            Some(command) => session.command(command),
+            None => session.ask(if terminal { text.strip_prefix('/').unwrap_or(&text) } else { &text }),
+        };
+        match result {
+            // What a person does wrong can be done again; a script has to know.
+            Err(error) if terminal && !output::is_final(&error) => notice(format_args!("error: {error:#}")),
+            result => result?,
+        }
+    }
+    Ok(())
+}
+
+impl Session {
+    fn ask(&mut self, text: &str) -> anyhow::Result<()> {
+        self.chat.ask(text);
+        self.answer()
+    }
+
+    fn answer(&mut self) -> anyhow::Result<()> {
+        self.interrupted.store(false, Ordering::Relaxed);
+        let result = self.answer_until_interrupted();
+        self.between_answers();
+        result
+    }
+
+    /// A terminal hands Ctrl-C over as a key while a line is edited.
+    fn between_answers(&self) {
+        self.interrupted.store(!self.terminal, Ordering::Relaxed);
+    }
+
+    fn answer_until_interrupted(&mut self) -> anyhow::Result<()> {
+        let start = Instant::now();
+        let (mut first_token, mut failure, mut ends_line) = (None, None, true);
+        let terminal = self.terminal;
+        let mut emit = |part: &str| {
+            if !part.is_empty() {
+                first_token.get_or_insert_with(|| start.elapsed());
+                ends_line = part.ends_with('\n');
+                let shown = if terminal { printable(part) } else { part.into() };
+                failure = output::print(shown.as_bytes()).err();
+            }
+            if failure.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        let answer = self.chat.answer(&mut self.engine, &mut self.sampler, &self.stop, &mut emit);
+        if let Some(error) = failure {
+            return Err(error);
+        }
+        if first_token.is_none() || !ends_line {
+            output::print(b"\n")?;
+        }
+        let answer = answer.map_err(advice)?;
+        self.totals.add(&answer);
+        if answer.dropped > 0 && !self.quiet {
+            let dropped = answer.dropped;
+            notice(format_args!("note: the context was full: the oldest {dropped} messages were left out"));
+        }
+        if !self.quiet {
+            self.print_statistics(&answer, first_token);
+        }
+        if answer.generated.finish == FinishReason::Cancelled && !self.terminal {
+            bail!(Interrupted);
+        }
+        Ok(())
+    }
+
+    fn print_statistics(&self, answer: &Answer, first_token: Option<Duration>) {
+        let tokens = answer.generated.tokens.len();
+        let read = answer.prompt_tokens - answer.cached_tokens;
+        if tokens == 0 && answer.generated.finish == FinishReason::Cancelled {
+            hint(format_args!("[stopped while it read {read} tokens]"));
+            return;
+        }
+        let speed = rate(tokens.saturating_sub(1), answer.generated.decode_time);
+        let first = first_token.unwrap_or(answer.generated.prompt_time).as_secs_f64();
+        let (used, context) = (self.chat.cached_tokens(&self.engine), self.engine.options().context);
+        let ended = match answer.generated.finish {
+            FinishReason::StopToken(_) | FinishReason::StopString(_) => "",
+            FinishReason::Length => ", ended by -n",
+            FinishReason::ContextFull => ", ended: the context is full",
+            FinishReason::Cancelled => ", stopped",
+        };
+        hint(format_args!(
+            "[{tokens} tokens, {speed:.1} tokens/s, first after {first:.2} s ({read} read), context {used} of {context}{ended}]"
+        ));
+    }
+
+    fn command(&mut self, command: &str) -> anyhow::Result<()> {
+        let (name, rest) = command.split_once(char::is_whitespace).unwrap_or((command, ""));
+        let rest = rest.trim();
+        match (name, rest) {
+            ("help" | "?", _) => notice(HELP),
+            ("system", "") => notice(self.chat.system().unwrap_or("no system prompt")),
+            ("system", text) => self.chat.set_system(if text == "-" { "" } else { text }),
+            ("clear", _) => self.chat.clear(),
+            ("retry", _) => {
+                ensure!(self.chat.retry(), "there is no question to answer again");
+                self.answer()?;
+            }
+            ("save" | "load", "") => bail!("/{name} needs the name of a file"),
+            ("save", file) => {
+                save(Path::new(file), self.chat.messages())?;
+                hint(format_args!("{} messages saved to {file}", self.chat.messages().len()));
+            }
+            ("load", file) => {
+                let messages = load(Path::new(file))?;
+                hint(format_args!("{} messages loaded from {file}", messages.len()));
+                self.chat.set_messages(messages);
+            }
+            ("set", "") => self.print_settings(),
+            ("set", setting) => self.set(setting)?,
+            ("stats", _) => self.print_totals(),
+            _ => bail!("there is no command /{name}; /help lists them"),
+        }
+        Ok(())
+    }
+
+    fn set(&mut self, setting: &str) -> anyhow::Result<()> {
+        let parts = setting.split_once(|c: char| c.is_whitespace() || c == '=');
+        let (name, value) = parts.with_context(|| format!("/set {setting} VALUE: what value?"))?;
+        let value = value.trim();
+        let number = || value.parse::<f32>().with_context(|| format!("{value:?} is no number"));
+        let count = || value.parse::<u32>().with_context(|| format!("{value:?} is no whole number"));
+        let mut config = self.sampler.config().clone();
+        match name.trim_start_matches("--").replace('_', "-").as_str() {
+            "temp" | "temperature" => config.temperature = number()?,
+            "top-k" => config.top_k = count()?,
+            "top-p" => config.top_p = number()?,
+            "min-p" => config.min_p = number()?,
+            "repeat-penalty" => config.repeat_penalty = number()?,
+            "repeat-last-n" => config.repeat_last_n = count()?,
+            "frequency-penalty" => config.frequency_penalty = number()?,
+            "presence-penalty" => config.presence_penalty = number()?,
+            "seed" => config.seed = value.parse().with_context(|| format!("{value:?} is no seed"))?,
+            "n" | "n-predict" => {
+                let most = value.parse::<i64>().ok().filter(|most| *most >= -1);
+                let most =
+                    most.with_context(|| format!("{value:?} is no number of tokens; -1 is no limit"))?;
+                self.stop.max_tokens = usize::try_from(most).ok();
+                return Ok(());
+            }
+            _ => bail!("there is no setting {name}; /set alone lists them"),
+        }
+        self.sampler = Sampler::new(config)?;
+        Ok(())
+    }
+
+    fn print_settings(&self) {
+        let most = self.stop.max_tokens.map_or(-1, |most| most as i64);
+        let SamplerConfig { temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, .. } =
+            self.sampler.config();
+        let SamplerConfig { frequency_penalty, presence_penalty, seed, .. } = self.sampler.config();
+        notice(format_args!(
+            "temp {temperature}\ntop-k {top_k}\ntop-p {top_p}\nmin-p {min_p}\nrepeat-penalty {repeat_penalty}\n\
+             repeat-last-n {repeat_last_n}\nfrequency-penalty {frequency_penalty}\npresence-penalty {presence_penalty}\n\
+             seed {seed}\nn {most}"
+        ));
+    }
+
+    fn print_totals(&self) {
+        let Totals { answers, prompt_tokens, cached_tokens, generated, prompt_time, decode_time } =
+            self.totals;
+        let (used, context) = (self.chat.cached_tokens(&self.engine), self.engine.options().context);
+        let compute = self.engine.compute();
+        notice(format_args!(
+            "answers    {answers:>7}\nread       {:>7} tokens  {:>8.2} tokens/s  ({cached_tokens} more were in the cache)\n\
+             generated  {generated:>7} tokens  {:>8.2} tokens/s\ncontext    {used:>7} of {context} tokens\n{}, {} threads",
+            prompt_tokens - cached_tokens,
+            rate(prompt_tokens - cached_tokens, prompt_time),
+            rate(generated.saturating_sub(answers), decode_time),
+            compute.kernels().name(),
+            compute.pool().threads(),
+        ));
+    }
+}
+
+impl Totals {
+    fn add(&mut self, answer: &Answer) {
+        if answer.generated.tokens.is_empty() {
+            return; // it ended before its prompt was read
+        }
+        self.answers += 1;
+        self.prompt_tokens += answer.prompt_tokens;
+        self.cached_tokens += answer.cached_tokens;
+        self.generated += answer.generated.tokens.len();
+        self.prompt_time += answer.generated.prompt_time;
+        self.decode_time += answer.generated.decode_time;
+    }
+}
+
+/// Says what to do about an error.
+fn advice(error: Error) -> anyhow::Error {
+    match error {
+        Error::ContextFull { needed, context } => anyhow::anyhow!(
+            "system prompt and message take {needed} tokens, the context has {context}; -c sets it, or say less"
+        ),
+        error => error.into(),
+    }
+}
+
+/// A model's text for a terminal, which obeys control characters.
+fn printable(text: &str) -> std::borrow::Cow<'_, str> {
+    let harmful = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
+    if text.contains(harmful) { text.replace(harmful, "\u{fffd}").into() } else { text.into() }
+}
+
+/// The name of a built-in template, or what is in a file.
+fn template(choice: &str) -> anyhow::Result<String> {
+    if !choice.contains(['/', '\\', '.']) && !Path::new(choice).exists() {
+        return Ok(choice.to_owned());
+    }
+    let text = source::read_text(Some(Path::new(choice)))?;
+    ensure!(text.contains('{'), "{choice}: not a chat template: no Jinja in it");
+    Ok(text)
+}
+
+fn load(path: &Path) -> anyhow::Result<Vec<Message>> {
+    let name = path.display();
+    let len = path.metadata().with_context(|| format!("{name}: cannot read"))?.len();
+    ensure!(len <= MAX_FILE, "{name}: {len} bytes are no conversation");
+    let saved: Saved = serde_json::from_str(&source::read_text(Some(path))?)
+        .with_context(|| format!("{name}: not a conversation that /save wrote"))?;
+    let later = saved.messages.iter().skip(1).any(|message| message.role == Role::System);
+    ensure!(!later, "{name}: a system prompt that is not the first message");
+    Ok(saved.messages)
+}
+
+fn save(path: &Path, messages: &[Message]) -> anyhow::Result<()> {
+    ensure!(
+        !path.exists() || load(path).is_ok(),
+        "{}: exists and is no conversation; it was left alone",
+        path.display()
+    );
+    output::write_file(path, |file| {
+        serde_json::to_writer_pretty(&mut *file, &Saved { messages: messages.to_vec() })?;
+        Ok(file.write_all(b"\n")?)
+    })
+}

@@ -1,0 +1,165 @@
+//! Lines from a person or from a pipe.
+
+use anyhow::{Context, bail};
+use rustyline::completion::Completer;
+use rustyline::error::ReadlineError;
+use rustyline::highlight::Highlighter;
+use rustyline::hint::Hinter;
+use rustyline::history::FileHistory;
+use rustyline::validate::{ValidationContext, ValidationResult, Validator};
+use rustyline::{Cmd, CompletionType, Config, Editor, Helper, KeyCode, KeyEvent, Modifiers};
+use std::io::{self, BufRead, IsTerminal, Read};
+use std::path::PathBuf;
+
+/// A longer line of a pipe is no message.
+const MAX_LINE: u64 = 16 << 20;
+
+/// What came in.
+pub enum Input {
+    /// A line, or several lines that belong together.
+    Text(String),
+    /// Ctrl-C where there was something or nothing to edit.
+    Cleared,
+    /// There is no more.
+    End,
+}
+
+/// Where lines come from.
+pub enum Lines {
+    /// A terminal on both sides: editing, history, completion.
+    Edited { editor: Box<Editor<Words, FileHistory>>, history: Option<PathBuf> },
+    /// A pipe or a file, or a terminal whose other side is one.
+    Plain { lines: u64 },
+}
+
+impl Lines {
+    /// Lines of stdin. `words` are completed at the start of a line.
+    pub fn new(words: &'static [&'static str], history: Option<PathBuf>) -> anyhow::Result<Self> {
+        if !(io::stdin().is_terminal() && io::stdout().is_terminal()) {
+            return Ok(Self::Plain { lines: 0 });
+        }
+        let config = Config::builder()
+            .max_history_size(1000)?
+            .history_ignore_dups(true)?
+            .history_ignore_space(true)
+            .completion_type(CompletionType::List)
+            .auto_add_history(true)
+            .build();
+        let mut editor = Editor::with_config(config).context("cannot use the terminal")?;
+        editor.set_helper(Some(Words(words)));
+        editor.bind_sequence(KeyEvent(KeyCode::Enter, Modifiers::ALT), Cmd::Newline);
+        if let Some(file) = &history {
+            let _ = editor.load_history(file); // there is none the first time
+        }
+        Ok(Self::Edited { editor: Box::new(editor), history })
+    }
+
+    /// Whether a person sits there.
+    pub fn are_edited(&self) -> bool {
+        matches!(self, Self::Edited { .. })
+    }
+
+    pub fn next(&mut self, prompt: &str) -> anyhow::Result<Input> {
+        match self {
+            Self::Plain { lines } => next_plain(lines),
+            Self::Edited { editor, history } => match editor.readline(prompt) {
+                Ok(line) => {
+                    if let Some(file) = history {
+                        // A chat goes on without its history.
+                        let _ = file.parent().map(std::fs::create_dir_all);
+                        let _ = editor.append_history(file);
+                    }
+                    Ok(Input::Text(joined(&line)))
+                }
+                Err(ReadlineError::Interrupted) => Ok(Input::Cleared),
+                Err(ReadlineError::Eof) => Ok(Input::End),
+                Err(error) => Err(error).context("cannot read from the terminal"),
+            },
+        }
+    }
+}
+
+fn next_plain(lines: &mut u64) -> anyhow::Result<Input> {
+    *lines += 1;
+    let mut line = Vec::new();
+    let stdin = io::stdin().lock();
+    stdin.take(MAX_LINE + 1).read_until(b'\n', &mut line).context("stdin: cannot read")?;
+    if line.len() as u64 > MAX_LINE {
+        bail!("stdin: line {lines} is longer than {MAX_LINE} bytes");
+    }
+    if line.is_empty() {
+        return Ok(Input::End);
+    }
+    let text = String::from_utf8(line);
+    let text = text.map_err(|_| anyhow::anyhow!("stdin: line {lines} is not UTF-8"))?;
+    let text = text.strip_suffix('\n').unwrap_or(&text);
+    Ok(Input::Text(text.strip_suffix('\r').unwrap_or(text).to_owned()))
+}
+
+/// The lines that `"""` or a backslash at the end of a line hold together.
+fn joined(text: &str) -> String {
+    let quoted = text.trim().strip_prefix(QUOTES).and_then(|rest| rest.strip_suffix(QUOTES));
+    quoted.map_or_else(|| text.replace("\\\n", "\n"), |inner| inner.trim_matches('\n').to_owned())
+}
+
+const QUOTES: &str = "\"\"\"";
+
+/// Tells where a message ends, and completes commands.
+pub struct Words(&'static [&'static str]);
+
+impl Validator for Words {
+    fn validate(&self, context: &mut ValidationContext<'_>) -> rustyline::Result<ValidationResult> {
+        let text = context.input().trim();
+        let open = text.strip_prefix(QUOTES).is_some_and(|rest| !rest.ends_with(QUOTES));
+        let goes_on = open || context.input().ends_with('\\');
+        Ok(if goes_on { ValidationResult::Incomplete } else { ValidationResult::Valid(None) })
+    }
+}
+
+impl Completer for Words {
+    type Candidate = String;
+
+    fn complete(
+        &self,
+        line: &str,
+        at: usize,
+        _: &rustyline::Context<'_>,
+    ) -> rustyline::Result<(usize, Vec<String>)> {
+        let start = &line[..at];
+        let found = self.0.iter().filter(|word| word.starts_with(start) && !start.is_empty());
+        Ok((0, found.map(|word| (*word).to_owned()).collect()))
+    }
+}
+
+impl Hinter for Words {
+    type Hint = String;
+}
+impl Highlighter for Words {}
+impl Helper for Words {}
+
+/// Where the history of a chat is kept: the user's folder for the state of programs.
+pub fn history_file() -> Option<PathBuf> {
+    let folder = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let home = std::env::home_dir();
+    let state = if cfg!(windows) {
+        folder("LOCALAPPDATA")
+    } else if cfg!(target_os = "macos") {
+        home.map(|home| home.join("Library/Application Support"))
+    } else {
+        folder("XDG_STATE_HOME").or_else(|| home.map(|home| home.join(".local/state")))
+    };
+    Some(state?.join("bitnet").join("chat_history"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_that_belong_together_are_one_message() {
+        assert_eq!(joined("a"), "a");
+        assert_eq!(joined("a\\\nb\\\nc"), "a\nb\nc");
+        assert_eq!(joined("\"\"\"\na\n\nb\n\"\"\""), "a\n\nb");
+        assert_eq!(joined("say \"\"\"a\"\"\""), "say \"\"\"a\"\"\"");
+    }
+}
