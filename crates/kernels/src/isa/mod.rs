@@ -9,6 +9,8 @@
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
 pub(crate) mod scalar;
 
 /// Primitives over sixteen float32 lanes, and the exact integer dot product.
@@ -20,6 +22,8 @@ pub(crate) trait Isa: Copy {
     type F: Copy;
     /// Most tokens of an integer tile whose sums fit the registers.
     const TILE_TOKENS: usize;
+    /// Most rows of an integer tile of several tokens: 2 or 8.
+    const TILE_ROWS: usize = 2;
 
     /// Asks for the cache line at `p`, which need not be readable.
     fn prefetch(self, p: *const u8);
@@ -49,7 +53,7 @@ pub(crate) trait Isa: Copy {
 }
 
 /// Checks the lengths that [`Isa::dot_tile`] relies on. Returns the number of 64-byte chunks of a weight row.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
 fn tile_chunks<const R: usize, const T: usize>(w: [&[u8]; R], a: [&[i8]; T]) -> usize {
     let bytes = w[0].len();

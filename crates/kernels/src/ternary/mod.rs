@@ -97,7 +97,8 @@ pub(crate) unsafe fn matmul_rows<I: Isa>(
     }
 }
 
-/// All rows of `w` against T tokens from `t0`, two rows at a time, or four where there is one token.
+/// All rows of `w` against T tokens from `t0`, two rows at a time, or four where there is one token, or eight where the
+/// instruction set asks for them.
 ///
 /// # Safety
 /// As [`matmul_rows`].
@@ -131,6 +132,14 @@ unsafe fn token_tile<I: Isa, const T: usize>(
             put(r + i, dots[i]);
         }
         r += 4;
+    }
+    while I::TILE_ROWS >= 8 && T > 1 && r + 8 <= rows {
+        let tile = [row(r), row(r + 1), row(r + 2), row(r + 3), row(r + 4), row(r + 5), row(r + 6), row(r + 7)];
+        let dots = isa.dot_tile::<8, T>(tile, codes);
+        for i in 0..8 {
+            put(r + i, dots[i]);
+        }
+        r += 8;
     }
     while r + 2 <= rows {
         let [d0, d1] = isa.dot_tile::<2, T>([row(r), row(r + 1)], codes);
