@@ -233,12 +233,8 @@ unsafe fn gemv_sdot(w: &[u8], a: &[i8], chunks: usize) -> i32 {
         for c in 0..chunks {
             for i in 0..4 {
                 let v = vld1q_u8(w.as_ptr().add(64 * c + 16 * i));
-                let codes = [
-                    vshrq_n_u8::<6>(v),
-                    vandq_u8(v, masks[0]),
-                    vandq_u8(v, masks[1]),
-                    vandq_u8(v, masks[2]),
-                ];
+                let codes =
+                    [vshrq_n_u8::<6>(v), vandq_u8(v, masks[0]), vandq_u8(v, masks[1]), vandq_u8(v, masks[2])];
                 for field in 0..4 {
                     let q = vld1q_s8(a.as_ptr().add(256 * c + 64 * field + 16 * i));
                     sdot!(sums[field][i % 2], codes[field], q);

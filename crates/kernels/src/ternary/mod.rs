@@ -134,7 +134,8 @@ unsafe fn token_tile<I: Isa, const T: usize>(
         r += 4;
     }
     while I::TILE_ROWS >= 8 && T > 1 && r + 8 <= rows {
-        let tile = [row(r), row(r + 1), row(r + 2), row(r + 3), row(r + 4), row(r + 5), row(r + 6), row(r + 7)];
+        let tile =
+            [row(r), row(r + 1), row(r + 2), row(r + 3), row(r + 4), row(r + 5), row(r + 6), row(r + 7)];
         let dots = isa.dot_tile::<8, T>(tile, codes);
         for i in 0..8 {
             put(r + i, dots[i]);
