@@ -24,6 +24,8 @@ pub(crate) trait Isa: Copy {
     const TILE_TOKENS: usize;
     /// Most rows of an integer tile of several tokens: 2 or 8.
     const TILE_ROWS: usize = 2;
+    /// Rows of a float tile of four tokens: 4, or 1 where sixty-four sums of four lanes are more than the registers hold.
+    const HEAD_ROWS: usize = 4;
 
     /// Asks for the cache line at `p`, which need not be readable.
     fn prefetch(self, p: *const u8);

@@ -63,6 +63,24 @@ macro_rules! smmla {
     };
 }
 
+/// The four fields of a register of weights, from the lowest bits up: `$body` for each, with `$codes` taken out of the `$n`
+/// registers `$v`. Written out, for as a loop of so large a body it would stay one.
+macro_rules! fields {
+    ($v:ident[..$n:expr], |$field:ident, $codes:ident| $body:block) => {
+        fields!(@ $v, $n, $field, $codes, $body, 3, 2, 1);
+        let ($field, $codes) = (0, $v);
+        $body
+    };
+    (@ $v:ident, $n:expr, $field:ident, $codes:ident, $body:block, $($number:literal),+) => {$(
+        let ($field, mut $codes) = ($number, $v);
+        for r in 0..$n {
+            $codes[r] = vandq_u8($v[r], vdupq_n_u8(3));
+            $v[r] = vshrq_n_u8::<2>($v[r]);
+        }
+        $body
+    )+};
+}
+
 impl<const LEVEL: u8> Isa for Neon<LEVEL> {
     type F = [float32x4_t; 4];
     // Base NEON sums in int16 and needs two registers a pair of rows and tokens, the others one.
@@ -70,6 +88,7 @@ impl<const LEVEL: u8> Isa for Neon<LEVEL> {
     // A row of activations must be joined with that of another token before `smmla`: the more rows of weights share it, the
     // better.
     const TILE_ROWS: usize = if LEVEL == I8MM { 8 } else { 2 };
+    const HEAD_ROWS: usize = 1;
 
     #[inline(always)]
     fn prefetch(self, p: *const u8) {
@@ -314,31 +333,23 @@ unsafe fn gemm_sdot<const R: usize, const T: usize>(
 ) {
     // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256; dotprod is the caller's.
     unsafe {
-        let three = vdupq_n_u8(3);
         // A small tile has too few sums to hide the latency of each: it takes two in turn.
         let ways = if R * T <= 4 { 2 } else { 1 };
         let mut sums = [[[vdupq_n_s32(0); T]; R]; 2];
         for c in 0..chunks {
             for i in 0..4 {
-                let mut v = [three; R];
+                let mut v = [vdupq_n_u8(0); R];
                 for r in 0..R {
                     v[r] = vld1q_u8(w[r].as_ptr().add(64 * c + 16 * i));
                 }
-                for field in (0..4).rev() {
-                    let mut codes = v;
-                    for r in 0..R {
-                        if field > 0 {
-                            codes[r] = vandq_u8(v[r], three);
-                            v[r] = vshrq_n_u8::<2>(v[r]);
-                        }
-                    }
+                fields!(v[..R], |field, codes| {
                     for t in 0..T {
                         let q = vld1q_s8(a[t].as_ptr().add(256 * c + 64 * field + 16 * i));
                         for r in 0..R {
                             sdot!(sums[field % ways][r][t], codes[r], q);
                         }
                     }
-                }
+                });
             }
         }
         for r in 0..R {
@@ -373,24 +384,16 @@ unsafe fn gemm_smmla<const R: usize, const T: usize>(
     // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256; i8mm is the caller's. The store of
     // a sum fills its four int32.
     unsafe {
-        let three = vdupq_n_u8(3);
         // Half of each is in use: `[R / 2][T / 2]` sums.
         let mut sums = [[vdupq_n_s32(0); T]; R];
         for c in 0..chunks {
             for i in 0..8 {
-                let mut v = [three; R];
+                let mut v = [vdupq_n_u8(0); R];
                 for r in 0..R / 2 {
                     let at = 64 * c + 8 * i;
                     v[r] = pair(w[2 * r].as_ptr().add(at), w[2 * r + 1].as_ptr().add(at));
                 }
-                for field in (0..4).rev() {
-                    let mut codes = v;
-                    for r in 0..R / 2 {
-                        if field > 0 {
-                            codes[r] = vandq_u8(v[r], three);
-                            v[r] = vshrq_n_u8::<2>(v[r]);
-                        }
-                    }
+                fields!(v[..R / 2], |field, codes| {
                     for t in 0..T / 2 {
                         let at = 256 * c + 64 * field + 8 * i;
                         let q = pair(a[2 * t].as_ptr().add(at).cast(), a[2 * t + 1].as_ptr().add(at).cast());
@@ -398,7 +401,7 @@ unsafe fn gemm_smmla<const R: usize, const T: usize>(
                             smmla!(sums[r][t], codes[r], q);
                         }
                     }
-                }
+                });
             }
         }
         for r in 0..R / 2 {
@@ -425,7 +428,6 @@ unsafe fn gemm_base<const R: usize, const T: usize>(
 ) {
     // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256.
     unsafe {
-        let three = vdupq_n_u8(3);
         let mut wide = [[vdupq_n_s32(0); T]; R];
         let mut start = 0;
         while start < chunks {
@@ -434,18 +436,11 @@ unsafe fn gemm_base<const R: usize, const T: usize>(
             let mut narrow = [[[vdupq_n_s16(0); 2]; T]; R];
             for c in start..end {
                 for i in 0..4 {
-                    let mut v = [three; R];
+                    let mut v = [vdupq_n_u8(0); R];
                     for r in 0..R {
                         v[r] = vld1q_u8(w[r].as_ptr().add(64 * c + 16 * i));
                     }
-                    for field in (0..4).rev() {
-                        let mut codes = v;
-                        for r in 0..R {
-                            if field > 0 {
-                                codes[r] = vandq_u8(v[r], three);
-                                v[r] = vshrq_n_u8::<2>(v[r]);
-                            }
-                        }
+                    fields!(v[..R], |field, codes| {
                         for t in 0..T {
                             let q = vld1q_s8(a[t].as_ptr().add(256 * c + 64 * field + 16 * i));
                             for r in 0..R {
@@ -455,7 +450,7 @@ unsafe fn gemm_base<const R: usize, const T: usize>(
                                 n[1] = vmlal_high_s8(n[1], code, q);
                             }
                         }
-                    }
+                    });
                 }
             }
             for r in 0..R {
