@@ -3,7 +3,7 @@
 //! Base NEON belongs to every CPU that this target is compiled for. What the extensions add is written as inline assembly,
 //! for their intrinsics are not stable; each is used only where a [`Neon`] value proves that the CPU has it.
 
-use super::{Isa, tile_chunks};
+use super::{GROUP, Isa, PANEL, column_chunks, panel_quads, row_chunks};
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
 
@@ -40,11 +40,30 @@ macro_rules! each {
     }};
 }
 
-/// Lane by lane of four: `sum += Σ a · b` over four int8 products. Unsafe: needs dotprod.
+/// Lane by lane of four: `sum += Σ a · b` over four int8 products, with a fourth argument those of that lane of `b` in all.
+/// Unsafe: needs dotprod.
 macro_rules! sdot {
+    ($sum:expr, $a:expr, $b:expr, $lane:literal) => {
+        asm!(
+            concat!("sdot {0:v}.4s, {1:v}.16b, {2:v}.4b[", $lane, "]"),
+            inlateout(vreg) $sum, in(vreg) $a, in(vreg) $b,
+            options(pure, nomem, nostack, preserves_flags),
+        )
+    };
     ($sum:expr, $a:expr, $b:expr) => {
         asm!(
             "sdot {0:v}.4s, {1:v}.16b, {2:v}.16b",
+            inlateout(vreg) $sum, in(vreg) $a, in(vreg) $b,
+            options(pure, nomem, nostack, preserves_flags),
+        )
+    };
+}
+
+/// As `sdot`, `a` being unsigned. Unsafe: needs i8mm.
+macro_rules! usdot {
+    ($sum:expr, $a:expr, $b:expr) => {
+        asm!(
+            "usdot {0:v}.4s, {1:v}.16b, {2:v}.16b",
             inlateout(vreg) $sum, in(vreg) $a, in(vreg) $b,
             options(pure, nomem, nostack, preserves_flags),
         )
@@ -63,31 +82,10 @@ macro_rules! smmla {
     };
 }
 
-/// The four fields of a register of weights, from the lowest bits up: `$body` for each, with `$codes` taken out of the `$n`
-/// registers `$v`. Written out, for as a loop of so large a body it would stay one.
-macro_rules! fields {
-    ($v:ident[..$n:expr], |$field:ident, $codes:ident| $body:block) => {
-        fields!(@ $v, $n, $field, $codes, $body, 3, 2, 1);
-        let ($field, $codes) = (0, $v);
-        $body
-    };
-    (@ $v:ident, $n:expr, $field:ident, $codes:ident, $body:block, $($number:literal),+) => {$(
-        let ($field, mut $codes) = ($number, $v);
-        for r in 0..$n {
-            $codes[r] = vandq_u8($v[r], vdupq_n_u8(3));
-            $v[r] = vshrq_n_u8::<2>($v[r]);
-        }
-        $body
-    )+};
-}
-
 impl<const LEVEL: u8> Isa for Neon<LEVEL> {
     type F = [float32x4_t; 4];
-    // Base NEON sums in int16 and needs two registers a pair of rows and tokens, the others one.
-    const TILE_TOKENS: usize = if LEVEL == BASE { 4 } else { 8 };
-    // A row of activations must be joined with that of another token before `smmla`: the more rows of weights share it, the
-    // better.
-    const TILE_ROWS: usize = if LEVEL == I8MM { 8 } else { 2 };
+    // Base NEON sums in int16 and needs two registers where the others need one.
+    const PANEL_TOKENS: usize = if LEVEL == BASE { 4 } else { 8 };
     const HEAD_ROWS: usize = 1;
 
     #[inline(always)]
@@ -195,28 +193,111 @@ impl<const LEVEL: u8> Isa for Neon<LEVEL> {
         }
     }
     #[inline(always)]
-    fn dot_tile<const R: usize, const T: usize>(self, w: [&[u8]; R], a: [&[i8]; T]) -> [[i32; T]; R] {
-        let chunks = tile_chunks(w, a);
-        let mut dots = [[0; T]; R];
-        // SAFETY: the CPU has the extensions, as `self` proves, and the lengths were checked above.
-        unsafe {
-            if T == 1 {
-                // Row after row, so that memory is read as one stream.
-                for r in 0..R {
-                    dots[r][0] = match LEVEL {
-                        BASE => gemv_base(w[r], a[0], chunks),
-                        _ => gemv_sdot(w[r], a[0], chunks),
-                    };
+    fn dot_rows<const R: usize>(self, w: [&[u8]; R], a: &[i8]) -> [i32; R] {
+        let chunks = row_chunks(w, a);
+        let mut dots = [0; R];
+        // Row after row, so that memory is read as one stream.
+        for r in 0..R {
+            // SAFETY: the CPU has the extensions, as `self` proves, and the lengths were checked above.
+            dots[r] = unsafe {
+                match LEVEL {
+                    BASE => dot_base(w[r], a, chunks),
+                    _ => dot_sdot(w[r], a, chunks),
                 }
-            } else if LEVEL == BASE {
-                gemm_base(w, a, chunks, &mut dots);
-            } else if LEVEL == I8MM && R.is_multiple_of(2) && T.is_multiple_of(2) {
-                gemm_smmla(w, a, chunks, &mut dots);
-            } else {
-                gemm_sdot(w, a, chunks, &mut dots);
-            }
+            };
         }
         dots
+    }
+    #[inline(always)]
+    fn panel_rows(self, rows: [&[u8]; 16], panel: &mut [u8], half: usize) {
+        let bytes = rows[0].len();
+        for row in rows {
+            assert_eq!(row.len(), bytes);
+        }
+        assert!(panel.len() == 4 * bytes * PANEL && bytes.is_multiple_of(64) && half < PANEL / 16);
+        // SAFETY: the loads are 16 bytes of a row, the stores 16 bytes of one of the 64 quads of a chunk, each 4 * PANEL
+        // bytes, as the lengths just checked allow.
+        unsafe {
+            let three = vdupq_n_u8(3);
+            for block in 0..bytes / 16 {
+                for four in 0..4 {
+                    let mut v = [vdupq_n_u32(0); 4];
+                    for r in 0..4 {
+                        let at = rows[4 * four + r].as_ptr().add(16 * block);
+                        v[r] = vreinterpretq_u32_u8(vld1q_u8(at));
+                    }
+                    let v = transpose(v);
+                    for d in 0..4 {
+                        let quad = 64 * (block / 4) + 4 * (block % 4) + d;
+                        let out = panel.as_mut_ptr().add(quad * 4 * PANEL + 64 * half + 16 * four);
+                        let field = |f: usize| out.add(16 * f * 4 * PANEL);
+                        vst1q_u8(field(0), vshrq_n_u8::<6>(v[d]));
+                        vst1q_u8(field(1), vandq_u8(vshrq_n_u8::<4>(v[d]), three));
+                        vst1q_u8(field(2), vandq_u8(vshrq_n_u8::<2>(v[d]), three));
+                        vst1q_u8(field(3), vandq_u8(v[d], three));
+                    }
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    fn panel_columns(self, columns: [&[u8; 64]; 4], part: usize, codes: &mut [u8]) {
+        assert_eq!(codes.len(), 4 * PANEL);
+        // SAFETY: each column has 64 bytes, `codes` room for the eight stores.
+        unsafe {
+            let down = vdupq_n_s8(2 * (part as i8 / 2) - 6);
+            let three = vdupq_n_u8(3);
+            for lane in 0..4 {
+                let mut v = [three; 4];
+                for i in 0..4 {
+                    v[i] = vld1q_u8(columns[i].as_ptr().add(16 * lane));
+                }
+                let (ab, cd) = if part.is_multiple_of(2) {
+                    (vzip1q_u8(v[0], v[1]), vzip1q_u8(v[2], v[3]))
+                } else {
+                    (vzip2q_u8(v[0], v[1]), vzip2q_u8(v[2], v[3]))
+                };
+                let v = zip_pairs(ab, cd);
+                for k in 0..2 {
+                    let out = codes.as_mut_ptr().add(64 * k + 16 * lane);
+                    vst1q_u8(out, vandq_u8(vshlq_u8(v[k], down), three));
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    fn panel_tile<const T: usize>(self, panel: &[u8], a: [&[i8]; T], dots: &mut [[i32; PANEL]; T]) {
+        let quads = panel_quads(panel, a);
+        // A block of the panel stays in the first-level cache while some outputs after the others pass over it. In base NEON
+        // it adds 124 products of at most 2 * 128 to an int16 lane.
+        const BLOCK: usize = 124;
+        let mut start = 0;
+        while start < quads {
+            let end = (start + BLOCK).min(quads);
+            // SAFETY: the CPU has the extensions, as `self` proves; `end` is at most the number of quads that `panel` and
+            // each `a` hold.
+            unsafe {
+                if LEVEL == BASE {
+                    tile_base(panel, a, start, end, dots);
+                } else if LEVEL == I8MM && T.is_multiple_of(2) {
+                    tile_smmla(panel, a, start, end, dots);
+                } else {
+                    tile_sdot(panel, a, start, end, dots);
+                }
+            }
+            start = end;
+        }
+    }
+    #[inline(always)]
+    fn add_columns(self, columns: [&[u8]; GROUP], q: [i8; GROUP], sums: &mut [i32]) {
+        let chunks = column_chunks(columns, sums);
+        // SAFETY: the CPU has the extensions, as `self` proves; the lengths were checked above.
+        unsafe {
+            match LEVEL {
+                BASE => columns_base(columns, q, chunks, sums),
+                _ => columns_sdot(columns, q, chunks, sums, LEVEL == I8MM),
+            }
+        }
     }
 }
 
@@ -243,7 +324,7 @@ unsafe fn widen_f16(x: uint16x8_t) -> [float32x4_t; 2] {
 /// # Safety
 /// Needs dotprod, 64 `chunks` bytes in `w` and 256 `chunks` codes in `a`.
 #[inline(always)]
-unsafe fn gemv_sdot(w: &[u8], a: &[i8], chunks: usize) -> i32 {
+unsafe fn dot_sdot(w: &[u8], a: &[i8], chunks: usize) -> i32 {
     // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256; dotprod is the caller's.
     unsafe {
         let masks = [vdupq_n_u8(0x30), vdupq_n_u8(0x0c), vdupq_n_u8(0x03)];
@@ -275,7 +356,7 @@ unsafe fn gemv_sdot(w: &[u8], a: &[i8], chunks: usize) -> i32 {
 /// # Safety
 /// Needs 64 `chunks` bytes in `w` and 256 `chunks` codes in `a`.
 #[inline(always)]
-unsafe fn gemv_base(w: &[u8], a: &[i8], chunks: usize) -> i32 {
+unsafe fn dot_base(w: &[u8], a: &[i8], chunks: usize) -> i32 {
     // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256.
     unsafe {
         let (three, twelve) = (vdupq_n_u8(0x03), vdupq_n_u8(0x0c));
@@ -320,150 +401,305 @@ unsafe fn gemv_base(w: &[u8], a: &[i8], chunks: usize) -> i32 {
     }
 }
 
-/// R rows and T tokens by `sdot`.
+/// Transposes four registers of four 32-bit lanes.
 ///
 /// # Safety
-/// Needs dotprod, 64 `chunks` bytes in each `w` and 256 `chunks` codes in each `a`.
+/// None beyond NEON, which every CPU of this target has.
 #[inline(always)]
-unsafe fn gemm_sdot<const R: usize, const T: usize>(
-    w: [&[u8]; R],
-    a: [&[i8]; T],
-    chunks: usize,
-    dots: &mut [[i32; T]; R],
-) {
-    // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256; dotprod is the caller's.
+unsafe fn transpose(v: [uint32x4_t; 4]) -> [uint8x16_t; 4] {
+    // SAFETY: no memory is touched.
     unsafe {
-        // A small tile has too few sums to hide the latency of each: it takes two in turn.
-        let ways = if R * T <= 4 { 2 } else { 1 };
-        let mut sums = [[[vdupq_n_s32(0); T]; R]; 2];
-        for c in 0..chunks {
-            for i in 0..4 {
-                let mut v = [vdupq_n_u8(0); R];
-                for r in 0..R {
-                    v[r] = vld1q_u8(w[r].as_ptr().add(64 * c + 16 * i));
-                }
-                fields!(v[..R], |field, codes| {
-                    for t in 0..T {
-                        let q = vld1q_s8(a[t].as_ptr().add(256 * c + 64 * field + 16 * i));
-                        for r in 0..R {
-                            sdot!(sums[field % ways][r][t], codes[r], q);
-                        }
-                    }
-                });
-            }
-        }
-        for r in 0..R {
+        let (ab0, ab1) =
+            (vreinterpretq_u64_u32(vtrn1q_u32(v[0], v[1])), vreinterpretq_u64_u32(vtrn2q_u32(v[0], v[1])));
+        let (cd0, cd1) =
+            (vreinterpretq_u64_u32(vtrn1q_u32(v[2], v[3])), vreinterpretq_u64_u32(vtrn2q_u32(v[2], v[3])));
+        [
+            vreinterpretq_u8_u64(vzip1q_u64(ab0, cd0)),
+            vreinterpretq_u8_u64(vzip1q_u64(ab1, cd1)),
+            vreinterpretq_u8_u64(vzip2q_u64(ab0, cd0)),
+            vreinterpretq_u8_u64(vzip2q_u64(ab1, cd1)),
+        ]
+    }
+}
+
+/// The pairs of bytes of `a` and `b` by turns.
+///
+/// # Safety
+/// None beyond NEON, which every CPU of this target has.
+#[inline(always)]
+unsafe fn zip_pairs(a: uint8x16_t, b: uint8x16_t) -> [uint8x16_t; 2] {
+    // SAFETY: no memory is touched.
+    unsafe {
+        let (a, b) = (vreinterpretq_u16_u8(a), vreinterpretq_u16_u8(b));
+        [vreinterpretq_u8_u16(vzip1q_u16(a, b)), vreinterpretq_u8_u16(vzip2q_u16(a, b))]
+    }
+}
+
+/// Registers of four outputs that a tile of `tokens` sums at a time: enough sums to hide the latency of each, few enough for the
+/// registers.
+const fn tile_width(tokens: usize) -> usize {
+    match tokens {
+        1 | 2 => 8,
+        4 => 4,
+        _ => 2,
+    }
+}
+
+/// Quads `start..end` of a panel and T tokens by `sdot`.
+///
+/// # Safety
+/// Needs dotprod, and `end` quads in the panel and in each `a`.
+#[inline(always)]
+unsafe fn tile_sdot<const T: usize>(
+    panel: &[u8],
+    a: [&[i8]; T],
+    start: usize,
+    end: usize,
+    dots: &mut [[i32; PANEL]; T],
+) {
+    let n = tile_width(T);
+    // SAFETY: quad i < end reads panel bytes below 128 i + 128 and codes below 4 i + 4; the last four outputs of a
+    // register end at PANEL; dotprod is the caller's.
+    unsafe {
+        for part in 0..PANEL / (4 * n) {
+            let mut sums = [[vdupq_n_s32(0); 8]; T];
             for t in 0..T {
-                dots[r][t] = vaddvq_s32(vaddq_s32(sums[0][r][t], sums[1][r][t]));
-            }
-        }
-    }
-}
-
-/// Two runs of eight bytes in one register.
-///
-/// # Safety
-/// Eight bytes must be readable at both.
-#[inline(always)]
-unsafe fn pair(low: *const u8, high: *const u8) -> uint8x16_t {
-    // SAFETY: the caller's.
-    unsafe { vcombine_u8(vld1_u8(low), vld1_u8(high)) }
-}
-
-/// R rows and T tokens, both even, by `smmla`: pairs of rows times pairs of tokens.
-///
-/// # Safety
-/// Needs i8mm, 64 `chunks` bytes in each `w` and 256 `chunks` codes in each `a`.
-#[inline(always)]
-unsafe fn gemm_smmla<const R: usize, const T: usize>(
-    w: [&[u8]; R],
-    a: [&[i8]; T],
-    chunks: usize,
-    dots: &mut [[i32; T]; R],
-) {
-    // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256; i8mm is the caller's. The store of
-    // a sum fills its four int32.
-    unsafe {
-        // Half of each is in use: `[R / 2][T / 2]` sums.
-        let mut sums = [[vdupq_n_s32(0); T]; R];
-        for c in 0..chunks {
-            for i in 0..8 {
-                let mut v = [vdupq_n_u8(0); R];
-                for r in 0..R / 2 {
-                    let at = 64 * c + 8 * i;
-                    v[r] = pair(w[2 * r].as_ptr().add(at), w[2 * r + 1].as_ptr().add(at));
+                for k in 0..n {
+                    sums[t][k] = vld1q_s32(dots[t].as_ptr().add(4 * (n * part + k)));
                 }
-                fields!(v[..R / 2], |field, codes| {
-                    for t in 0..T / 2 {
-                        let at = 256 * c + 64 * field + 8 * i;
-                        let q = pair(a[2 * t].as_ptr().add(at).cast(), a[2 * t + 1].as_ptr().add(at).cast());
-                        for r in 0..R / 2 {
-                            smmla!(sums[r][t], codes[r], q);
-                        }
-                    }
-                });
             }
-        }
-        for r in 0..R / 2 {
-            for t in 0..T / 2 {
-                let mut four = [0; 4];
-                vst1q_s32(four.as_mut_ptr(), sums[r][t]);
-                [dots[2 * r][2 * t], dots[2 * r][2 * t + 1]] = [four[0], four[1]];
-                [dots[2 * r + 1][2 * t], dots[2 * r + 1][2 * t + 1]] = [four[2], four[3]];
-            }
-        }
-    }
-}
-
-/// R rows and T tokens by products in int16.
-///
-/// # Safety
-/// Needs 64 `chunks` bytes in each `w` and 256 `chunks` codes in each `a`.
-#[inline(always)]
-unsafe fn gemm_base<const R: usize, const T: usize>(
-    w: [&[u8]; R],
-    a: [&[i8]; T],
-    chunks: usize,
-    dots: &mut [[i32; T]; R],
-) {
-    // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256.
-    unsafe {
-        let mut wide = [[vdupq_n_s32(0); T]; R];
-        let mut start = 0;
-        while start < chunks {
-            // A product is at most 2 * 128 and a chunk adds sixteen of them to a lane, so seven chunks stay below 2^15.
-            let end = (start + 7).min(chunks);
-            let mut narrow = [[[vdupq_n_s16(0); 2]; T]; R];
-            for c in start..end {
-                for i in 0..4 {
-                    let mut v = [vdupq_n_u8(0); R];
-                    for r in 0..R {
-                        v[r] = vld1q_u8(w[r].as_ptr().add(64 * c + 16 * i));
-                    }
-                    fields!(v[..R], |field, codes| {
-                        for t in 0..T {
-                            let q = vld1q_s8(a[t].as_ptr().add(256 * c + 64 * field + 16 * i));
-                            for r in 0..R {
-                                let code = vreinterpretq_s8_u8(codes[r]);
-                                let n = &mut narrow[r][t];
-                                n[0] = vmlal_s8(n[0], vget_low_s8(code), vget_low_s8(q));
-                                n[1] = vmlal_high_s8(n[1], code, q);
+            let weights = panel.as_ptr().add(16 * n * part);
+            let mut i = start;
+            while i + 4 <= end {
+                let mut q = [vdupq_n_s8(0); T];
+                for t in 0..T {
+                    q[t] = vld1q_s8(a[t].as_ptr().add(4 * i));
+                }
+                macro_rules! quads {
+                    ($($lane:literal)+) => {$(
+                        for k in 0..n {
+                            let w = vld1q_u8(weights.add(4 * PANEL * (i + $lane) + 16 * k));
+                            for t in 0..T {
+                                sdot!(sums[t][k], w, q[t], $lane);
                             }
                         }
-                    });
+                    )+};
                 }
+                quads!(0 1 2 3);
+                i += 4;
             }
-            for r in 0..R {
-                for t in 0..T {
-                    let w = vpadalq_s16(wide[r][t], narrow[r][t][0]);
-                    wide[r][t] = vpadalq_s16(w, narrow[r][t][1]);
+            while i < end {
+                for k in 0..n {
+                    let w = vld1q_u8(weights.add(4 * PANEL * i + 16 * k));
+                    for t in 0..T {
+                        let q = vdupq_n_s32(a[t].as_ptr().add(4 * i).cast::<i32>().read_unaligned());
+                        sdot!(sums[t][k], w, q);
+                    }
                 }
+                i += 1;
             }
-            start = end;
-        }
-        for r in 0..R {
             for t in 0..T {
-                dots[r][t] = vaddvq_s32(wide[r][t]);
+                for k in 0..n {
+                    vst1q_s32(dots[t].as_mut_ptr().add(4 * (n * part + k)), sums[t][k]);
+                }
+            }
+        }
+    }
+}
+
+/// Quads `start..end` of a panel and T tokens, an even number, by `smmla`: pairs of outputs times pairs of tokens.
+///
+/// # Safety
+/// Needs i8mm and dotprod, and `end` quads in the panel and in each `a`.
+#[inline(always)]
+unsafe fn tile_smmla<const T: usize>(
+    panel: &[u8],
+    a: [&[i8]; T],
+    start: usize,
+    end: usize,
+    dots: &mut [[i32; PANEL]; T],
+) {
+    let n = tile_width(T);
+    let whole = start + (end - start) / 4 * 4;
+    // SAFETY: as in `tile_sdot`.
+    unsafe {
+        for part in 0..PANEL / (4 * n) {
+            // Of T pairs of tokens only half exist.
+            let mut sums = [[vdupq_n_s32(0); 16]; T];
+            let weights = panel.as_ptr().add(16 * n * part);
+            let mut i = start;
+            while i < whole {
+                // Sixteen codes of each token; two tokens side by side, eight codes each.
+                let mut q = [[vdupq_n_u64(0); 2]; T];
+                for t in 0..T / 2 {
+                    let low = vreinterpretq_u64_s8(vld1q_s8(a[2 * t].as_ptr().add(4 * i)));
+                    let high = vreinterpretq_u64_s8(vld1q_s8(a[2 * t + 1].as_ptr().add(4 * i)));
+                    q[t] = [vzip1q_u64(low, high), vzip2q_u64(low, high)];
+                }
+                for half in 0..2 {
+                    for k in 0..n {
+                        // Two quads of four outputs become eight codes each of two times two outputs.
+                        let at = weights.add(4 * PANEL * (i + 2 * half) + 16 * k);
+                        let low = vreinterpretq_u32_u8(vld1q_u8(at));
+                        let high = vreinterpretq_u32_u8(vld1q_u8(at.add(4 * PANEL)));
+                        let w = [vzip1q_u32(low, high), vzip2q_u32(low, high)];
+                        for t in 0..T / 2 {
+                            smmla!(sums[t][2 * k], q[t][half], w[0]);
+                            smmla!(sums[t][2 * k + 1], q[t][half], w[1]);
+                        }
+                    }
+                }
+                i += 4;
+            }
+            for t in 0..T / 2 {
+                for k in 0..n {
+                    // Both halves of a sum are a token with two outputs.
+                    let low = vreinterpretq_s64_s32(sums[t][2 * k]);
+                    let high = vreinterpretq_s64_s32(sums[t][2 * k + 1]);
+                    let four = [vzip1q_s64(low, high), vzip2q_s64(low, high)];
+                    for j in 0..2 {
+                        let out = dots[2 * t + j].as_mut_ptr().add(4 * (n * part + k));
+                        vst1q_s32(out, vaddq_s32(vld1q_s32(out), vreinterpretq_s32_s64(four[j])));
+                    }
+                }
+            }
+        }
+        if whole < end {
+            tile_sdot(panel, a, whole, end, dots);
+        }
+    }
+}
+
+/// Quads `start..end` of a panel and T tokens by products in int16.
+///
+/// # Safety
+/// Needs `end` quads in the panel and in each `a`, and `end - start` at most 127.
+#[inline(always)]
+unsafe fn tile_base<const T: usize>(
+    panel: &[u8],
+    a: [&[i8]; T],
+    start: usize,
+    end: usize,
+    dots: &mut [[i32; PANEL]; T],
+) {
+    // SAFETY: quad i < end reads panel bytes below 128 i + 128 and codes below 4 i + 4.
+    unsafe {
+        for part in 0..PANEL / 8 {
+            let mut narrow = [[[vdupq_n_s16(0); 2]; 2]; T];
+            for i in start..end {
+                let at = panel.as_ptr().add(4 * PANEL * i + 32 * part).cast();
+                let w = [vld1q_s8(at), vld1q_s8(at.add(16))];
+                for t in 0..T {
+                    let q = vld1q_dup_s32(a[t].as_ptr().add(4 * i).cast());
+                    let q = vreinterpretq_s8_s32(q);
+                    for k in 0..2 {
+                        let sums = &mut narrow[t][k];
+                        sums[0] = vmlal_s8(sums[0], vget_low_s8(w[k]), vget_low_s8(q));
+                        sums[1] = vmlal_high_s8(sums[1], w[k], q);
+                    }
+                }
+            }
+            for t in 0..T {
+                for k in 0..2 {
+                    let [low, high] = narrow[t][k];
+                    let four = vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high));
+                    let out = dots[t].as_mut_ptr().add(8 * part + 4 * k);
+                    vst1q_s32(out, vaddq_s32(vld1q_s32(out), four));
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// Needs dotprod, and i8mm where `i8mm` is true; `chunks` chunks in each column and 256 `chunks` sums.
+#[inline(always)]
+unsafe fn columns_sdot(columns: [&[u8]; GROUP], q: [i8; GROUP], chunks: usize, sums: &mut [i32], i8mm: bool) {
+    // SAFETY: chunk c < chunks reads bytes below 64 c + 64 of a column and sums below 256 c + 256; the extensions are the
+    // caller's.
+    unsafe {
+        let masks = [vdupq_n_u8(0xc0), vdupq_n_u8(0x30), vdupq_n_u8(0x0c), vdupq_n_u8(0x03)];
+        let mut factors = [vdupq_n_s32(0); 2];
+        for quad in 0..2 {
+            factors[quad] = vdupq_n_s32(q.as_ptr().add(4 * quad).cast::<i32>().read_unaligned());
+        }
+        for c in 0..chunks {
+            for lane in 0..4 {
+                // v[quad][x]: four outputs, the four columns of the quad side by side.
+                let mut v = [[masks[0]; 4]; 2];
+                for quad in 0..2 {
+                    let mut line = [masks[0]; 4];
+                    for i in 0..4 {
+                        line[i] = vld1q_u8(columns[4 * quad + i].as_ptr().add(64 * c + 16 * lane));
+                    }
+                    let low = zip_pairs(vzip1q_u8(line[0], line[1]), vzip1q_u8(line[2], line[3]));
+                    let high = zip_pairs(vzip2q_u8(line[0], line[1]), vzip2q_u8(line[2], line[3]));
+                    v[quad] = [low[0], low[1], high[0], high[1]];
+                }
+                for x in 0..4 {
+                    for field in 0..4 {
+                        let out = sums.as_mut_ptr().add(256 * c + 64 * field + 16 * x + 4 * lane);
+                        let mut sum = vld1q_s32(out);
+                        if i8mm {
+                            for quad in 0..2 {
+                                usdot!(sum, vandq_u8(v[quad][x], masks[field]), factors[quad]);
+                            }
+                        } else if field == 0 {
+                            // Twice 64 is not a signed byte: this field is shifted down, and its sum up again.
+                            let mut ones = vdupq_n_s32(0);
+                            for quad in 0..2 {
+                                sdot!(ones, vshrq_n_u8::<6>(v[quad][x]), factors[quad]);
+                            }
+                            sum = vaddq_s32(sum, vshlq_n_s32::<6>(ones));
+                        } else {
+                            for quad in 0..2 {
+                                sdot!(sum, vandq_u8(v[quad][x], masks[field]), factors[quad]);
+                            }
+                        }
+                        vst1q_s32(out, sum);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// Needs `chunks` chunks in each column and 256 `chunks` sums.
+#[inline(always)]
+unsafe fn columns_base(columns: [&[u8]; GROUP], q: [i8; GROUP], chunks: usize, sums: &mut [i32]) {
+    // SAFETY: chunk c < chunks reads bytes below 64 c + 64 of a column and sums below 256 c + 256.
+    unsafe {
+        let three = vdupq_n_u8(3);
+        for c in 0..chunks {
+            for lane in 0..4 {
+                // Eight products of at most 2 * 128.
+                let mut narrow = [[vdupq_n_s16(0); 2]; 4];
+                for i in 0..GROUP {
+                    let factor = vdupq_n_s8(q[i]);
+                    let v = vld1q_u8(columns[i].as_ptr().add(64 * c + 16 * lane));
+                    let codes = [
+                        vshrq_n_u8::<6>(v),
+                        vandq_u8(vshrq_n_u8::<4>(v), three),
+                        vandq_u8(vshrq_n_u8::<2>(v), three),
+                        vandq_u8(v, three),
+                    ];
+                    for field in 0..4 {
+                        let code = vreinterpretq_s8_u8(codes[field]);
+                        let sums = &mut narrow[field];
+                        sums[0] = vmlal_s8(sums[0], vget_low_s8(code), vget_low_s8(factor));
+                        sums[1] = vmlal_high_s8(sums[1], code, factor);
+                    }
+                }
+                for field in 0..4 {
+                    let place = 64 >> (2 * field);
+                    for x in 0..4 {
+                        let half = narrow[field][x / 2];
+                        let four = if x % 2 == 0 { vget_low_s16(half) } else { vget_high_s16(half) };
+                        let out = sums.as_mut_ptr().add(256 * c + 64 * field + 16 * x + 4 * lane);
+                        vst1q_s32(out, vmlal_n_s16(vld1q_s32(out), four, place));
+                    }
+                }
             }
         }
     }
