@@ -19,8 +19,8 @@ import tempfile
 
 TARGET = "aarch64-unknown-linux-gnu"
 CORES = {"apple-m1": "dotprod", "neoverse-n1": "dotprod", "neoverse-v2": "i8mm"}
-# Products of one instruction that multiplies int8 codes or, in the scalar kernel, int16 widened from them.
-PRODUCTS = {"sdot": 16, "usdot": 16, "smmla": 32}
+# What is measured: its name, the function that holds its loop, whether one weight meets several tokens.
+OPERATIONS = {"rows, one token": "gemv_rows", "panel, several tokens": "matmul_panel", "columns, one token": "add_columns"}
 ITERATIONS = 400
 
 
@@ -57,25 +57,27 @@ def counts(loop):
     return collections.Counter(line.split()[0] for line in loop)
 
 
-def products(loop, scalar):
-    """Integer products of one turn of a loop."""
+def products(loop):
+    """Products of an int8 code and a ternary weight in one turn of a loop."""
     total = 0
-    for name, n in counts(loop).items():
-        if name.startswith(("smull", "smlal")):
-            total += n * (4 if scalar else 8)
-        total += n * PRODUCTS.get(name, 0)
+    for line in loop:
+        name, lanes = line.split()[0], re.match(r"\w+\s+v\d+\.(4s|8h),", line)
+        if name in ("sdot", "usdot"):
+            total += 16
+        elif name == "smmla":
+            total += 32
+        elif lanes and re.match("(smull|smlal|mla|mul)", name):
+            total += {"4s": 4, "8h": 8}[lanes.group(1)]
+        elif not lanes and name in ("madd", "mul") and counts(loop)["madd"] >= 7:
+            total += 1  # the scalar columns: eight products of one output
     return total
 
 
-def integer_loop(text, table, tile):
-    """The loop of one token (a chunk of 256 weights), or that of the largest tile."""
-    loops = innermost_loops(text, table, "matmul_rows")
-    sizes = [products(loop, table == "scalar") for loop in loops]
-    if tile:
-        best = max(sizes)
-        return loops[sizes.index(best)], best
-    one = [loop for loop, size in zip(loops, sizes) if size == 256 and counts(loop)["ldp"] > counts(loop)["ldr"]]
-    return min(one, key=len), 256
+def integer_loop(text, table, function):
+    """The loop of one function that does most with an instruction: the largest tile."""
+    loops = innermost_loops(text, table, function)
+    best = max(loops, key=lambda loop: products(loop) / len(loop))
+    return best, products(best)
 
 
 def head_loop(text, table):
@@ -103,14 +105,14 @@ def main():
     shipped = assembly(None)
     own = {core: assembly(core) for core in CORES}
     rows = []
-    for what, tile in (("one token", False), ("tile", True)):
+    for what, function in OPERATIONS.items():
         for table in ("scalar", "neon", "neondotprod", "neoni8mm"):
-            if table == "neoni8mm" and not tile:
-                continue  # that of neondotprod
-            rows.append((f"{what}, {table}", lambda _, t=table, m=tile: integer_loop(shipped, t, m), table))
-        rows.append((f"{what}, scalar for the core", lambda core, m=tile: integer_loop(own[core], "scalar", m), "scalar"))
+            if (table, function) != ("neoni8mm", "gemv_rows"):  # that of neondotprod
+                rows.append((f"{what}: {table}", lambda _, t=table, f=function: integer_loop(shipped, t, f), table))
+        own_loop = lambda core, f=function: integer_loop(own[core], "scalar", f)  # noqa: E731
+        rows.append((f"{what}: scalar, built for the core", own_loop, "scalar"))
     for table in ("scalar", "neon"):
-        rows.append((f"f16 head, {table}", lambda _, t=table: head_loop(shipped, t), table))
+        rows.append((f"half-precision head, one token: {table}", lambda _, t=table: head_loop(shipped, t), table))
 
     print("| loop | instructions | " + " | ".join(CORES) + " |")
     print("| --- |" + " ---: |" * (len(CORES) + 1))
