@@ -6,7 +6,8 @@
 
 mod common;
 
-use bitnet::kernels::{Compute, KvStore, PAGE, QuantizedRows, TernaryMatrix, best, ternary::pack};
+use bitnet::kernels::ternary::{Layout, pack};
+use bitnet::kernels::{Compute, KvStore, PAGE, QuantizedRows, TernaryMatrix, Workspace, best};
 use bitnet::model::Model;
 use bitnet::{Feed, Wanted};
 use common::{MODELS, Tensors, engine, fixture, gguf, ids};
@@ -171,7 +172,7 @@ fn every_layer_agrees_on_the_references_own_inputs() {
             }
         }
         let widest = config.hidden_size.max(config.q_width()).max(config.intermediate_size);
-        let mut scratch = vec![0.0; compute.scratch_floats(widest)];
+        let work = &mut Workspace::new(widest, compute.pool().threads());
         let mut q = QuantizedRows::new(n, widest);
         for l in golden.ints("trace.layers") {
             let layer = &model.weights().layers[l as usize];
@@ -184,25 +185,27 @@ fn every_layer_agrees_on_the_references_own_inputs() {
                 compute.rmsnorm(&x, weight, eps, &mut out);
                 close(&format!("{what} {output}"), &out, &want, &all);
             };
-            let linear =
-                |q: &QuantizedRows, equal: &[bool], matrix: &TernaryMatrix, output: &str, rows: &[usize]| {
-                    let mut out = vec![0.0; n * matrix.rows()];
-                    compute.linear(q, [(matrix, &mut out)]);
-                    let want = get(output);
-                    let picked: Vec<f32> = rows
-                        .iter()
-                        .flat_map(|&r| want[r * matrix.rows()..][..matrix.rows()].to_vec())
-                        .collect();
-                    close(&format!("{what} {output}"), &out, &picked, equal);
-                };
+            let linear = |q: &QuantizedRows,
+                          work: &mut Workspace,
+                          equal: &[bool],
+                          matrix: &TernaryMatrix,
+                          output: &str,
+                          rows: &[usize]| {
+                let mut out = vec![0.0; n * matrix.rows()];
+                compute.linear(q, work, [(matrix, &mut out)]);
+                let want = get(output);
+                let picked: Vec<f32> =
+                    rows.iter().flat_map(|&r| want[r * matrix.rows()..][..matrix.rows()].to_vec()).collect();
+                close(&format!("{what} {output}"), &out, &picked, equal);
+            };
             let rows: Vec<usize> = (0..n).collect();
 
             norm("x", &layer.attn_norm, "attn_norm");
-            compute.norm_quantize(&get("x"), &layer.attn_norm, eps, &mut scratch, &mut q);
+            compute.norm_quantize(&get("x"), &layer.attn_norm, eps, Layout::Rows, work, &mut q);
             let equal = codes.compare(&what, &q, &golden, &part("attn_norm"));
-            linear(&q, &equal, &layer.attn_q, "q", &rows);
-            linear(&q, &equal, &layer.attn_k, "k", &positions);
-            linear(&q, &equal, &layer.attn_v, "v", &positions);
+            linear(&q, work, &equal, &layer.attn_q, "q", &rows);
+            linear(&q, work, &equal, &layer.attn_k, "k", &positions);
+            linear(&q, work, &equal, &layer.attn_v, "v", &positions);
 
             let rotate = |x: &mut [f32], positions: &[usize]| {
                 let (mut cos, mut sin) =
@@ -235,18 +238,18 @@ fn every_layer_agrees_on_the_references_own_inputs() {
             close(&format!("{what} attn"), &attended, &get("attn"), &all);
 
             norm("attn", &layer.attn_sub_norm, "attn_sub_norm");
-            compute.norm_quantize(&get("attn"), &layer.attn_sub_norm, eps, &mut scratch, &mut q);
+            compute.norm_quantize(&get("attn"), &layer.attn_sub_norm, eps, Layout::Rows, work, &mut q);
             let equal = codes.compare(&what, &q, &golden, &part("attn_sub_norm"));
-            linear(&q, &equal, &layer.attn_output, "o", &rows);
+            linear(&q, work, &equal, &layer.attn_output, "o", &rows);
             let mut x = get("x");
             compute.add(&mut x, &get("o"));
             close(&format!("{what} x_mid"), &x, &get("x_mid"), &all);
 
             norm("x_mid", &layer.ffn_norm, "ffn_norm");
-            compute.norm_quantize(&get("x_mid"), &layer.ffn_norm, eps, &mut scratch, &mut q);
+            compute.norm_quantize(&get("x_mid"), &layer.ffn_norm, eps, Layout::Rows, work, &mut q);
             let equal = codes.compare(&what, &q, &golden, &part("ffn_norm"));
-            linear(&q, &equal, &layer.ffn_gate, "gate", &rows);
-            linear(&q, &equal, &layer.ffn_up, "up", &rows);
+            linear(&q, work, &equal, &layer.ffn_gate, "gate", &rows);
+            linear(&q, work, &equal, &layer.ffn_up, "up", &rows);
 
             norm("act", &layer.ffn_sub_norm, "ffn_sub_norm");
             let sub_norm = Some((&layer.ffn_sub_norm[..], eps));
@@ -257,11 +260,12 @@ fn every_layer_agrees_on_the_references_own_inputs() {
                 &get("up"),
                 width,
                 sub_norm,
-                &mut scratch,
+                layer.ffn_down.layout(),
+                work,
                 &mut q,
             );
             let equal = codes.compare(&what, &q, &golden, &part("ffn_sub_norm"));
-            linear(&q, &equal, &layer.ffn_down, "down", &rows);
+            linear(&q, work, &equal, &layer.ffn_down, "down", &rows);
         }
         let x = golden.floats("final.x");
         let mut normed = vec![0.0; x.len()];
