@@ -46,6 +46,7 @@ unpack() {
         dpkg -x "$package" "$home"
     done
     rm -rf "$dir"
+    find "$home/usr/bin" -name 'qemu-*-static' ! -name qemu-aarch64-static -delete
 }
 
 install_linker() {
@@ -59,12 +60,12 @@ install_linker() {
 # Debian's compiler matches its standard library for ARM; the one in use may have none. It is found under the name of its
 # package for web browsers, which follows new versions of Rust.
 install_compiler() {
-    local version release tool
+    local version release llvm tool
     version=$(APT_CONFIG=$home/apt/conf apt-cache policy rustc-web | awk '/Candidate:/ { print $2 }')
     [ -n "$version" ] && [ "$version" != "(none)" ] || fail "these package sources have no rustc-web"
     release=$(cut -d. -f1,2 <<<"$version")
-    local llvm
-    llvm=$(APT_CONFIG=$home/apt/conf apt-cache depends "libstd-rust-web-$release" | awk '$1 == "Depends:" && $2 ~ /^libllvm/ { print $2 }')
+    llvm=$(APT_CONFIG=$home/apt/conf apt-cache depends "libstd-rust-web-$release" |
+        awk '$1 == "Depends:" && $2 ~ /^libllvm/ { print $2 }')
     unpack rustc-web "libstd-rust-web-$release:amd64" "${llvm:?}:amd64" libstd-rust-web-dev:amd64 libstd-rust-web-dev:arm64
     for tool in rustc rustdoc; do
         cat >"$home/$tool" <<TOOL
