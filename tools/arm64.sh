@@ -98,9 +98,9 @@ if [ -n "${ARM64_SOURCES:-}" ] && [ ! -e "$home/complete-sources" ]; then
 fi
 
 if [ -x "$home/rustc" ]; then
-    # A compiler of its own keeps what it builds apart.
+    # What another compiler builds is kept apart, or each would rebuild the other's.
     export RUSTC=$home/rustc RUSTDOC=$home/rustdoc
-    export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$root/target/arm64}
+    export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$root/target}/arm64
 fi
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="$home/usr/bin/qemu-aarch64-static -L /usr/aarch64-linux-gnu -cpu ${ARM64_CPU:-max}"
