@@ -7,7 +7,7 @@
 mod common;
 
 use bitnet::generate::{Sampler, SamplerConfig};
-use bitnet::kernels::{Kernels, best, supported};
+use bitnet::kernels::{Kernels, Logits, best, supported};
 use bitnet::{Feed, Wanted};
 use common::{MODELS, Tensors, engine, fixture, gguf, ids};
 use serde_json::json;
@@ -36,7 +36,7 @@ fn check(kernels: &'static Kernels) {
         let tokens = &ids(&golden)[..POSITIONS];
         let mut engine = engine(&gguf(name), kernels, 2, 64, 1);
         let sequence = engine.open();
-        let logits = engine.feed(&[Feed { sequence, tokens, wanted: Wanted::All }]).unwrap();
+        let logits = engine.feed(&[Feed { sequence, tokens, wanted: Wanted::All(Logits::Every) }]).unwrap();
         let hash = Sha256::digest(logits.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<_>>());
         let hash: String = hash.iter().map(|b| format!("{b:02x}")).collect();
 
@@ -45,7 +45,8 @@ fn check(kernels: &'static Kernels) {
         let mut sampler = Sampler::new(SamplerConfig::greedy()).unwrap();
         for step in 0..GENERATED {
             let next = if step == 0 { &history[..] } else { &history[history.len() - 1..] };
-            let logits = engine.feed(&[Feed { sequence, tokens: next, wanted: Wanted::Last }]).unwrap();
+            let wanted = Wanted::Last(sampler.wanted(&history));
+            let logits = engine.feed(&[Feed { sequence, tokens: next, wanted }]).unwrap();
             let id = sampler.sample(logits, &history).unwrap();
             history.push(id);
         }

@@ -3,7 +3,7 @@
 //! Base NEON belongs to every CPU that this target is compiled for. What the extensions add is written as inline assembly,
 //! for their intrinsics are not stable; each is used only where a [`Neon`] value proves that the CPU has it.
 
-use super::{GROUP, Isa, PANEL, column_chunks, panel_quads, row_chunks};
+use super::{GROUP, Isa, PANEL, column_chunks, nibble_chunks, panel_quads, row_chunks};
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
 
@@ -90,8 +90,7 @@ impl<const LEVEL: u8> Isa for Neon<LEVEL> {
 
     #[inline(always)]
     fn prefetch(self, p: *const u8) {
-        // SAFETY: a prefetch reads nothing and never faults.
-        unsafe { asm!("prfm pldl1keep, [{}]", in(reg) p, options(readonly, nostack, preserves_flags)) }
+        ask(p);
     }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
@@ -193,7 +192,7 @@ impl<const LEVEL: u8> Isa for Neon<LEVEL> {
         }
     }
     #[inline(always)]
-    fn dot_rows<const R: usize>(self, w: [&[u8]; R], a: &[i8]) -> [i32; R] {
+    fn dot_rows<const R: usize>(self, w: [&[u8]; R], ahead: [*const u8; R], a: &[i8]) -> [i32; R] {
         let chunks = row_chunks(w, a);
         let mut dots = [0; R];
         // Row after row, so that memory is read as one stream.
@@ -201,8 +200,8 @@ impl<const LEVEL: u8> Isa for Neon<LEVEL> {
             // SAFETY: the CPU has the extensions, as `self` proves, and the lengths were checked above.
             dots[r] = unsafe {
                 match LEVEL {
-                    BASE => dot_base(w[r], a, chunks),
-                    _ => dot_sdot(w[r], a, chunks),
+                    BASE => dot_base(w[r], ahead[r], a, chunks),
+                    _ => dot_sdot(w[r], ahead[r], a, chunks),
                 }
             };
         }
@@ -289,16 +288,50 @@ impl<const LEVEL: u8> Isa for Neon<LEVEL> {
         }
     }
     #[inline(always)]
-    fn add_columns(self, columns: [&[u8]; GROUP], q: [i8; GROUP], sums: &mut [i32]) {
+    fn add_columns(
+        self,
+        columns: [&[u8]; GROUP],
+        ahead: [*const u8; GROUP],
+        q: [i8; GROUP],
+        sums: &mut [i32],
+    ) {
         let chunks = column_chunks(columns, sums);
         // SAFETY: the CPU has the extensions, as `self` proves; the lengths were checked above.
         unsafe {
             match LEVEL {
-                BASE => columns_base(columns, q, chunks, sums),
-                _ => columns_sdot(columns, q, chunks, sums, LEVEL == I8MM),
+                BASE => columns_base(columns, ahead, q, chunks, sums),
+                _ => columns_sdot(columns, ahead, q, chunks, sums, LEVEL == I8MM),
             }
         }
     }
+    #[inline(always)]
+    fn nibble_dots<const R: usize>(
+        self,
+        w: [&[u8]; R],
+        ahead: [*const u8; R],
+        high: &[i8],
+        low: &[i8],
+    ) -> [[i32; 2]; R] {
+        let chunks = nibble_chunks(w, high, low);
+        let mut dots = [[0; 2]; R];
+        for r in 0..R {
+            // SAFETY: the CPU has the extensions, as `self` proves, and the lengths were checked above.
+            dots[r] = unsafe {
+                match LEVEL {
+                    BASE => nibbles_base(w[r], ahead[r], [high, low], chunks),
+                    _ => nibbles_sdot(w[r], ahead[r], [high, low], chunks),
+                }
+            };
+        }
+        dots
+    }
+}
+
+/// Asks for the cache line at `p`.
+#[inline(always)]
+fn ask(p: *const u8) {
+    // SAFETY: a prefetch reads nothing and never faults.
+    unsafe { asm!("prfm pldl1keep, [{}]", in(reg) p, options(nomem, nostack, preserves_flags)) }
 }
 
 /// Eight halves as single precision: the intrinsic for it is younger than the compilers that this crate accepts.
@@ -324,13 +357,14 @@ unsafe fn widen_f16(x: uint16x8_t) -> [float32x4_t; 2] {
 /// # Safety
 /// Needs dotprod, 64 `chunks` bytes in `w` and 256 `chunks` codes in `a`.
 #[inline(always)]
-unsafe fn dot_sdot(w: &[u8], a: &[i8], chunks: usize) -> i32 {
+unsafe fn dot_sdot(w: &[u8], ahead: *const u8, a: &[i8], chunks: usize) -> i32 {
     // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256; dotprod is the caller's.
     unsafe {
         let masks = [vdupq_n_u8(0x30), vdupq_n_u8(0x0c), vdupq_n_u8(0x03)];
         // Two accumulators a field, taken in turn, hide the latency of the sums.
         let mut sums = [[vdupq_n_s32(0); 2]; 4];
         for c in 0..chunks {
+            ask(ahead.wrapping_add(64 * c));
             for i in 0..4 {
                 let v = vld1q_u8(w.as_ptr().add(64 * c + 16 * i));
                 let codes =
@@ -356,7 +390,7 @@ unsafe fn dot_sdot(w: &[u8], a: &[i8], chunks: usize) -> i32 {
 /// # Safety
 /// Needs 64 `chunks` bytes in `w` and 256 `chunks` codes in `a`.
 #[inline(always)]
-unsafe fn dot_base(w: &[u8], a: &[i8], chunks: usize) -> i32 {
+unsafe fn dot_base(w: &[u8], ahead: *const u8, a: &[i8], chunks: usize) -> i32 {
     // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256.
     unsafe {
         let (three, twelve) = (vdupq_n_u8(0x03), vdupq_n_u8(0x0c));
@@ -369,6 +403,7 @@ unsafe fn dot_base(w: &[u8], a: &[i8], chunks: usize) -> i32 {
             let end = (start + 7).min(chunks);
             let mut narrow = [[vdupq_n_s16(0); 2]; 4];
             for c in start..end {
+                ask(ahead.wrapping_add(64 * c));
                 for i in 0..4 {
                     let v = vld1q_u8(w.as_ptr().add(64 * c + 16 * i));
                     let codes = [
@@ -614,7 +649,14 @@ unsafe fn tile_base<const T: usize>(
 /// # Safety
 /// Needs dotprod, and i8mm where `i8mm` is true; `chunks` chunks in each column and 256 `chunks` sums.
 #[inline(always)]
-unsafe fn columns_sdot(columns: [&[u8]; GROUP], q: [i8; GROUP], chunks: usize, sums: &mut [i32], i8mm: bool) {
+unsafe fn columns_sdot(
+    columns: [&[u8]; GROUP],
+    ahead: [*const u8; GROUP],
+    q: [i8; GROUP],
+    chunks: usize,
+    sums: &mut [i32],
+    i8mm: bool,
+) {
     // SAFETY: chunk c < chunks reads bytes below 64 c + 64 of a column and sums below 256 c + 256; the extensions are the
     // caller's.
     unsafe {
@@ -624,6 +666,9 @@ unsafe fn columns_sdot(columns: [&[u8]; GROUP], q: [i8; GROUP], chunks: usize, s
             factors[quad] = vdupq_n_s32(q.as_ptr().add(4 * quad).cast::<i32>().read_unaligned());
         }
         for c in 0..chunks {
+            for ahead in ahead {
+                ask(ahead.wrapping_add(64 * c));
+            }
             for lane in 0..4 {
                 // v[quad][x]: four outputs, the four columns of the quad side by side.
                 let mut v = [[masks[0]; 4]; 2];
@@ -667,11 +712,20 @@ unsafe fn columns_sdot(columns: [&[u8]; GROUP], q: [i8; GROUP], chunks: usize, s
 /// # Safety
 /// Needs `chunks` chunks in each column and 256 `chunks` sums.
 #[inline(always)]
-unsafe fn columns_base(columns: [&[u8]; GROUP], q: [i8; GROUP], chunks: usize, sums: &mut [i32]) {
+unsafe fn columns_base(
+    columns: [&[u8]; GROUP],
+    ahead: [*const u8; GROUP],
+    q: [i8; GROUP],
+    chunks: usize,
+    sums: &mut [i32],
+) {
     // SAFETY: chunk c < chunks reads bytes below 64 c + 64 of a column and sums below 256 c + 256.
     unsafe {
         let three = vdupq_n_u8(3);
         for c in 0..chunks {
+            for ahead in ahead {
+                ask(ahead.wrapping_add(64 * c));
+            }
             for lane in 0..4 {
                 // Eight products of at most 2 * 128.
                 let mut narrow = [[vdupq_n_s16(0); 2]; 4];
@@ -702,5 +756,81 @@ unsafe fn columns_base(columns: [&[u8]; GROUP], q: [i8; GROUP], chunks: usize, s
                 }
             }
         }
+    }
+}
+
+/// One row of four-bit codes and two rows of int8 by `sdot`.
+///
+/// # Safety
+/// Needs dotprod, 64 `chunks` bytes in `w` and 128 `chunks` codes in each `q`.
+#[inline(always)]
+unsafe fn nibbles_sdot(w: &[u8], ahead: *const u8, q: [&[i8]; 2], chunks: usize) -> [i32; 2] {
+    // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 128 c + 128; dotprod is the caller's.
+    unsafe {
+        let mask = vdupq_n_u8(15);
+        let mut sums = [[vdupq_n_s32(0); 4]; 2];
+        for c in 0..chunks {
+            ask(ahead.wrapping_add(64 * c));
+            for i in 0..4 {
+                let v = vld1q_u8(w.as_ptr().add(64 * c + 16 * i));
+                let codes = [vandq_u8(v, mask), vshrq_n_u8::<4>(v)];
+                for plane in 0..2 {
+                    for half in 0..2 {
+                        let q = vld1q_s8(q[plane].as_ptr().add(128 * c + 64 * half + 16 * i));
+                        sdot!(sums[plane][2 * half + i % 2], codes[half], q);
+                    }
+                }
+            }
+        }
+        let mut dots = [0; 2];
+        for plane in 0..2 {
+            let [a, b, c, d] = sums[plane];
+            dots[plane] = vaddvq_s32(vaddq_s32(vaddq_s32(a, b), vaddq_s32(c, d)));
+        }
+        dots
+    }
+}
+
+/// One row of four-bit codes and two rows of int8 by products in int16.
+///
+/// # Safety
+/// Needs 64 `chunks` bytes in `w` and 128 `chunks` codes in each `q`.
+#[inline(always)]
+unsafe fn nibbles_base(w: &[u8], ahead: *const u8, q: [&[i8]; 2], chunks: usize) -> [i32; 2] {
+    // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 128 c + 128.
+    unsafe {
+        let mask = vdupq_n_u8(15);
+        let mut wide = [vdupq_n_s32(0); 2];
+        let mut start = 0;
+        while start < chunks {
+            // A chunk adds four products of at most 15 * 128 to a lane, so four chunks stay below 2^15.
+            let end = (start + 4).min(chunks);
+            let mut narrow = [[[vdupq_n_s16(0); 2]; 2]; 2];
+            for c in start..end {
+                ask(ahead.wrapping_add(64 * c));
+                for i in 0..4 {
+                    let v = vld1q_u8(w.as_ptr().add(64 * c + 16 * i));
+                    let codes = [vandq_u8(v, mask), vshrq_n_u8::<4>(v)];
+                    for plane in 0..2 {
+                        for half in 0..2 {
+                            let q = vld1q_s8(q[plane].as_ptr().add(128 * c + 64 * half + 16 * i));
+                            let code = vreinterpretq_s8_u8(codes[half]);
+                            let n = &mut narrow[plane][half];
+                            n[0] = vmlal_s8(n[0], vget_low_s8(code), vget_low_s8(q));
+                            n[1] = vmlal_high_s8(n[1], code, q);
+                        }
+                    }
+                }
+            }
+            for plane in 0..2 {
+                for half in narrow[plane] {
+                    for n in half {
+                        wide[plane] = vpadalq_s16(wide[plane], n);
+                    }
+                }
+            }
+            start = end;
+        }
+        [vaddvq_s32(wide[0]), vaddvq_s32(wide[1])]
     }
 }
