@@ -7,7 +7,9 @@
 mod common;
 
 use bitnet::kernels::ternary::{Layout, pack};
-use bitnet::kernels::{Compute, KvStore, Logits, PAGE, QuantizedRows, TernaryMatrix, Workspace, best};
+use bitnet::kernels::{
+    Compute, HeadScratch, KvStore, Logits, PAGE, QuantizedRows, TernaryMatrix, Workspace, best,
+};
 use bitnet::model::Model;
 use bitnet::{Feed, Wanted};
 use common::{MODELS, Tensors, engine, fixture, gguf, ids};
@@ -278,6 +280,8 @@ fn every_layer_agrees_on_the_references_own_inputs() {
         compute.head(
             &model.weights().head,
             &golden.floats("final.norm")[..kept * config.hidden_size],
+            |_| Logits::Every,
+            &mut HeadScratch::new(config.vocab_size, config.hidden_size),
             &mut ours,
         );
         close(&format!("{name} logits"), &ours, &logits, &all[..kept]);

@@ -3,8 +3,8 @@
 
 use bitnet_kernels::ternary::{Layout, columns, position, row_bytes};
 use bitnet_kernels::{
-    Activation, Bytes, Compute, FloatMatrix, FloatType, Kernels, KvStore, QuantizedRows, TernaryMatrix,
-    Workspace, supported,
+    Activation, Bytes, Compute, FloatMatrix, FloatType, Head, HeadScratch, Kernels, KvStore, Logits,
+    QuantizedRows, TernaryMatrix, Workspace, supported,
 };
 use std::sync::Arc;
 
@@ -313,7 +313,9 @@ fn head_embedding_rope_and_sums_are_the_same_everywhere() {
                 let mut embedded = vec![f32::NAN; rows * columns];
                 compute.embed(&w, &(0..rows as u32).collect::<Vec<_>>(), &mut embedded).unwrap();
                 let mut logits = vec![f32::NAN; tokens * rows];
-                compute.head(&w, &x, &mut logits);
+                let head = Head { matrix: w.clone(), screen: None };
+                let scratch = &mut HeadScratch::new(rows, columns);
+                compute.head(&head, &x, |_| Logits::Every, scratch, &mut logits);
                 (bits(&embedded), bits(&logits))
             });
             for t in 0..tokens {
