@@ -63,7 +63,7 @@ fn log_softmax(logits: &[f64]) -> Vec<f64> {
 /// The head in float64 from the same stored values: the embedding, or a head of its own.
 fn head(model: &Model, vocab: usize, hidden: usize, compute: &Compute) -> Vec<f64> {
     let mut rows = vec![0.0; vocab * hidden];
-    compute.embed(&model.weights().head, &(0..vocab as u32).collect::<Vec<_>>(), &mut rows).unwrap();
+    compute.embed(&model.weights().head.matrix, &(0..vocab as u32).collect::<Vec<_>>(), &mut rows).unwrap();
     rows.into_iter().map(f64::from).collect()
 }
 
