@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)] // in the helpers of tests too
 
 use assert_cmd::Command;
+use assert_cmd::cargo::CommandCargoExt;
 use bitnet::gguf::{Gguf, TensorType, Value, Writer};
 use bitnet::kernels::supported;
 use serde_json::Value as Json;
@@ -328,7 +329,7 @@ fn usage_errors_are_2() {
         &["run", "-p", "x", "--temp", "-1"],
         &["run", "-p", "x", "--top-p", "1.5"],
         &["run", "-p", "x", "-f", "y"],
-        &["run", "-p", "x", "--kernels", "neon"],
+        &["run", "-p", "x", "--kernels", "sse"],
         &["run", "-p", "x", "-t", "0"],
         &["logits", "-o", "x.npy"],
         &["detokenize", "1,x"],
@@ -337,7 +338,7 @@ fn usage_errors_are_2() {
         let outcome = bitnet(args);
         assert!(outcome.code == 2 && outcome.stdout.is_empty(), "{args:?}: {}", outcome.stderr);
     }
-    assert!(bitnet(&["run", "-p", "x", "--kernels", "neon"]).stderr.contains("scalar"));
+    assert!(bitnet(&["run", "-p", "x", "--kernels", "sse"]).stderr.contains("scalar"));
     assert!(stdout(&["--help"]).contains("perplexity"));
 }
 
@@ -354,7 +355,7 @@ fn outputs_that_cannot_be_written_fail() {
 fn a_full_disk_fails_and_a_reader_that_leaves_does_not() {
     use std::process::{Command, Stdio};
     let command = || {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet"));
+        let mut command = Command::cargo_bin("bitnet").unwrap();
         command.args(["run", "-p", "Once", "-n", "500", "--ignore-eos"]).stderr(Stdio::piped());
         command
     };

@@ -9,6 +9,11 @@
 
 #![deny(unsafe_code)]
 
+#[cfg(not(all(target_endian = "little", target_pointer_width = "64")))]
+compile_error!(
+    "BitNet-Rust needs a little-endian 64-bit target: GGUF files are little-endian and may be larger than 4 GiB"
+);
+
 mod error;
 #[allow(unsafe_code)]
 mod map;

@@ -3,6 +3,11 @@
 //! [`Compute`] runs the phases of a forward pass on a [`Pool`] with one set of [`Kernels`]. All kernels compute the same
 //! definition to the bit; the scalar one is the specification. This crate knows no model.
 
+#[cfg(not(all(target_endian = "little", target_pointer_width = "64")))]
+compile_error!(
+    "BitNet-Rust needs a little-endian 64-bit target: the kernels read weights in place as little-endian words and index whole models by usize"
+);
+
 mod compute;
 pub mod half;
 mod head;

@@ -354,11 +354,9 @@ fn decode<I: Isa>(isa: I, ty: FloatType, bytes: &[u8]) -> I::F {
     fn words(bytes: &[u8]) -> [u16; 16] {
         let mut words = [0; 16];
         match <&[u8; 32]>::try_from(bytes) {
-            Ok(full) => {
-                for i in 0..16 {
-                    words[i] = u16::from_le_bytes([full[2 * i], full[2 * i + 1]]);
-                }
-            }
+            // SAFETY: any bits are a u16. Byte by byte, the compiler would not see the plain load that this is on the
+            // little-endian machines for which alone this crate compiles.
+            Ok(full) => words = unsafe { std::mem::transmute::<[u8; 32], [u16; 16]>(*full) },
             Err(_) => {
                 for (word, b) in words.iter_mut().zip(bytes.as_chunks::<2>().0) {
                     *word = u16::from_le_bytes(*b);
@@ -437,7 +435,7 @@ unsafe fn head_typed<I: Isa>(
         let mut r = 0;
         while r < rows {
             let left = rows - r;
-            let step_rows = if left >= 4 && step == 4 { 4 } else { 1 };
+            let step_rows = if left >= 4 && step == 4 { I::HEAD_ROWS } else { 1 };
             let w = &w[r * row_bytes..][..step_rows * row_bytes];
             let at = first_row + r;
             // SAFETY: the caller's contract, handed on.

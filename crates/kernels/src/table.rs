@@ -1,5 +1,7 @@
 //! The kernels of one instruction set as a plain struct of functions, chosen once.
 
+#[cfg(target_arch = "aarch64")]
+use crate::isa::neon::{BASE, DOTPROD, I8MM, Neon};
 use crate::isa::scalar::Scalar;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{avx2::Avx2, avx512::Avx512};
@@ -186,10 +188,34 @@ kernels!(
     unsafe { Avx512::<true>::assume() },
     "avx512f,avx512bw,avx512vnni"
 );
+#[cfg(target_arch = "aarch64")]
+kernels!(
+    neon,
+    "neon",
+    // SAFETY: as above.
+    unsafe { Neon::<BASE>::assume() },
+    "neon"
+);
+#[cfg(target_arch = "aarch64")]
+kernels!(
+    neondotprod,
+    "neondotprod",
+    // SAFETY: as above.
+    unsafe { Neon::<DOTPROD>::assume() },
+    "neon,dotprod"
+);
+#[cfg(target_arch = "aarch64")]
+kernels!(
+    neoni8mm,
+    "neoni8mm",
+    // SAFETY: as above.
+    unsafe { Neon::<I8MM>::assume() },
+    "neon,dotprod,i8mm"
+);
 
 /// All kernels this CPU can run, the best last.
 pub fn supported() -> Vec<&'static Kernels> {
-    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
+    #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(unused_mut))]
     let mut list = vec![&scalar::KERNELS];
     #[cfg(target_arch = "x86_64")]
     {
@@ -197,6 +223,12 @@ pub fn supported() -> Vec<&'static Kernels> {
         list.extend(Avx2::<true>::detect().map(|_| &avxvnni::KERNELS));
         list.extend(Avx512::<false>::detect().map(|_| &avx512::KERNELS));
         list.extend(Avx512::<true>::detect().map(|_| &avx512vnni::KERNELS));
+    }
+    #[cfg(target_arch = "aarch64")]
+    {
+        list.extend(Neon::<BASE>::detect().map(|_| &neon::KERNELS));
+        list.extend(Neon::<DOTPROD>::detect().map(|_| &neondotprod::KERNELS));
+        list.extend(Neon::<I8MM>::detect().map(|_| &neoni8mm::KERNELS));
     }
     list
 }
@@ -207,7 +239,7 @@ pub fn best() -> &'static Kernels {
 }
 
 impl Kernels {
-    /// The instruction set: `scalar`, `avx2`, `avxvnni`, `avx512` or `avx512vnni`.
+    /// The instruction set: `scalar`; `avx2`, `avxvnni`, `avx512`, `avx512vnni`; `neon`, `neondotprod` or `neoni8mm`.
     pub fn name(&self) -> &'static str {
         self.name
     }

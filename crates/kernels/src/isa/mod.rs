@@ -9,6 +9,8 @@
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
 pub(crate) mod scalar;
 
 use crate::screen;
@@ -24,6 +26,8 @@ pub(crate) trait Isa: Copy {
     type F: Copy;
     /// Most tokens of a panel's tile whose sums fit the registers: one of 1, 2, 4, 6, 8, 12.
     const PANEL_TOKENS: usize;
+    /// Rows of a float tile of four tokens: 4, or 1 where sixty-four sums of four lanes are more than the registers hold.
+    const HEAD_ROWS: usize = 4;
 
     /// Asks for the cache line at `p`, which need not be readable.
     fn prefetch(self, p: *const u8);
@@ -91,7 +95,7 @@ pub(crate) trait Isa: Copy {
 }
 
 /// Checks the lengths that [`Isa::dot_rows`] relies on. Returns the number of 64-byte chunks of a row.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
 fn row_chunks<const R: usize>(w: [&[u8]; R], a: &[i8]) -> usize {
     let bytes = w[0].len();
@@ -104,7 +108,7 @@ fn row_chunks<const R: usize>(w: [&[u8]; R], a: &[i8]) -> usize {
 }
 
 /// Checks the lengths that [`Isa::panel_tile`] relies on. Returns the number of quads of inputs.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
 fn panel_quads<const T: usize>(panel: &[u8], a: [&[i8]; T]) -> usize {
     let quads = panel.len() / (4 * PANEL);
@@ -115,7 +119,7 @@ fn panel_quads<const T: usize>(panel: &[u8], a: [&[i8]; T]) -> usize {
 }
 
 /// Checks the lengths that [`Isa::add_columns`] relies on. Returns the number of chunks of a column.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
 fn column_chunks(columns: [&[u8]; GROUP], sums: &[i32]) -> usize {
     let chunks = sums.len() / 256;
@@ -126,7 +130,7 @@ fn column_chunks(columns: [&[u8]; GROUP], sums: &[i32]) -> usize {
 }
 
 /// Checks the lengths that [`Isa::nibble_dots`] relies on. Returns the number of chunks of a row.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
 fn nibble_chunks<const R: usize>(w: [&[u8]; R], high: &[i8], low: &[i8]) -> usize {
     let chunks = high.len() / 128;
