@@ -4,6 +4,7 @@
 #![allow(unreachable_pub)]
 
 mod commands;
+mod hub;
 mod output;
 mod source;
 
@@ -12,7 +13,8 @@ use std::process::ExitCode;
 
 /// Run BitNet b1.58 models.
 ///
-/// MODEL is the path of a GGUF file; without one the small demo model that is built into the program is used.
+/// MODEL is the path of a GGUF file, or the name of a model on the Hugging Face hub, which is downloaded once; without
+/// one the small demo model that is built into the program is used.
 #[derive(Parser)]
 #[command(name = "bitnet", version, arg_required_else_help = true)]
 struct Cli {
@@ -34,6 +36,12 @@ enum Command {
     Perplexity(commands::perplexity::Args),
     /// Show what a model file holds and the memory it takes
     Inspect(commands::inspect::Args),
+    /// Download a model
+    Pull(commands::pull::Args),
+    /// List the downloaded models
+    List(commands::list::Args),
+    /// Remove downloaded models
+    Rm(commands::rm::Args),
     /// Make a GGUF file of a Hugging Face model folder
     Convert(commands::convert::Args),
     /// Measure the speed of prompt processing and generation
@@ -48,6 +56,9 @@ fn main() -> ExitCode {
         Command::Logits(args) => commands::logits::run(&args),
         Command::Perplexity(args) => commands::perplexity::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
+        Command::Pull(args) => commands::pull::run(&args),
+        Command::List(args) => commands::list::run(&args),
+        Command::Rm(args) => commands::rm::run(&args),
         Command::Convert(args) => commands::convert::run(&args),
         Command::Bench(args) => commands::bench::run(&args),
     };

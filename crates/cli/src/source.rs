@@ -1,8 +1,10 @@
 //! Where models, threads and texts come from.
 
+use crate::hub;
 use crate::output::notice;
 use anyhow::{Context, bail};
 use bitnet::gguf::Gguf;
+use bitnet::hub::ModelName;
 use bitnet::kernels::{Compute, Kernels, allowed_threads, best, supported};
 use bitnet::model::{Config, Model};
 use bitnet::{EngineOptions, Error};
@@ -13,7 +15,7 @@ use std::path::{Path, PathBuf};
 /// The model of a command, and what it runs on.
 #[derive(clap::Args)]
 pub struct ModelArgs {
-    /// Path of a GGUF file [default: the built-in demo]
+    /// Path of a GGUF file, or a name on the hub such as 2b-4t or OWNER/REPO [default: the built-in demo]
     #[arg(short = 'm', long, value_name = "MODEL")]
     model: Option<String>,
     /// Threads [default: one for each physical core that this process may use]
@@ -32,8 +34,8 @@ pub fn context_range() -> clap::builder::RangedI64ValueParser<u32> {
     clap::value_parser!(u32).range(0..=1 << 24)
 }
 
-/// Opens a model file, or the built-in demo.
-pub fn open(model: Option<&str>) -> anyhow::Result<Gguf> {
+/// Opens a model file, by its path or its name on the hub, or the built-in demo.
+pub fn open(model: Option<&str>, quiet: bool) -> anyhow::Result<Gguf> {
     let Some(name) = model else {
         return Ok(Gguf::from_static("built-in demo", include_bytes!("../../../models/demo.gguf"))?);
     };
@@ -41,13 +43,10 @@ pub fn open(model: Option<&str>) -> anyhow::Result<Gguf> {
     if path.is_dir() {
         bail!("{name}: this is a folder; `bitnet convert {name} OUT.gguf` makes a model file of it");
     }
-    let owner_and_repo = name.split('/').filter(|part| !part.is_empty() && *part != "..").count() == 2;
-    let hub = name.starts_with("hf:") || owner_and_repo && !name.starts_with(['.', '/']);
-    if hub && !path.exists() {
-        bail!(
-            "{name}: no such file; it looks like a hub name, but downloads are not built in yet: \
-             download the GGUF file and give its path"
-        );
+    if !path.exists()
+        && let Some(name) = ModelName::parse(name)?
+    {
+        return Ok(Gguf::open(&hub::model_file(&name, quiet)?)?);
     }
     Ok(Gguf::open(path)?)
 }
@@ -65,7 +64,7 @@ impl ModelArgs {
 
     /// Loads the model and tells what was repaired.
     pub fn load(&self, compute: &Compute) -> anyhow::Result<Model> {
-        let model = Model::load(&open(self.model.as_deref())?, compute)?;
+        let model = Model::load(&open(self.model.as_deref(), self.quiet)?, compute)?;
         for repair in model.repairs() {
             self.note(&repair.message);
         }

@@ -277,11 +277,15 @@ fn shown(url: &str) -> String {
 
 /// The short reason behind an error of the transport.
 fn cause(error: ureq::Error) -> String {
+    const UNKNOWN: &str = "the name of the server is not known; there may be no network";
     match error {
-        ureq::Error::HostNotFound => "the name of the server is not known (no network?)".into(),
+        ureq::Error::HostNotFound => UNKNOWN.into(),
         ureq::Error::Io(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
             "connection refused".into()
         }
+        // The resolver of the standard library has no kind for it.
+        ureq::Error::Io(error) if error.to_string().contains("lookup address") => UNKNOWN.into(),
+        ureq::Error::Io(error) => error.to_string(),
         error => error.to_string(),
     }
 }

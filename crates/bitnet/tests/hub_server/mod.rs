@@ -123,7 +123,9 @@ fn answer(
         stream.write_all(format!("HTTP/1.1 {head}\r\n\r\n").as_bytes()).ok()?;
         for piece in body.chunks(64 << 10) {
             stream.write_all(piece).ok()?;
-            now.slow.map(sleep);
+            if let Some(pause) = now.slow {
+                sleep(pause);
+            }
         }
         Some(())
     };

@@ -12,7 +12,7 @@ const MAX_ROWS: usize = 512;
 /// as far as it can be read.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Path of a GGUF file [default: the built-in demo]
+    /// Path of a GGUF file or a name on the hub [default: the built-in demo]
     model: Option<String>,
     /// Tokens of context to plan the memory for; 0: as many as the model was trained with
     /// [default: the same, at most 4096]
@@ -27,7 +27,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let gguf = source::open(args.model.as_deref())?;
+    let gguf = source::open(args.model.as_deref(), false)?;
     let info = ModelInfo::new(&gguf);
     if args.json {
         output::print_json(&as_json(args, &gguf, info.as_ref()))?;
