@@ -13,7 +13,7 @@ mod pool;
 mod table;
 pub mod ternary;
 
-pub use compute::{Activation, Compute, FloatMatrix, KvStore, QuantizedRows, TernaryMatrix};
+pub use compute::{Activation, Compute, FloatMatrix, KvStore, QuantizedRows, TernaryMatrix, Workspace};
 pub use memory::{Aligned, Bytes, HugeBuffer, Plain};
 pub use ops::{FloatType, PAGE};
 pub use pool::{Pool, allowed_threads};

@@ -1,7 +1,8 @@
 //! The forward pass of BitNet b1.58 (arXiv:2402.17764; the shapes are those of Hugging Face's `BitNetForCausalLM`).
 
 use super::Model;
-use bitnet_kernels::{Aligned, Compute, KvStore, QuantizedRows};
+use bitnet_kernels::ternary::Layout;
+use bitnet_kernels::{Activation, Aligned, Compute, KvStore, QuantizedRows, Workspace};
 
 /// One token of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,7 +35,9 @@ pub struct Scratch {
     /// `[rows][hidden_size]`: what a block adds to the residual stream.
     delta: Aligned<f32>,
     codes: QuantizedRows,
-    workers: Aligned<f32>,
+    /// Rows of the up projection that squared ReLU leaves alive.
+    live: Vec<u32>,
+    work: Workspace,
     /// `[rows][rope_dim / 2]`.
     cos: Aligned<f32>,
     sin: Aligned<f32>,
@@ -58,7 +61,8 @@ impl Scratch {
             up: floats(config.intermediate_size),
             delta: floats(config.hidden_size),
             codes: QuantizedRows::new(max_rows, widest),
-            workers: Aligned::zeroed(compute.scratch_floats(widest)),
+            live: Vec::with_capacity(config.intermediate_size),
+            work: Workspace::new(widest, compute.pool().threads()),
             cos: floats(config.rope_dim / 2),
             sin: floats(config.rope_dim / 2),
         }
@@ -77,7 +81,7 @@ impl Scratch {
             + 2 * config.kv_width()
             + 2 * config.intermediate_size
             + config.rope_dim;
-        4 * row * max_rows + widest * max_rows + 8 * widest * threads
+        4 * row * max_rows + widest * max_rows + Workspace::bytes(widest, threads)
     }
 }
 
@@ -101,7 +105,7 @@ impl Model {
     ) -> Result<(), usize> {
         let (config, weights, n) = (self.config(), self.weights(), rows.len());
         let eps = config.rms_norm_eps;
-        let Scratch { ids, x, q, attended, k, v, gate, up, delta, codes, workers, cos, sin, .. } = scratch;
+        let Scratch { ids, x, q, attended, k, v, gate, up, delta, codes, live, work, cos, sin, .. } = scratch;
         let x = &mut x[..n * config.hidden_size];
         let (q, attended) = (&mut q[..n * config.q_width()], &mut attended[..n * config.q_width()]);
         let (k, v) = (&mut k[..n * config.kv_width()], &mut v[..n * config.kv_width()]);
@@ -118,9 +122,10 @@ impl Model {
             self.rope_angles(row.position as usize, &mut cos[range.clone()], &mut sin[range]);
         }
         for (index, layer) in weights.layers.iter().enumerate() {
-            compute.norm_quantize(x, &layer.attn_norm, eps, workers, codes);
+            compute.norm_quantize(x, &layer.attn_norm, eps, Layout::Rows, work, codes);
             compute.linear(
                 codes,
+                work,
                 [(&layer.attn_q, &mut *q), (&layer.attn_k, &mut *k), (&layer.attn_v, &mut *v)],
             );
             compute.rope(q, config.head_dim, cos, sin, n);
@@ -131,15 +136,23 @@ impl Model {
             }
             let sees = |row: usize| (pages(rows[row].sequence), rows[row].position as usize + 1);
             compute.attention(kv, index, q, n, sees, attended);
-            compute.norm_quantize(attended, &layer.attn_sub_norm, eps, workers, codes);
-            compute.linear(codes, [(&layer.attn_output, &mut *delta)]);
+            compute.norm_quantize(attended, &layer.attn_sub_norm, eps, Layout::Rows, work, codes);
+            compute.linear(codes, work, [(&layer.attn_output, &mut *delta)]);
             compute.add(x, delta);
 
-            compute.norm_quantize(x, &layer.ffn_norm, eps, workers, codes);
-            compute.linear(codes, [(&layer.ffn_gate, &mut *gate), (&layer.ffn_up, &mut *up)]);
+            compute.norm_quantize(x, &layer.ffn_norm, eps, Layout::Rows, work, codes);
+            if n == 1 && config.activation == Activation::Relu2 {
+                compute.linear(codes, work, [(&layer.ffn_gate, &mut *gate)]);
+                live.clear();
+                live.extend((0u32..).zip(&*gate).filter(|(_, gate)| **gate > 0.0).map(|(row, _)| row));
+                compute.linear_listed(codes, &layer.ffn_up, live, up);
+            } else {
+                compute.linear(codes, work, [(&layer.ffn_gate, &mut *gate), (&layer.ffn_up, &mut *up)]);
+            }
             let (width, norm) = (config.intermediate_size, Some((&layer.ffn_sub_norm[..], eps)));
-            compute.activate_quantize(config.activation, gate, up, width, norm, workers, codes);
-            compute.linear(codes, [(&layer.ffn_down, &mut *delta)]);
+            let layout = layer.ffn_down.layout();
+            compute.activate_quantize(config.activation, gate, up, width, norm, layout, work, codes);
+            compute.linear(codes, work, [(&layer.ffn_down, &mut *delta)]);
             compute.add(x, delta);
         }
         let mut wanted = 0;
