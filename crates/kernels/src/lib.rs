@@ -3,6 +3,7 @@
 //! [`Compute`] runs the phases of a forward pass on a [`Pool`] with one set of [`Kernels`]. All kernels compute the same
 //! definition to the bit; the scalar one is the specification. This crate knows no model.
 
+pub mod blocks;
 mod compute;
 pub mod half;
 mod isa;
