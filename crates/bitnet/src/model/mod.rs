@@ -4,6 +4,7 @@ pub mod config;
 mod forward;
 mod load;
 mod rope;
+pub(crate) mod stored;
 mod weights;
 
 pub use config::{Config, Repair};

@@ -140,7 +140,7 @@ impl RowFormat {
             // Digit `n` of a byte, the most significant first.
             let mut five = |byte: u8, n: usize| {
                 good &= FIVE_DIGITS[byte as usize];
-                (u16::from(byte.wrapping_mul(POWERS[n])) * 3 >> 8) as i8 - 1
+                ((u16::from(byte.wrapping_mul(POWERS[n])) * 3) >> 8) as i8 - 1
             };
             match self {
                 Self::TQ1_0 => {
@@ -232,7 +232,7 @@ mod tests {
             let byte = five(digits.iter().enumerate().map(|(n, &d)| (d, 4 - n)));
             assert!(FIVE_DIGITS[byte as usize]);
             for n in 0..5 {
-                assert_eq!((u16::from(byte.wrapping_mul(POWERS[n])) * 3 >> 8) as u8, digits[n]);
+                assert_eq!(((u16::from(byte.wrapping_mul(POWERS[n])) * 3) >> 8) as u8, digits[n]);
             }
         }
         assert_eq!(FIVE_DIGITS.iter().filter(|&&made| made).count(), 243);
