@@ -4,6 +4,9 @@
 use bitnet::convert::{ConvertError, HeadType, Options, Report, TernaryType, convert, trits_of};
 use bitnet::gguf::{Gguf, TensorType, Value, ValueType, Writer};
 use bitnet::kernels::ternary::pack::{pack_i2s, tail, unpack_i2s};
+use bitnet::kernels::{Compute, best};
+use bitnet::model::Model;
+use bitnet::{Engine, EngineOptions, Feed, Wanted};
 use serde_json::json;
 use std::fs;
 use std::path::Path;
@@ -13,7 +16,7 @@ fn random(state: &mut u64) -> u32 {
     (*state >> 33) as u32
 }
 
-/// Tensors of a file with ternary matrices of 512 and 256 columns, one of zeros, a head and a norm.
+/// A model of one layer with rows of 512 and 256 weights, in one matrix all of them zero.
 fn model(path: &Path) {
     let mut state = 1;
     let mut writer = Writer::new(path);
@@ -21,27 +24,54 @@ fn model(path: &Path) {
     writer.meta("general.file_type", Value::U32(40)).unwrap();
     writer.meta("general.name", Value::Str("types")).unwrap();
     writer.meta_array("list", ValueType::U32, [1, 2].map(Value::U32)).unwrap();
-    let ternary = [("a.weight", 512, 6), ("b.weight", 256, 3), ("zero.weight", 256, 2)];
-    writer.tensor("token_embd.weight", &[256, 5], TensorType::F16).unwrap();
-    for (name, columns, rows) in ternary {
-        writer.tensor(name, &[columns, rows], TensorType::I2S).unwrap();
+    for (key, value) in [
+        ("context_length", 64),
+        ("embedding_length", 256),
+        ("block_count", 1),
+        ("feed_forward_length", 512),
+        ("attention.head_count", 4),
+        ("attention.head_count_kv", 2),
+    ] {
+        writer.meta(&format!("bitnet-b1.58.{key}"), Value::U32(value)).unwrap();
     }
-    writer.tensor("norm.weight", &[7], TensorType::F32).unwrap();
+    writer.meta("bitnet-b1.58.attention.layer_norm_rms_epsilon", Value::F32(1e-5)).unwrap();
+    let ternary = [
+        ("attn_q", 256, 256),
+        ("attn_k", 256, 128),
+        ("attn_v", 256, 128),
+        ("attn_output", 256, 256),
+        ("ffn_gate", 256, 512),
+        ("ffn_up", 256, 512),
+        ("ffn_down", 512, 256),
+    ];
+    let norms = [("attn_norm", 256), ("attn_sub_norm", 256), ("ffn_norm", 256), ("ffn_sub_norm", 512)];
+    let name = |part: &str| format!("blk.0.{part}.weight");
+    writer.tensor("token_embd.weight", &[256, 40], TensorType::F16).unwrap();
+    for (part, columns, rows) in ternary {
+        writer.tensor(&name(part), &[columns, rows], TensorType::I2S).unwrap();
+    }
+    for (part, width) in norms {
+        writer.tensor(&name(part), &[width], TensorType::F32).unwrap();
+    }
+    writer.tensor("output_norm.weight", &[256], TensorType::F32).unwrap();
     let mut data = writer.create().unwrap();
-    let head = (0..256 * 5)
+    let head = (0..256 * 40)
         .flat_map(|_| half::f16::from_f32((random(&mut state) % 2001) as f32 / 1000.0 - 1.0).to_le_bytes());
     data.tensor("token_embd.weight", &head.collect::<Vec<u8>>()).unwrap();
-    for (i, (name, columns, rows)) in ternary.into_iter().enumerate() {
-        let zero = name.starts_with("zero");
+    for (i, (part, columns, rows)) in ternary.into_iter().enumerate() {
+        let zero = part == "attn_k";
         // Without a weight a scale means nothing, and not every type keeps it.
         let scale = if zero { 1.0 } else { 0.1 + i as f32 / 3.0 };
         // A row of zeros is in every matrix.
         let trit = |k| if zero || k < columns { 0 } else { (random(&mut state) % 3) as i8 - 1 };
         let trits: Vec<i8> = (0..columns * rows).map(trit).collect();
-        let bytes = [pack_i2s(&trits).unwrap(), tail(scale).to_vec()].concat();
-        data.tensor(name, &bytes).unwrap();
+        data.tensor(&name(part), &[pack_i2s(&trits).unwrap(), tail(scale).to_vec()].concat()).unwrap();
     }
-    data.tensor("norm.weight", &[1; 28]).unwrap();
+    let ones = |n: u64| (0..n).flat_map(|_| 1f32.to_le_bytes()).collect::<Vec<u8>>();
+    for (part, width) in norms {
+        data.tensor(&name(part), &ones(width)).unwrap();
+    }
+    data.tensor("output_norm.weight", &ones(256)).unwrap();
     data.finish().unwrap();
 }
 
@@ -65,10 +95,10 @@ fn every_type_holds_the_same_weights_and_leads_back() {
     for first in TernaryType::ALL {
         let report = to(&path("in.gguf"), &path("first.gguf"), first, HeadType::Auto).unwrap();
         assert_eq!(report.trits, trits);
-        assert_eq!(report.ternary_weights, 512 * 6 + 256 * 3 + 256 * 2);
+        assert_eq!(report.ternary_weights, 256 * (2 * 256 + 2 * 128 + 3 * 512));
         let gguf = Gguf::open(&path("first.gguf")).unwrap();
         assert_eq!(trits_of(&gguf).unwrap(), trits);
-        assert_eq!(gguf.tensor("a.weight").unwrap().ty, first.tensor_type());
+        assert_eq!(gguf.tensor("blk.0.ffn_up.weight").unwrap().ty, first.tensor_type());
         assert_eq!(gguf.tensor("token_embd.weight").unwrap().ty, TensorType::F16);
         drop(gguf);
         for second in TernaryType::ALL {
@@ -89,7 +119,7 @@ fn a_scale_that_another_program_changed_counts() {
     to(&path("in.gguf"), &path("tq2.gguf"), TernaryType::TQ2_0, HeadType::Auto).unwrap();
     // The scale of every block of the first tensor becomes 2.
     let gguf = Gguf::open(&path("tq2.gguf")).unwrap();
-    let tensor = gguf.tensor("a.weight").unwrap();
+    let tensor = gguf.tensor("blk.0.ffn_up.weight").unwrap();
     let (start, end) = (tensor.offset as usize, (tensor.offset + tensor.byte_len) as usize);
     drop(gguf);
     let mut bytes = fs::read(path("tq2.gguf")).unwrap();
@@ -104,14 +134,17 @@ fn a_scale_that_another_program_changed_counts() {
         let tail = &gguf.tensor_bytes(tensor)[tensor.n_elements() as usize / 4..];
         f32::from_le_bytes(tail[..4].try_into().unwrap())
     };
-    assert_eq!((scale("a.weight"), scale("b.weight")), (2.0, 0.1 + 1.0 / 3.0));
+    assert_eq!((scale("blk.0.ffn_up.weight"), scale("blk.0.attn_q.weight")), (2.0, 0.1));
 
     // Blocks of different scales are no BitNet's.
     bytes[end - 2..end].copy_from_slice(&half::f16::from_f32(3.0).to_le_bytes());
     fs::write(path("tq2.gguf"), &bytes).unwrap();
     let error =
         to(&path("tq2.gguf"), &path("no.gguf"), TernaryType::I2_S, HeadType::Auto).unwrap_err().to_string();
-    assert!(error.contains("a.weight") && error.contains("row 5") && error.contains("scale"), "{error}");
+    assert!(
+        error.contains("blk.0.ffn_up.weight") && error.contains("row 5") && error.contains("scale"),
+        "{error}"
+    );
     assert!(!path("no.gguf").exists());
 }
 
@@ -164,14 +197,13 @@ fn files_that_cannot_be_converted_are_refused() {
     assert!(refusal(TernaryType::I2_S).contains("none is ternary"));
     one(TensorType::I2S, &[64, 2], &[&[0x55; 32][..], &tail(1.0)].concat());
     assert!(refusal(TernaryType::TQ1_0).contains("do not fill the blocks of 256 of TQ1_0"));
-    one(TensorType::I2S, &[128], &[0xff; 64]);
+    one(TensorType::I2S, &[128], &[&[0xff; 32][..], &tail(1.0)].concat());
     assert!(refusal(TernaryType::IQ2_BN).contains("weight 0 has code 3"));
     one(TensorType::IQ1BN, &[64], &[&[0x00, 0x3c][..], &[255; 13]].concat());
     assert!(!refusal(TernaryType::I2_S).is_empty());
     let tiny = [&[0u8; 32][..], &1e-20f32.to_le_bytes(), &[0; 28]].concat();
     one(TensorType::I2S, &[128], &tiny);
     assert!(refusal(TernaryType::IQ1_BN).contains("cannot be stored"));
-    assert!(refusal(TernaryType::TQ1_0).contains("blocks of 256"));
 }
 
 #[test]
@@ -270,5 +302,40 @@ fn packed_checkpoints_keep_their_weights_and_scales() {
             assert_eq!(unpack_i2s(codes, trits.len()).unwrap(), trits, "{name}");
             assert_eq!(f32::from_le_bytes(tail[..4].try_into().unwrap()), expected);
         }
+    }
+}
+
+/// The logits of a few tokens.
+fn logits(path: &Path) -> Vec<u32> {
+    let compute = Compute::new(best(), 2);
+    let model = Model::load(&Gguf::open(path).unwrap(), &compute).unwrap();
+    let mut engine =
+        Engine::new(model, compute, EngineOptions { context: 64, sequences: 1, max_rows: 64 }).unwrap();
+    let feed = Feed { sequence: engine.open(), tokens: &[1, 5, 9, 33, 7], wanted: Wanted::All };
+    engine.feed(&[feed]).unwrap().iter().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn a_model_gives_the_same_bits_in_every_type() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    model(&path("in.gguf"));
+    let expected = logits(&path("in.gguf"));
+    for ternary in TernaryType::ALL {
+        to(&path("in.gguf"), &path("out.gguf"), ternary, HeadType::Auto).unwrap();
+        assert!(logits(&path("out.gguf")) == expected, "{ternary:?}");
+    }
+    for head in [HeadType::Q8_0, HeadType::Q6_K] {
+        to(&path("in.gguf"), &path("out.gguf"), TernaryType::I2_S, head).unwrap();
+        // In memory such a head is F16: the same as if the file had been made so.
+        to(&path("out.gguf"), &path("f16.gguf"), TernaryType::TQ1_0, HeadType::F16).unwrap();
+        assert!(logits(&path("out.gguf")) == logits(&path("f16.gguf")), "{head:?}");
+        assert!(logits(&path("out.gguf")) != expected, "{head:?}");
+    }
+    // The demo's rows are shorter than a block of TQ, and fit IQ.
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/demo.gguf");
+    for ternary in [TernaryType::IQ1_BN, TernaryType::IQ2_BN] {
+        to(&demo, &path("out.gguf"), ternary, HeadType::Auto).unwrap();
+        assert!(logits(&path("out.gguf")) == logits(&demo), "{ternary:?}");
     }
 }

@@ -2,6 +2,7 @@
 
 use bitnet_gguf::{Gguf, TensorInfo, TensorType, Value};
 use bitnet_kernels::ternary::blocks::RowFormat;
+use bitnet_kernels::ternary::{CHUNK, pack};
 use std::collections::HashMap;
 
 /// Key of the scales before they were rounded to f16: float32, one for each ternary tensor, in the order of the file's
@@ -59,4 +60,32 @@ impl<'a> ExactScales<'a> {
 /// The key that [`ExactScales`] reads.
 pub(crate) fn exact_scales(scales: &[f32]) -> impl Iterator<Item = Value<'static>> {
     scales.iter().map(|&scale| Value::F32(scale))
+}
+
+/// Chunk `chunk` of row `r` of a type that goes row by row, as I2_S codes padded with zero weights.
+pub(crate) fn row_chunk(
+    source: &[u8],
+    format: RowFormat,
+    columns: usize,
+    r: usize,
+    chunk: usize,
+    scale: f32,
+) -> Result<[u8; CHUNK / 4], String> {
+    let row = format.row_bytes(columns);
+    let width = CHUNK.min(columns - CHUNK * chunk);
+    let prefix = format.row_bytes(0);
+    let at = format.row_bytes(CHUNK * chunk);
+    // The blocks of the chunk behind the scale of the row are a short row.
+    let mut short = [0; 80];
+    let len = format.row_bytes(width);
+    short[..prefix].copy_from_slice(&source[r * row..][..prefix]);
+    short[prefix..len].copy_from_slice(&source[r * row + at..][..len - prefix]);
+    let mut trits = [0; CHUNK];
+    let stored =
+        format.unpack_row(&short[..len], &mut trits[..width]).map_err(|e| format!("row {r}: {e}"))?;
+    if let Some(found) = stored.filter(|found| found.to_bits() != format.stored_scale(scale).to_bits()) {
+        return Err(format!("row {r}: its scale is {found}, others have {scale}: this is no BitNet"));
+    }
+    let codes = pack::pack_i2s(&trits).map_err(|e| format!("row {r}: {e}"))?;
+    codes.first_chunk().copied().ok_or_else(|| "a short chunk".to_owned())
 }
