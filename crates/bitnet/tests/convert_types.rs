@@ -1,7 +1,7 @@
 //! Conversion between the types of ternary matrices and heads, and from packed checkpoints.
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
-use bitnet::convert::{ConvertError, HeadType, Options, Report, TernaryType, convert, trits_of};
+use bitnet::convert::{ConvertError, HeadType, Options, Report, TernaryType, Trits, convert};
 use bitnet::gguf::{Gguf, TensorType, Value, ValueType, Writer};
 use bitnet::kernels::ternary::pack::{pack_i2s, tail, unpack_i2s};
 use bitnet::kernels::{Compute, best};
@@ -91,13 +91,13 @@ fn every_type_holds_the_same_weights_and_leads_back() {
     let path = |name: &str| folder.path().join(name);
     model(&path("in.gguf"));
     let original = fs::read(path("in.gguf")).unwrap();
-    let trits = trits_of(&Gguf::open(&path("in.gguf")).unwrap()).unwrap();
+    let trits = Trits::read(&Gguf::open(&path("in.gguf")).unwrap()).unwrap().hash;
     for first in TernaryType::ALL {
         let report = to(&path("in.gguf"), &path("first.gguf"), first, HeadType::Auto).unwrap();
         assert_eq!(report.trits, trits);
         assert_eq!(report.ternary_weights, 256 * (2 * 256 + 2 * 128 + 3 * 512));
         let gguf = Gguf::open(&path("first.gguf")).unwrap();
-        assert_eq!(trits_of(&gguf).unwrap(), trits);
+        assert_eq!(Trits::read(&gguf).unwrap().hash, trits);
         assert_eq!(gguf.tensor("blk.0.ffn_up.weight").unwrap().ty, first.tensor_type());
         assert_eq!(gguf.tensor("token_embd.weight").unwrap().ty, TensorType::F16);
         drop(gguf);
@@ -296,7 +296,7 @@ fn packed_checkpoints_keep_their_weights_and_scales() {
         let out = dir.path().join("out.gguf");
         let report = to(dir.path(), &out, TernaryType::I2_S, HeadType::Auto).unwrap();
         let gguf = Gguf::open(&out).unwrap();
-        assert_eq!(trits_of(&gguf).unwrap(), report.trits);
+        assert_eq!(Trits::read(&gguf).unwrap().hash, report.trits);
         for (name, trits) in trits_by_name {
             let (codes, tail) = gguf.tensor_bytes(gguf.tensor(&name).unwrap()).split_at(trits.len() / 4);
             assert_eq!(unpack_i2s(codes, trits.len()).unwrap(), trits, "{name}");

@@ -5,6 +5,7 @@
 
 mod commands;
 mod hub;
+mod machine;
 mod output;
 mod source;
 
@@ -44,6 +45,10 @@ enum Command {
     Rm(commands::rm::Args),
     /// Make a GGUF file of a Hugging Face model folder
     Convert(commands::convert::Args),
+    /// Check a model file from end to end
+    Verify(commands::verify::Args),
+    /// Show what this machine can do and what limits it
+    Doctor(commands::doctor::Args),
     /// Measure the speed of prompt processing and generation
     Bench(commands::bench::Args),
 }
@@ -60,6 +65,8 @@ fn main() -> ExitCode {
         Command::List(args) => commands::list::run(&args),
         Command::Rm(args) => commands::rm::run(&args),
         Command::Convert(args) => commands::convert::run(&args),
+        Command::Verify(args) => commands::verify::run(&args),
+        Command::Doctor(args) => commands::doctor::run(&args),
         Command::Bench(args) => commands::bench::run(&args),
     };
     match result {

@@ -62,6 +62,11 @@ impl ModelArgs {
         Ok(Compute::new(self.kernels.unwrap_or_else(best), asked.min(allowed)))
     }
 
+    /// The model as it was named.
+    pub fn name(&self) -> Option<&str> {
+        self.model.as_deref()
+    }
+
     /// Loads the model and tells what was repaired.
     pub fn load(&self, compute: &Compute) -> anyhow::Result<Model> {
         let model = Model::load(&open(self.model.as_deref(), self.quiet)?, compute)?;

@@ -23,7 +23,7 @@ use bitnet_gguf::TensorType;
 
 use crate::text::TokenizerError;
 
-pub use output::trits_of;
+pub use output::Trits;
 
 /// How ternary matrices are stored.
 #[allow(non_camel_case_types)] // the names are ggml's
@@ -135,7 +135,7 @@ pub struct Report {
     pub zero_weights: u64,
     /// How the embedding is stored.
     pub embedding: TensorType,
-    /// Hash of all ternary weights, whatever their type: see [`trits_of`]. The input and the file that was written have
+    /// Hash of all ternary weights, whatever their type: see [`Trits`]. The input and the file that was written have
     /// the same.
     pub trits: String,
     /// What a person should know, a line each: something left out or rounded.

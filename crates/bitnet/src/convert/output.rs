@@ -14,21 +14,47 @@ use super::gguf::read_ternary;
 use super::{ConvertError, Meter};
 use crate::model::stored::{ExactScales, is_ternary, row_format};
 
-/// The hash of a file's ternary weights, 64 hexadecimal digits, the same for every type that they are stored in:
-/// SHA-256 over the SHA-256 of each ternary tensor, in the order of their names. The latter is over the name, a zero byte,
-/// and the weights as the bytes of I2_S, filled up with zero weights to a whole block.
-///
-/// # Errors
-/// As for the input of a conversion.
-pub fn trits_of(gguf: &Gguf) -> Result<String, ConvertError> {
-    let exact = ExactScales::read(gguf);
-    let mut all = BTreeMap::new();
-    for tensor in gguf.tensors().iter().filter(|tensor| is_ternary(tensor.ty)) {
-        let mut hash = TritHash::new(&tensor.name);
-        read_ternary(gguf, tensor, &exact, &mut |trits, _| hash.push(trits))?;
-        all.insert(tensor.name.as_str(), hash.end());
+/// The ternary weights of a file.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Trits {
+    /// Hash of all of them, 64 hexadecimal digits, the same for every type that they are stored in: SHA-256 over the
+    /// SHA-256 of each ternary tensor, in the order of their names. The latter is over the name, a zero byte, and the
+    /// weights as the bytes of I2_S, filled up with zero weights to a whole block.
+    pub hash: String,
+    /// Number of tensors.
+    pub tensors: usize,
+    /// How many weights are -1, 0 and +1.
+    pub counts: [u64; 3],
+    /// Smallest and largest scale.
+    pub scales: (f32, f32),
+}
+
+impl Trits {
+    /// Reads all ternary weights of a file, checking each.
+    ///
+    /// # Errors
+    /// As for the input of a conversion.
+    pub fn read(gguf: &Gguf) -> Result<Self, ConvertError> {
+        let exact = ExactScales::read(gguf);
+        let mut all = BTreeMap::new();
+        let (mut counts, mut scales) = ([0; 3], (f32::INFINITY, f32::NEG_INFINITY));
+        for tensor in gguf.tensors().iter().filter(|tensor| is_ternary(tensor.ty)) {
+            let mut hash = TritHash::new(&tensor.name);
+            let scale = read_ternary(gguf, tensor, &exact, &mut |trits, _| {
+                let count = |wanted| trits.iter().filter(|&&trit| trit == wanted).count() as u64;
+                for (sum, wanted) in counts.iter_mut().zip([-1, 0, 1]) {
+                    *sum += count(wanted);
+                }
+                hash.push(trits)
+            })?;
+            if let Some(scale) = scale {
+                scales = (scales.0.min(scale), scales.1.max(scale));
+            }
+            all.insert(tensor.name.as_str(), hash.end());
+            gguf.advise_dontneed(tensor.range());
+        }
+        Ok(Self { hash: joined(all.values()), tensors: all.len(), counts, scales })
     }
-    Ok(joined(all.values()))
 }
 
 fn joined<'a>(hashes: impl Iterator<Item = &'a [u8; 32]>) -> String {

@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod convert;
 pub mod detokenize;
+pub mod doctor;
 pub mod inspect;
 pub mod list;
 pub mod logits;
@@ -11,3 +12,4 @@ pub mod pull;
 pub mod rm;
 pub mod run;
 pub mod tokenize;
+pub mod verify;
