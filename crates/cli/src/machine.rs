@@ -17,6 +17,7 @@ pub fn features() -> (Vec<&'static str>, Vec<&'static str>) {
     all.extend([
         ("avx2", std::arch::is_x86_feature_detected!("avx2")),
         ("f16c", std::arch::is_x86_feature_detected!("f16c")),
+        ("avxvnni", std::arch::is_x86_feature_detected!("avxvnni")),
         ("avx512f", std::arch::is_x86_feature_detected!("avx512f")),
         ("avx512bw", std::arch::is_x86_feature_detected!("avx512bw")),
         ("avx512vnni", std::arch::is_x86_feature_detected!("avx512vnni")),
@@ -78,4 +79,9 @@ pub fn memory() -> Option<(u64, u64)> {
 pub fn huge_pages() -> Option<String> {
     let text = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").ok()?;
     Some(text.split_once('[')?.1.split_once(']')?.0.to_owned())
+}
+
+/// Threads that wanted to run in the last minute.
+pub fn load() -> Option<f64> {
+    fs::read_to_string("/proc/loadavg").ok()?.split(' ').next()?.parse().ok()
 }

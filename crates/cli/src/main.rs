@@ -7,6 +7,7 @@ mod commands;
 mod hub;
 mod machine;
 mod output;
+mod selftest;
 mod source;
 
 use clap::{Parser, Subcommand};

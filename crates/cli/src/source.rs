@@ -2,6 +2,7 @@
 
 use crate::hub;
 use crate::output::notice;
+use crate::selftest;
 use anyhow::{Context, bail};
 use bitnet::gguf::Gguf;
 use bitnet::hub::ModelName;
@@ -59,7 +60,15 @@ impl ModelArgs {
         if asked > allowed {
             self.note(format_args!("{asked} threads are more than this process may use; {allowed} it is"));
         }
-        Ok(Compute::new(self.kernels.unwrap_or_else(best), asked.min(allowed)))
+        let mut kernels = self.kernels.unwrap_or_else(best);
+        if !selftest::passes(kernels) {
+            let name = kernels.name();
+            self.note(format_args!(
+                "the kernels {name} compute wrong results on this machine; the scalar ones are used"
+            ));
+            kernels = supported()[0];
+        }
+        Ok(Compute::new(kernels, asked.min(allowed)))
     }
 
     /// The model as it was named.

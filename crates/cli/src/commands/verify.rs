@@ -59,7 +59,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             trits.tensors
         ),
     )?;
-    if zero < 5.0 || zero > 95.0 || (minus - plus).abs() > 20.0 {
+    if !(5.0..=95.0).contains(&zero) || (minus - plus).abs() > 20.0 {
         notice("note: trained models have some 30 to 60 % zeros and as many -1 as +1: is this one damaged?");
     }
     let (low, high) = trits.scales;
