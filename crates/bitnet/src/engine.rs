@@ -1,8 +1,8 @@
 //! The engine: one model, its threads, its cache, and the sequences that share them.
 
 use crate::Error;
-use crate::model::{Config, Model, Row, Scratch};
-use bitnet_kernels::{Compute, KvStore, PAGE};
+use crate::model::{Config, Model, Profile, Row, Scratch};
+use bitnet_kernels::{Compute, KvStore, Logits, PAGE};
 
 /// Sizes that an engine is built with.
 #[derive(Clone, Copy, Debug)]
@@ -28,13 +28,13 @@ pub struct SequenceId(usize);
 
 /// Which logits a caller wants of the tokens it feeds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wanted {
+pub enum Wanted<'a> {
     /// None.
     Nothing,
     /// Those of the last token.
-    Last,
+    Last(Logits<'a>),
     /// Those of every token.
-    All,
+    All(Logits<'a>),
 }
 
 /// Tokens that continue a sequence.
@@ -45,7 +45,7 @@ pub struct Feed<'a> {
     /// What follows in it.
     pub tokens: &'a [u32],
     /// Which logits come back.
-    pub wanted: Wanted,
+    pub wanted: Wanted<'a>,
 }
 
 #[derive(Default)]
@@ -103,6 +103,10 @@ impl Engine {
     /// The model.
     pub fn model(&self) -> &Model {
         &self.model
+    }
+    /// Where the time of the steps went.
+    pub fn profile(&mut self) -> &mut Profile {
+        self.scratch.profile()
     }
     /// The kernels and threads.
     pub fn compute(&self) -> &Compute {
@@ -178,6 +182,12 @@ impl Engine {
             if let Some(index) = feed.tokens.iter().position(|&id| id as usize >= vocab_size) {
                 return Err(Error::TokenOutOfRange { index, id: feed.tokens[index], vocab_size });
             }
+            if let Wanted::Last(Logits::Best { also, .. }) | Wanted::All(Logits::Best { also, .. }) =
+                feed.wanted
+                && let Some(index) = also.iter().position(|&id| id as usize >= vocab_size)
+            {
+                return Err(Error::TokenOutOfRange { index, id: also[index], vocab_size });
+            }
             let sequence = &self.sequences[feed.sequence.0];
             let len = sequence.tokens.len() + feed.tokens.len();
             if len > self.options.context {
@@ -214,8 +224,13 @@ impl Engine {
                 let held = &mut self.sequences[sequence.0].tokens;
                 let position = held.len() as u32;
                 held.push(token);
-                let wants_logits = wanted == Wanted::All || wanted == Wanted::Last && last;
-                self.rows.push(Row { token, sequence: sequence.0 as u32, position, wants_logits });
+                let wants_logits = match wanted {
+                    Wanted::Nothing => false,
+                    Wanted::Last(_) => last,
+                    Wanted::All(_) => true,
+                };
+                let (sequence, tag) = (sequence.0 as u32, feed as u32);
+                self.rows.push(Row { token, sequence, position, wants_logits, tag });
                 next += 1;
             }
             if self.rows.is_empty() {
@@ -223,9 +238,13 @@ impl Engine {
             }
             let sequences = &self.sequences;
             let pages = |sequence: u32| &sequences[sequence as usize].pages[..];
-            let logits = &mut self.logits[written * vocab..];
+            let choice = |row: &Row| match feeds[row.tag as usize].wanted {
+                Wanted::Last(logits) | Wanted::All(logits) => logits,
+                Wanted::Nothing => Logits::Every,
+            };
+            let (scratch, logits) = (&mut self.scratch, &mut self.logits[written * vocab..]);
             let result =
-                self.model.step(&self.compute, &mut self.kv, &self.rows, pages, &mut self.scratch, logits);
+                self.model.step(&self.compute, &mut self.kv, &self.rows, pages, choice, scratch, logits);
             if let Err(row) = result {
                 return Err(Error::Model {
                     file: self.model.file().to_owned(),
@@ -239,12 +258,12 @@ impl Engine {
     }
 }
 
-impl Wanted {
+impl Wanted<'_> {
     fn count(self, tokens: usize) -> usize {
         match self {
             Self::Nothing => 0,
-            Self::Last => tokens.min(1),
-            Self::All => tokens,
+            Self::Last(_) => tokens.min(1),
+            Self::All(_) => tokens,
         }
     }
 }

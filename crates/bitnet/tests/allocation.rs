@@ -3,6 +3,7 @@
 
 mod common;
 
+use bitnet::kernels::Logits;
 use bitnet::kernels::best;
 use bitnet::{Feed, Wanted};
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -32,7 +33,13 @@ fn a_decoded_token_allocates_nothing() {
     let mut engine = common::engine(&common::gguf("demo"), best(), 2, 64, 1);
     let sequence = engine.open();
     let mut step = |token: u32| {
-        engine.feed(&[Feed { sequence, tokens: &[token], wanted: Wanted::Last }]).unwrap();
+        engine
+            .feed(&[Feed {
+                sequence,
+                tokens: &[token],
+                wanted: Wanted::Last(Logits::Best { top: 40, also: &[] }),
+            }])
+            .unwrap();
     };
     step(1);
     let before = COUNT.load(Ordering::Relaxed);

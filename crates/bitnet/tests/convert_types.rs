@@ -4,12 +4,13 @@
 use bitnet::convert::{ConvertError, HeadType, Options, Report, TernaryType, Trits, convert};
 use bitnet::gguf::{Gguf, TensorType, Value, ValueType, Writer};
 use bitnet::kernels::ternary::pack::{pack_i2s, tail, unpack_i2s};
-use bitnet::kernels::{Compute, best};
-use bitnet::model::Model;
+use bitnet::kernels::{Compute, Logits, best};
+use bitnet::model::{Model, Strategy};
 use bitnet::{Engine, EngineOptions, Feed, Wanted};
 use serde_json::json;
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 
 fn random(state: &mut u64) -> u32 {
     *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -308,10 +309,11 @@ fn packed_checkpoints_keep_their_weights_and_scales() {
 /// The logits of a few tokens.
 fn logits(path: &Path) -> Vec<u32> {
     let compute = Compute::new(best(), 2);
-    let model = Model::load(&Gguf::open(path).unwrap(), &compute).unwrap();
+    let model = Model::load(&Arc::new(Gguf::open(path).unwrap()), &compute, Strategy::default()).unwrap();
     let mut engine =
         Engine::new(model, compute, EngineOptions { context: 64, sequences: 1, max_rows: 64 }).unwrap();
-    let feed = Feed { sequence: engine.open(), tokens: &[1, 5, 9, 33, 7], wanted: Wanted::All };
+    let feed =
+        Feed { sequence: engine.open(), tokens: &[1, 5, 9, 33, 7], wanted: Wanted::All(Logits::Every) };
     engine.feed(&[feed]).unwrap().iter().map(|x| x.to_bits()).collect()
 }
 

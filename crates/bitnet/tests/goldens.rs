@@ -6,7 +6,7 @@
 
 mod common;
 
-use bitnet::kernels::{Compute, KvStore, PAGE, QuantizedRows, TernaryMatrix, best, ternary::pack};
+use bitnet::kernels::{Compute, KvStore, Logits, PAGE, QuantizedRows, TernaryMatrix, best, ternary::pack};
 use bitnet::model::Model;
 use bitnet::{Feed, Wanted};
 use common::{MODELS, Tensors, engine, fixture, gguf, ids};
@@ -74,7 +74,8 @@ fn logits_agree_within_the_references_own_noise() {
         let (vocab, hidden) = (engine.model().config().vocab_size, engine.model().config().hidden_size);
         let head = head(engine.model(), vocab, hidden, engine.compute());
         let sequence = engine.open();
-        let ours = engine.feed(&[Feed { sequence, tokens: &ids, wanted: Wanted::All }]).unwrap();
+        let ours =
+            engine.feed(&[Feed { sequence, tokens: &ids, wanted: Wanted::All(Logits::Every) }]).unwrap();
         let hidden64 = golden.floats("hidden64");
         let (check, positions) = (golden.floats("check.logits64"), golden.ints("check.positions"));
         let (mut total, mut same) = (0.0, 0);

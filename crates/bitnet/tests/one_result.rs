@@ -5,9 +5,11 @@
 mod common;
 
 use bitnet::gguf::Gguf;
-use bitnet::kernels::{Kernels, best, supported};
+use bitnet::kernels::{Kernels, Logits, best, supported};
+use bitnet::model::Strategy;
 use bitnet::{Engine, Feed, SequenceId, Wanted};
-use common::{MODELS, Tensors, engine, fixture, gguf, ids};
+use common::{MODELS, Tensors, engine, engine_as, fixture, gguf, ids};
+use std::sync::Arc;
 
 const POSITIONS: usize = 150;
 
@@ -16,16 +18,22 @@ fn bits(logits: &[f32]) -> Vec<u32> {
 }
 
 fn feed(engine: &mut Engine, sequence: SequenceId, tokens: &[u32]) -> Vec<u32> {
-    bits(engine.feed(&[Feed { sequence, tokens, wanted: Wanted::All }]).unwrap())
+    bits(engine.feed(&[Feed { sequence, tokens, wanted: Wanted::All(Logits::Every) }]).unwrap())
 }
 
-fn alone(gguf: &Gguf, tokens: &[u32], kernels: &'static Kernels, threads: usize, chunk: usize) -> Vec<u32> {
+fn alone(
+    gguf: &Arc<Gguf>,
+    tokens: &[u32],
+    kernels: &'static Kernels,
+    threads: usize,
+    chunk: usize,
+) -> Vec<u32> {
     let mut engine = engine(gguf, kernels, threads, 512, 1);
     let sequence = engine.open();
     tokens.chunks(chunk).flat_map(|tokens| feed(&mut engine, sequence, tokens)).collect()
 }
 
-fn model(name: &str) -> (Gguf, Vec<u32>) {
+fn model(name: &str) -> (Arc<Gguf>, Vec<u32>) {
     let golden = Tensors::read(&fixture(name, "golden.safetensors"));
     (gguf(name), ids(&golden)[..POSITIONS].to_vec())
 }
@@ -40,6 +48,48 @@ fn instruction_sets_and_threads() {
             for threads in [1, 2, 3] {
                 let got = alone(&gguf, &tokens, kernels, threads, 512);
                 assert!(got == reference, "{name}: {} on {threads} threads", kernels.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn sparse_and_dense() {
+    for name in MODELS {
+        let (gguf, tokens) = model(name);
+        let reference = {
+            let mut engine = engine_as(&gguf, Strategy::Dense, supported()[0], 1, 512, 1);
+            let sequence = engine.open();
+            feed(&mut engine, sequence, &tokens)
+        };
+        let vocab = reference.len() / tokens.len();
+        for kernels in supported() {
+            for chunk in [1, 3, 512] {
+                for strategy in [Strategy::Sparse, Strategy::Dense] {
+                    let mut engine = engine_as(&gguf, strategy, kernels, 2, 512, 1);
+                    let sequence = engine.open();
+                    let got: Vec<u32> =
+                        tokens.chunks(chunk).flat_map(|tokens| feed(&mut engine, sequence, tokens)).collect();
+                    assert!(got == reference, "{name}: {strategy:?} {} in chunks of {chunk}", kernels.name());
+                    // Of the best, those that are given are exact, and none that belongs to them is missing.
+                    engine.truncate(sequence, 0);
+                    let (top, also) = (5, [1, 7]);
+                    for (i, tokens) in tokens.chunks(chunk).enumerate() {
+                        let wanted = Wanted::All(Logits::Best { top, also: &also });
+                        let best = engine.feed(&[Feed { sequence, tokens, wanted }]).unwrap();
+                        for (t, best) in best.chunks(vocab).enumerate() {
+                            let all = &reference[(i * chunk + t) * vocab..][..vocab];
+                            let value = |id: usize| f32::from_bits(all[id]);
+                            let mut ranked: Vec<usize> = (0..vocab).collect();
+                            ranked.sort_by(|&a, &b| value(b).total_cmp(&value(a)));
+                            let floor = value(ranked[top + also.len() - 1]);
+                            for (id, logit) in best.iter().enumerate() {
+                                let needed = value(id) >= floor || also.contains(&(id as u32));
+                                assert!(logit.to_bits() == all[id] || *logit == f32::NEG_INFINITY && !needed);
+                            }
+                        }
+                    }
+                }
             }
         }
     }
@@ -81,7 +131,7 @@ fn company_in_the_batch() {
                 let feeds: Vec<Feed<'_>> = sequences
                     .iter()
                     .zip(&parts)
-                    .map(|(&sequence, tokens)| Feed { sequence, tokens, wanted: Wanted::All })
+                    .map(|(&sequence, tokens)| Feed { sequence, tokens, wanted: Wanted::All(Logits::Every) })
                     .collect();
                 let mut logits = engine.feed(&feeds).unwrap();
                 for (got, part) in got.iter_mut().zip(&parts) {
@@ -131,13 +181,16 @@ fn a_refused_feed_changes_nothing() {
         ),
         (vec![1; 631], "641 tokens do not fit in the context of 640 tokens".to_owned()),
     ] {
-        let error = engine.feed(&[Feed { sequence, tokens: &bad, wanted: Wanted::Last }]).unwrap_err();
+        let error =
+            engine.feed(&[Feed { sequence, tokens: &bad, wanted: Wanted::Last(Logits::Every) }]).unwrap_err();
         assert_eq!(error.to_string(), message);
         assert_eq!(engine.tokens(sequence), &tokens[..10]);
     }
     let other = engine.open();
     let full = vec![1; 600];
-    let error = engine.feed(&[Feed { sequence: other, tokens: &full, wanted: Wanted::Last }]).unwrap_err();
+    let error = engine
+        .feed(&[Feed { sequence: other, tokens: &full, wanted: Wanted::Last(Logits::Every) }])
+        .unwrap_err();
     assert_eq!(error.to_string(), "the key/value cache is full: 10 pages of 64 tokens are in use");
     assert!(feed(&mut engine, sequence, &tokens[10..]) == reference[10 * vocab..]);
 }

@@ -1,7 +1,7 @@
 //! Whether kernels compute the bits that the scalar ones define.
 
-use bitnet::kernels::{Activation, Compute, Kernels, supported};
-use bitnet::model::{Config, Model};
+use bitnet::kernels::{Activation, Compute, Kernels, Logits, supported};
+use bitnet::model::{Config, Model, Strategy};
 use bitnet::{Engine, EngineOptions, Error, Feed, Wanted};
 
 /// Several tokens in one step, and then one.
@@ -18,7 +18,8 @@ pub fn bits(model: Model, compute: Compute) -> Result<Vec<u32>, Error> {
     let mut bits = Vec::new();
     for tokens in TOKENS {
         let tokens: Vec<u32> = tokens.iter().map(|&token| token.min(last)).collect();
-        let logits = engine.feed(&[Feed { sequence, tokens: &tokens, wanted: Wanted::All }])?;
+        let logits =
+            engine.feed(&[Feed { sequence, tokens: &tokens, wanted: Wanted::All(Logits::Every) }])?;
         bits.extend(logits.iter().map(|x| x.to_bits()));
     }
     Ok(bits)
@@ -40,7 +41,7 @@ pub fn passes(kernels: &'static Kernels) -> bool {
     };
     let run = |kernels| {
         let compute = Compute::new(kernels, 1);
-        bits(Model::random(config.clone(), &compute).ok()?, compute).ok()
+        bits(Model::random(config.clone(), &compute, Strategy::default()).ok()?, compute).ok()
     };
     match supported().first() {
         Some(scalar) if scalar.name() != kernels.name() => run(scalar) == run(kernels),

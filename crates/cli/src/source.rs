@@ -7,11 +7,12 @@ use anyhow::{Context, bail};
 use bitnet::gguf::Gguf;
 use bitnet::hub::ModelName;
 use bitnet::kernels::{Compute, Kernels, allowed_threads, best, supported};
-use bitnet::model::{Config, Model};
+use bitnet::model::{Config, Model, Strategy};
 use bitnet::{EngineOptions, Error};
 use std::fmt::Display;
 use std::io::{IsTerminal, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// The model of a command, and what it runs on.
 #[derive(clap::Args)]
@@ -22,9 +23,12 @@ pub struct ModelArgs {
     /// Threads [default: one for each physical core that this process may use]
     #[arg(short = 't', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
-    /// Kernels: scalar, avx2, avx512 or avx512vnni [default: the best for this CPU]
+    /// Kernels: scalar, avx2, avxvnni, avx512 or avx512vnni [default: the best for this CPU]
     #[arg(long, value_name = "ISA", value_parser = parse_kernels)]
     kernels: Option<&'static Kernels>,
+    /// Read every weight for every token, instead of only those that can matter; the result is the same
+    #[arg(long)]
+    dense: bool,
     /// No notices and statistics on stderr
     #[arg(short = 'q', long)]
     pub quiet: bool,
@@ -76,9 +80,14 @@ impl ModelArgs {
         self.model.as_deref()
     }
 
+    /// What a decoded token reads.
+    pub fn strategy(&self) -> Strategy {
+        if self.dense { Strategy::Dense } else { Strategy::Sparse }
+    }
+
     /// Loads the model and tells what was repaired.
     pub fn load(&self, compute: &Compute) -> anyhow::Result<Model> {
-        let model = Model::load(&open(self.model.as_deref(), self.quiet)?, compute)?;
+        let model = Model::load(&Arc::new(open(self.model.as_deref(), self.quiet)?), compute, self.strategy())?;
         for repair in model.repairs() {
             self.note(&repair.message);
         }

@@ -36,6 +36,13 @@ pub struct Gguf {
     directory: Directory,
 }
 
+impl AsRef<[u8]> for Gguf {
+    /// The whole file.
+    fn as_ref(&self) -> &[u8] {
+        self.bytes.as_slice()
+    }
+}
+
 impl Gguf {
     /// Maps a file and parses its directory.
     ///

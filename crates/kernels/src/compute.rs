@@ -7,7 +7,7 @@ use crate::memory::{Aligned, Bytes, HugeBuffer};
 use crate::ops::{FloatType, PAGE};
 use crate::pool::Pool;
 use crate::table::{HeadPages, Kernels};
-use crate::ternary::panel::{PANEL, PanelSource};
+use crate::ternary::panel::{BLOCK, PanelSource};
 use crate::ternary::{self, Activations, Layout, OutPtr, Which, columns};
 use std::marker::PhantomData;
 
@@ -59,10 +59,10 @@ impl TernaryMatrix {
 /// A float matrix `[rows][columns]`, stored little-endian: embedding and output head.
 #[derive(Clone)]
 pub struct FloatMatrix {
-    bytes: Bytes,
-    ty: FloatType,
-    rows: usize,
-    columns: usize,
+    pub(crate) bytes: Bytes,
+    pub(crate) ty: FloatType,
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
 }
 
 impl FloatMatrix {
@@ -168,7 +168,7 @@ pub struct Workspace {
     columns: usize,
     /// Two rows of floats for each thread.
     floats: Aligned<f32>,
-    /// A panel of unpacked weights for each thread.
+    /// A block of unpacked weights for each thread.
     panels: Aligned<u8>,
     /// Sums of a product by columns, for each thread.
     sums: Aligned<i32>,
@@ -181,13 +181,13 @@ impl Workspace {
         Self {
             columns: width,
             floats: Aligned::zeroed(threads * 2 * width),
-            panels: Aligned::zeroed(threads * PANEL * width),
+            panels: Aligned::zeroed(threads * BLOCK * width),
             sums: Aligned::zeroed(threads * width),
         }
     }
     /// Its size in bytes.
     pub const fn bytes(columns: usize, threads: usize) -> usize {
-        threads * ternary::row_bytes(columns) * 4 * (2 * 4 + PANEL + 4)
+        threads * ternary::row_bytes(columns) * 4 * (2 * 4 + BLOCK + 4)
     }
 }
 
@@ -259,12 +259,12 @@ fn check(matrix: &TernaryMatrix, q: &QuantizedRows, out: &[f32]) {
 
 /// Kernels and the threads that run them.
 pub struct Compute {
-    kernels: &'static Kernels,
-    pool: Pool,
+    pub(crate) kernels: &'static Kernels,
+    pub(crate) pool: Pool,
 }
 
 /// A slice handed out in disjoint rows.
-struct Rows<'a, T> {
+pub(crate) struct Rows<'a, T> {
     ptr: *mut T,
     len: usize,
     width: usize,
@@ -274,16 +274,24 @@ struct Rows<'a, T> {
 unsafe impl<T: Send> Sync for Rows<'_, T> {}
 
 impl<'a, T> Rows<'a, T> {
-    fn new(slice: &'a mut [T], width: usize) -> Self {
+    pub(crate) fn new(slice: &'a mut [T], width: usize) -> Self {
         Self { ptr: slice.as_mut_ptr(), len: slice.len(), width, life: PhantomData }
     }
     /// # Safety
     /// Nobody else may hold row `i` while the result lives.
     #[allow(clippy::mut_from_ref)]
-    unsafe fn row(&self, i: usize) -> &mut [T] {
+    pub(crate) unsafe fn row(&self, i: usize) -> &mut [T] {
         assert!((i + 1) * self.width <= self.len);
         // SAFETY: in bounds as just checked; exclusive by the caller's contract.
         unsafe { std::slice::from_raw_parts_mut(self.ptr.add(i * self.width), self.width) }
+    }
+    /// # Safety
+    /// Nobody else may hold any of the `count` rows from `first` on while the result lives.
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn rows(&self, first: usize, count: usize) -> &mut [T] {
+        assert!((first + count) * self.width <= self.len);
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.add(first * self.width), count * self.width) }
     }
 }
 
@@ -404,7 +412,7 @@ impl Compute {
         }
         // Several tokens take a panel of rows at a time; one takes some 16 KiB of rows.
         let row_bytes = ternary::row_bytes(q.columns);
-        let grain = if q.tokens > 1 { PANEL } else { ((16 << 10) / row_bytes).max(4) & !3 };
+        let grain = if q.tokens > 1 { BLOCK } else { ((16 << 10) / row_bytes).max(4) & !3 };
         let mut end = 0;
         let plan = jobs.map(|(matrix, out)| {
             check(matrix, q, out);
@@ -425,10 +433,10 @@ impl Compute {
             });
             return;
         }
-        let panels = Rows::new(&mut work.panels, work.columns * PANEL);
+        let panels = Rows::new(&mut work.panels, work.columns * BLOCK);
         let live = q.live_columns();
-        self.pool.run(end / PANEL, |task, worker| {
-            let (matrix, out, first, count) = job(task * PANEL);
+        self.pool.run(end / BLOCK, |task, worker| {
+            let (matrix, out, first, count) = job(task * BLOCK);
             let (source, a) = match (matrix.layout, live) {
                 (Layout::Rows, _) => {
                     let w = &matrix.bytes[first * row_bytes..][..count * row_bytes];
@@ -445,7 +453,7 @@ impl Compute {
             // SAFETY: each worker runs one task at a time; these rows of every token are this task's alone and lie in the
             // output, whose length was checked.
             unsafe {
-                self.kernels.matmul_panel(source, matrix.scale, a, panels.row(worker), first, count, out);
+                self.kernels.matmul_block(source, matrix.scale, a, panels.row(worker), first, count, out);
             }
         });
     }
@@ -482,7 +490,12 @@ impl Compute {
             let codes = &q.packed[range.clone()];
             self.kernels.add_columns(&matrix.bytes, column_bytes, &q.live[range], codes, sums);
         });
-        self.kernels.finish_columns(&work.sums[..self.pool.threads() * width], q.sums[0], matrix.scale / q.scales[0], out);
+        self.kernels.finish_columns(
+            &work.sums[..self.pool.threads() * width],
+            q.sums[0],
+            matrix.scale / q.scales[0],
+            out,
+        );
     }
 
     /// Rotates every head of every row of x (`[tokens][heads * head_dim]`). `cos`, `sin`: `[tokens][half]`.
@@ -554,22 +567,6 @@ impl Compute {
         for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
             self.kernels.rmsnorm(x, weight, eps, out);
         }
-    }
-
-    /// Logits: out (`[tokens][vocabulary]`) = x (`[tokens][columns]`) · matrixᵀ.
-    pub fn head(&self, matrix: &FloatMatrix, x: &[f32], out: &mut [f32]) {
-        let tokens = x.len() / matrix.columns;
-        assert_eq!(out.len(), tokens * matrix.rows);
-        let out = OutPtr { ptr: out.as_mut_ptr(), stride: matrix.rows };
-        let row_bytes = matrix.columns * matrix.ty.size();
-        let tile_rows = ((256 << 10) / row_bytes).clamp(4, 1024) & !3;
-        self.pool.run(matrix.rows.div_ceil(tile_rows), |task, _| {
-            let begin = task * tile_rows;
-            let end = (begin + tile_rows).min(matrix.rows);
-            let w = &matrix.bytes[begin * row_bytes..end * row_bytes];
-            // SAFETY: rows begin..end of every token are this task's alone and lie in the output, whose length was checked.
-            unsafe { self.kernels.head_rows(matrix.ty, w, x, matrix.columns, begin, out) }
-        });
     }
 
     /// Reads `floats` once with all threads, as fast as memory gives them.

@@ -6,16 +6,20 @@
 pub mod blocks;
 mod compute;
 pub mod half;
+mod head;
 mod isa;
 pub mod math;
 mod memory;
 mod ops;
 mod pool;
+mod screen;
 mod table;
 pub mod ternary;
 
 pub use compute::{Activation, Compute, FloatMatrix, KvStore, QuantizedRows, TernaryMatrix, Workspace};
+pub use head::{Head, HeadScratch, Logits};
 pub use memory::{Aligned, Bytes, HugeBuffer, Plain};
 pub use ops::{FloatType, PAGE};
 pub use pool::{Pool, allowed_threads};
+pub use screen::Screen;
 pub use table::{Kernels, best, supported};

@@ -455,6 +455,27 @@ unsafe fn head_typed<I: Isa>(
     }
 }
 
+/// Logits of single rows of the head `w`, one for each of `list`, to `out`.
+#[inline(always)]
+pub(crate) fn head_listed<I: Isa>(isa: I, ty: FloatType, w: &[u8], x: &[f32], list: &[u32], out: &mut [f32]) {
+    let row_bytes = x.len() * ty.size();
+    for (i, (&row, out)) in list.iter().zip(out).enumerate() {
+        // The next row is anywhere: ask for it while this one is multiplied.
+        if let Some(&next) = list.get(i + 1) {
+            let at = w.as_ptr().wrapping_add(next as usize * row_bytes);
+            let mut line = 0;
+            while line < row_bytes {
+                isa.prefetch(at.wrapping_add(line));
+                line += 64;
+            }
+        }
+        let w = &w[row as usize * row_bytes..][..row_bytes];
+        let out = crate::ternary::OutPtr { ptr: out, stride: 0 };
+        // SAFETY: one row and one token give one element, which `out` is.
+        unsafe { head_rows(isa, ty, w, x, x.len(), 0, out) }
+    }
+}
+
 /// R rows against T tokens.
 ///
 /// # Safety

@@ -4,6 +4,7 @@ use crate::isa::scalar::Scalar;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{avx2::Avx2, avx512::Avx512};
 use crate::ops::{self, FloatType, Page};
+use crate::screen::{self, Probe, Screen};
 use crate::ternary::panel::{self, PanelSource};
 use crate::ternary::{self, Activations, Layout, OutPtr, Which, columns};
 
@@ -42,10 +43,13 @@ pub struct Kernels {
     attention: unsafe fn(&[f32], usize, f32, HeadPages<'_>, usize, &mut [f32]),
     decode_row: unsafe fn(FloatType, &[u8], &mut [f32]) -> bool,
     gemv_rows: unsafe fn(&[u8], usize, Which<'_>, f32, Activations<'_>, OutPtr),
-    matmul_panel: unsafe fn(PanelSource<'_>, f32, Activations<'_>, &mut [u8], usize, usize, OutPtr),
+    matmul_block: unsafe fn(PanelSource<'_>, f32, Activations<'_>, &mut [u8], usize, usize, OutPtr),
     add_columns: unsafe fn(&[u8], usize, &[u32], &[i8], &mut [i32]),
     finish_columns: unsafe fn(&[i32], i32, f32, &mut [f32]),
     head_rows: unsafe fn(FloatType, &[u8], &[f32], usize, usize, OutPtr),
+    head_listed: unsafe fn(FloatType, &[u8], &[f32], &[u32], &mut [f32]),
+    screen_row: unsafe fn(&[f32], &[f32], &mut [u8]) -> (f32, f32),
+    screen_logits: unsafe fn(&Screen, &Probe, usize, &mut [f32]) -> (f32, f32),
     stream_read: unsafe fn(&[f32]) -> f32,
 }
 
@@ -57,7 +61,8 @@ macro_rules! kernels {
             use super::*;
             pub(super) static KERNELS: Kernels = Kernels {
                 name: $name, rmsnorm, quantize, add, relu2_mul, silu_mul, rope, attention, decode_row, gemv_rows,
-                matmul_panel, add_columns, finish_columns, head_rows, stream_read,
+                matmul_block, add_columns, finish_columns, head_rows,
+                head_listed, screen_row, screen_logits, stream_read,
             };
             $(#[target_feature(enable = $features)])?
             unsafe fn rmsnorm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
@@ -102,13 +107,13 @@ macro_rules! kernels {
                 unsafe { ternary::gemv_rows(isa, w, row_bytes, which, weight_scale, a, out) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn matmul_panel(
-                source: PanelSource<'_>, weight_scale: f32, a: Activations<'_>, panel: &mut [u8], first: usize,
+            unsafe fn matmul_block(
+                source: PanelSource<'_>, weight_scale: f32, a: Activations<'_>, panels: &mut [u8], first: usize,
                 count: usize, out: OutPtr,
             ) {
                 let isa = $isa;
                 // SAFETY: the caller's contract, handed on.
-                unsafe { panel::matmul_panel(isa, source, weight_scale, a, panel, first, count, out) }
+                unsafe { panel::matmul_block(isa, source, weight_scale, a, panels, first, count, out) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn add_columns(w: &[u8], column_bytes: usize, list: &[u32], q: &[i8], sums: &mut [i32]) {
@@ -125,6 +130,20 @@ macro_rules! kernels {
                 let isa = $isa;
                 // SAFETY: the caller's contract, handed on.
                 unsafe { ops::head_rows(isa, ty, w, x, columns, first_row, out) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn head_listed(ty: FloatType, w: &[u8], x: &[f32], list: &[u32], out: &mut [f32]) {
+                ops::head_listed($isa, ty, w, x, list, out);
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn screen_row(row: &[f32], dither: &[f32], codes: &mut [u8]) -> (f32, f32) {
+                screen::screen_row($isa, row, dither, codes)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn screen_logits(
+                screen: &Screen, probe: &Probe, first: usize, logits: &mut [f32],
+            ) -> (f32, f32) {
+                screen::screen_logits($isa, screen, probe, first, logits)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn stream_read(floats: &[f32]) -> f32 {
@@ -247,19 +266,19 @@ impl Kernels {
         unsafe { (self.gemv_rows)(w, row_bytes, which, weight_scale, a, out) }
     }
     /// # Safety
-    /// As [`panel::matmul_panel`].
-    pub(crate) unsafe fn matmul_panel(
+    /// As [`panel::matmul_block`].
+    pub(crate) unsafe fn matmul_block(
         &self,
         source: PanelSource<'_>,
         weight_scale: f32,
         a: Activations<'_>,
-        panel: &mut [u8],
+        panels: &mut [u8],
         first: usize,
         count: usize,
         out: OutPtr,
     ) {
         // SAFETY: as above, and the caller's contract.
-        unsafe { (self.matmul_panel)(source, weight_scale, a, panel, first, count, out) }
+        unsafe { (self.matmul_block)(source, weight_scale, a, panels, first, count, out) }
     }
     pub(crate) fn add_columns(
         &self,
@@ -289,6 +308,24 @@ impl Kernels {
     ) {
         // SAFETY: as above, and the caller's contract.
         unsafe { (self.head_rows)(ty, w, x, columns, first_row, out) }
+    }
+    pub(crate) fn head_listed(&self, ty: FloatType, w: &[u8], x: &[f32], list: &[u32], out: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { (self.head_listed)(ty, w, x, list, out) }
+    }
+    pub(crate) fn screen_row(&self, row: &[f32], dither: &[f32], codes: &mut [u8]) -> (f32, f32) {
+        // SAFETY: as above.
+        unsafe { (self.screen_row)(row, dither, codes) }
+    }
+    pub(crate) fn screen_logits(
+        &self,
+        screen: &Screen,
+        probe: &Probe,
+        first: usize,
+        logits: &mut [f32],
+    ) -> (f32, f32) {
+        // SAFETY: as above.
+        unsafe { (self.screen_logits)(screen, probe, first, logits) }
     }
     pub(crate) fn stream_read(&self, floats: &[f32]) -> f32 {
         // SAFETY: as above.

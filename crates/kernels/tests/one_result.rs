@@ -190,7 +190,14 @@ fn extreme_codes_do_not_overflow() {
                 compute.norm_quantize(&x, &vec![1.0; columns], 1e-5, Layout::Columns, &mut work, &mut q);
                 compute.linear(&q, &mut work, [(&v, &mut out2)]);
                 assert_eq!(bits(&out), bits(&out2));
-                compute.norm_quantize(&x[..columns], &vec![1.0; columns], 1e-5, Layout::Columns, &mut work, &mut q);
+                compute.norm_quantize(
+                    &x[..columns],
+                    &vec![1.0; columns],
+                    1e-5,
+                    Layout::Columns,
+                    &mut work,
+                    &mut q,
+                );
                 compute.linear(&q, &mut work, [(&v, &mut out2[..2])]);
                 assert_eq!(bits(&out), bits(&out2));
                 bits(&out)
@@ -214,9 +221,8 @@ fn activations_are_the_same_everywhere() {
                 let rows = everywhere(|compute| {
                     let mut q = QuantizedRows::new(3, columns);
                     let mut work = Workspace::new(columns, compute.pool().threads());
-                    compute.activate_quantize(
-                        activation, &gate, &up, columns, norm, layout, &mut work, &mut q,
-                    );
+                    compute
+                        .activate_quantize(activation, &gate, &up, columns, norm, layout, &mut work, &mut q);
                     (0..3).map(|t| (q.row(t).0, q.row(t).1.to_bits())).collect::<Vec<_>>()
                 });
                 if norm.is_none() {

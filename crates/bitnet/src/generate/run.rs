@@ -55,7 +55,7 @@ pub fn generate(
     }
     let mut next = prompt.to_vec();
     let finish = loop {
-        let feed = Feed { sequence, tokens: &next, wanted: Wanted::Last };
+        let feed = Feed { sequence, tokens: &next, wanted: Wanted::Last(sampler.wanted(&history)) };
         let logits = engine.feed(&[feed])?;
         let id = sampler.sample(logits, &history)?;
         if history.len() == first {

@@ -11,6 +11,7 @@
 
 use std::cmp::Ordering;
 
+use bitnet_kernels::Logits;
 use bitnet_kernels::math::exp64;
 
 /// How tokens are chosen. The default is llama.cpp's.
@@ -56,6 +57,10 @@ impl Default for SamplerConfig {
 }
 
 impl SamplerConfig {
+    fn penalises(&self) -> bool {
+        self.repeat_penalty != 1.0 || self.frequency_penalty != 0.0 || self.presence_penalty != 0.0
+    }
+
     /// The most probable token each time.
     pub fn greedy() -> Self {
         Self { temperature: 0.0, ..Self::default() }
@@ -110,6 +115,7 @@ pub struct Sampler {
     // Buffers, kept so that nothing is allocated per token.
     logits: Vec<f32>,
     window: Vec<u32>,
+    also: Vec<u32>,
     candidates: Vec<Candidate>,
 }
 
@@ -166,7 +172,14 @@ impl Sampler {
             });
         }
         let state = config.seed;
-        Ok(Self { config, state, logits: Vec::new(), window: Vec::new(), candidates: Vec::new() })
+        Ok(Self {
+            config,
+            state,
+            logits: Vec::new(),
+            window: Vec::new(),
+            also: Vec::new(),
+            candidates: Vec::new(),
+        })
     }
 
     /// The settings.
@@ -174,10 +187,29 @@ impl Sampler {
         &self.config
     }
 
+    /// Which logits the next choice looks at: where only so many of the greatest can be chosen, those, and those that biases
+    /// and penalties change.
+    pub fn wanted(&mut self, history: &[u32]) -> Logits<'_> {
+        let c = &self.config;
+        let top = match c.top_k {
+            _ if c.temperature == 0.0 => 1,
+            0 => return Logits::Every,
+            k => k as usize,
+        };
+        self.also.clear();
+        self.also.extend(c.logit_bias.iter().map(|(id, _)| id));
+        if c.penalises() {
+            self.also.extend(&history[history.len().saturating_sub(c.repeat_last_n as usize)..]);
+        }
+        self.also.sort_unstable();
+        self.also.dedup();
+        Logits::Best { top, also: &self.also }
+    }
+
     /// Chooses the next token, from logits `[vocab]`. `history` holds the tokens so far, the latest last.
     pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<u32, SampleError> {
         let c = &self.config;
-        let penalises = c.repeat_penalty != 1.0 || c.frequency_penalty != 0.0 || c.presence_penalty != 0.0;
+        let penalises = c.penalises();
         if !penalises && c.logit_bias.is_empty() {
             return self.choose(logits);
         }

@@ -1,8 +1,10 @@
 //! The forward pass of BitNet b1.58 (arXiv:2402.17764; the shapes are those of Hugging Face's `BitNetForCausalLM`).
 
-use super::Model;
+use super::{Model, Phase, Profile};
 use bitnet_kernels::ternary::Layout;
-use bitnet_kernels::{Activation, Aligned, Compute, KvStore, QuantizedRows, Workspace};
+use bitnet_kernels::{
+    Activation, Aligned, Compute, HeadScratch, KvStore, Logits, QuantizedRows, Screen, Workspace,
+};
 
 /// One token of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,6 +17,8 @@ pub struct Row {
     pub position: u32,
     /// Whether its logits are wanted.
     pub wants_logits: bool,
+    /// For the caller: what this row answers to.
+    pub tag: u32,
 }
 
 /// The buffers of a step of up to a fixed number of rows. Nothing is allocated while a step runs.
@@ -38,6 +42,8 @@ pub struct Scratch {
     /// Rows of the up projection that squared ReLU leaves alive.
     live: Vec<u32>,
     work: Workspace,
+    head: HeadScratch,
+    profile: Profile,
     /// `[rows][rope_dim / 2]`.
     cos: Aligned<f32>,
     sin: Aligned<f32>,
@@ -63,6 +69,8 @@ impl Scratch {
             codes: QuantizedRows::new(max_rows, widest),
             live: Vec::with_capacity(config.intermediate_size),
             work: Workspace::new(widest, compute.pool().threads()),
+            head: HeadScratch::new(config.vocab_size, config.hidden_size),
+            profile: Profile::default(),
             cos: floats(config.rope_dim / 2),
             sin: floats(config.rope_dim / 2),
         }
@@ -71,6 +79,11 @@ impl Scratch {
     /// Rows that fit in a step.
     pub fn max_rows(&self) -> usize {
         self.max_rows
+    }
+
+    /// Where the time went.
+    pub fn profile(&mut self) -> &mut Profile {
+        &mut self.profile
     }
 
     /// Bytes of the buffers for `max_rows` rows on `threads` threads.
@@ -87,8 +100,8 @@ impl Scratch {
 
 impl Model {
     /// Runs one step: every row through every block, its keys and values into `kv`. `pages(s)` are the pages of
-    /// sequence s, which must reach the positions of its rows. The logits of the rows that want them are written to
-    /// `logits` (`[wanted rows][vocab_size]`), in order.
+    /// sequence s, which must reach the positions of its rows. The logits of the rows that want them, those that `choice`
+    /// asks for, are written to `logits` (`[wanted rows][vocab_size]`), in order.
     ///
     /// Rows of one sequence must stand in order of position, and follow what `kv` already holds of it.
     ///
@@ -100,12 +113,31 @@ impl Model {
         kv: &mut KvStore,
         rows: &[Row],
         pages: impl Fn(u32) -> &'a [u32] + Sync,
+        choice: impl Fn(&Row) -> Logits<'a>,
         scratch: &mut Scratch,
         logits: &mut [f32],
     ) -> Result<(), usize> {
         let (config, weights, n) = (self.config(), self.weights(), rows.len());
         let eps = config.rms_norm_eps;
-        let Scratch { ids, x, q, attended, k, v, gate, up, delta, codes, live, work, cos, sin, .. } = scratch;
+        let Scratch {
+            ids,
+            x,
+            q,
+            attended,
+            k,
+            v,
+            gate,
+            up,
+            delta,
+            codes,
+            live,
+            work,
+            head,
+            profile,
+            cos,
+            sin,
+            ..
+        } = scratch;
         let x = &mut x[..n * config.hidden_size];
         let (q, attended) = (&mut q[..n * config.q_width()], &mut attended[..n * config.q_width()]);
         let (k, v) = (&mut k[..n * config.kv_width()], &mut v[..n * config.kv_width()]);
@@ -114,6 +146,7 @@ impl Model {
         let half = config.rope_dim / 2;
         let (cos, sin) = (&mut cos[..n * half], &mut sin[..n * half]);
 
+        profile.begin();
         ids.clear();
         ids.extend(rows.iter().map(|row| row.token));
         compute.embed(&weights.embedding, ids, x)?;
@@ -121,53 +154,71 @@ impl Model {
             let range = i * half..(i + 1) * half;
             self.rope_angles(row.position as usize, &mut cos[range.clone()], &mut sin[range]);
         }
+        profile.lap(Phase::Embed, 0);
         for (index, layer) in weights.layers.iter().enumerate() {
             compute.norm_quantize(x, &layer.attn_norm, eps, Layout::Rows, work, codes);
+            profile.lap(Phase::Norm, 0);
             compute.linear(
                 codes,
                 work,
                 [(&layer.attn_q, &mut *q), (&layer.attn_k, &mut *k), (&layer.attn_v, &mut *v)],
             );
+            let bytes = layer.attn_q.byte_len() + layer.attn_k.byte_len() + layer.attn_v.byte_len();
+            profile.lap(Phase::Qkv, bytes);
             compute.rope(q, config.head_dim, cos, sin, n);
             compute.rope(k, config.head_dim, cos, sin, n);
             for (i, row) in rows.iter().enumerate() {
                 let range = i * config.kv_width()..(i + 1) * config.kv_width();
                 kv.store(index, pages(row.sequence), row.position as usize, &k[range.clone()], &v[range]);
             }
+            profile.lap(Phase::Rope, 0);
             let sees = |row: usize| (pages(rows[row].sequence), rows[row].position as usize + 1);
             compute.attention(kv, index, q, n, sees, attended);
+            profile.lap(Phase::Attention, 0);
             compute.norm_quantize(attended, &layer.attn_sub_norm, eps, Layout::Rows, work, codes);
             compute.linear(codes, work, [(&layer.attn_output, &mut *delta)]);
             compute.add(x, delta);
+            profile.lap(Phase::Output, layer.attn_output.byte_len());
 
             compute.norm_quantize(x, &layer.ffn_norm, eps, Layout::Rows, work, codes);
+            profile.lap(Phase::Norm, 0);
             if n == 1 && config.activation == Activation::Relu2 {
                 compute.linear(codes, work, [(&layer.ffn_gate, &mut *gate)]);
                 live.clear();
                 live.extend((0u32..).zip(&*gate).filter(|(_, gate)| **gate > 0.0).map(|(row, _)| row));
+                profile.lap(Phase::Gate, layer.ffn_gate.byte_len());
                 compute.linear_listed(codes, &layer.ffn_up, live, up);
+                profile.lap(Phase::Up, layer.ffn_up.byte_len() / config.intermediate_size * live.len());
             } else {
                 compute.linear(codes, work, [(&layer.ffn_gate, &mut *gate), (&layer.ffn_up, &mut *up)]);
+                profile.lap(Phase::Gate, layer.ffn_gate.byte_len() + layer.ffn_up.byte_len());
             }
             let (width, norm) = (config.intermediate_size, Some((&layer.ffn_sub_norm[..], eps)));
             let layout = layer.ffn_down.layout();
             compute.activate_quantize(config.activation, gate, up, width, norm, layout, work, codes);
+            profile.lap(Phase::Activate, 0);
             compute.linear(codes, work, [(&layer.ffn_down, &mut *delta)]);
             compute.add(x, delta);
+            let columns = codes.live_columns().unwrap_or(config.intermediate_size);
+            profile.lap(Phase::Down, layer.ffn_down.byte_len() / config.intermediate_size * columns);
         }
         let mut wanted = 0;
-        for (i, row) in rows.iter().enumerate() {
-            if row.wants_logits {
-                let range = |i: usize| i * config.hidden_size..(i + 1) * config.hidden_size;
-                compute.rmsnorm(&x[range(i)], &weights.output_norm, eps, &mut delta[range(wanted)]);
-                wanted += 1;
-            }
+        for (i, _) in rows.iter().enumerate().filter(|(_, row)| row.wants_logits) {
+            let range = |i: usize| i * config.hidden_size..(i + 1) * config.hidden_size;
+            compute.rmsnorm(&x[range(i)], &weights.output_norm, eps, &mut delta[range(wanted)]);
+            // The ids have been looked up: their place is free for the rows that want logits.
+            ids[wanted] = i as u32;
+            wanted += 1;
         }
-        compute.head(
-            &weights.head,
-            &delta[..wanted * config.hidden_size],
-            &mut logits[..wanted * config.vocab_size],
-        );
+        let (delta, logits) =
+            (&delta[..wanted * config.hidden_size], &mut logits[..wanted * config.vocab_size]);
+        compute.head(&weights.head, delta, |i| choice(&rows[ids[i] as usize]), head, logits);
+        let (screened, survivors) = head.take_counts();
+        profile.count_head(screened, survivors);
+        let screen = weights.head.screen.as_ref().filter(|_| screened > 0).map_or(0, Screen::byte_len);
+        let matrix = weights.head.matrix.byte_len();
+        let all = if wanted as u64 > screened { matrix } else { 0 };
+        profile.lap(Phase::Head, screen + all + matrix / config.vocab_size * survivors as usize);
         Ok(())
     }
 }

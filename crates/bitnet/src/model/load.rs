@@ -3,12 +3,12 @@
 use super::config::{Keys, Repair};
 use super::rope::{angles, inverse_frequencies};
 use super::weights::WeightPlan;
-use super::{Config, Layer, Weights};
+use super::{Config, Layer, Strategy, Weights};
 use crate::Error;
 use crate::text::{Specials, Tokenizer, Vocab};
 use bitnet_gguf::Gguf;
-use bitnet_kernels::{Compute, KvStore, PAGE, TernaryMatrix};
-use std::sync::OnceLock;
+use bitnet_kernels::{Compute, KvStore, PAGE, Screen, TernaryMatrix};
+use std::sync::{Arc, OnceLock};
 
 /// An immutable model: many sequences share it.
 pub struct Model {
@@ -59,10 +59,10 @@ impl<'a> ModelInfo<'a> {
     ///
     /// # Errors
     /// The first thing that is wrong, with file, key or tensor, offset, and what was expected.
-    pub fn new(gguf: &'a Gguf) -> Result<Self, Error> {
+    pub fn new(gguf: &'a Gguf, strategy: Strategy) -> Result<Self, Error> {
         let mut repairs = Vec::new();
         let config = Config::from_gguf(gguf, &mut repairs)?;
-        let plan = WeightPlan::new(gguf, &config)?;
+        let plan = WeightPlan::new(gguf, &config, strategy)?;
         let keys = Keys { gguf, arch: config.architecture.clone() };
         let vocab = read_vocab(&keys, &config, &mut repairs)?;
         let special = read_special(&keys, &config, vocab.as_ref(), &mut repairs)?;
@@ -86,12 +86,12 @@ impl Model {
     ///
     /// # Errors
     /// As [`ModelInfo::new`], and what only the weights and the vocabulary themselves can show.
-    pub fn load(gguf: &Gguf, compute: &Compute) -> Result<Self, Error> {
-        let ModelInfo { config, repairs, special, plan, vocab } = ModelInfo::new(gguf)?;
+    pub fn load(gguf: &Arc<Gguf>, compute: &Compute, strategy: Strategy) -> Result<Self, Error> {
+        let ModelInfo { config, repairs, special, plan, vocab } = ModelInfo::new(gguf, strategy)?;
         let weight_bytes = plan.byte_len();
         // The tokenizer is built while the other threads read the weights.
         let tokenizer = OnceLock::new();
-        let weights = plan.load(&config, compute, || {
+        let weights = plan.load(&config, gguf, compute, || {
             let built = vocab.as_ref().map(Tokenizer::new).transpose();
             let _ = tokenizer.set(built);
         });
@@ -114,13 +114,15 @@ impl Model {
     ///
     /// # Errors
     /// [`Error::NoMemory`].
-    pub fn random(config: Config, compute: &Compute) -> Result<Self, Error> {
-        let weights = Weights::random(&config, compute)?;
+    pub fn random(config: Config, compute: &Compute, strategy: Strategy) -> Result<Self, Error> {
+        let weights = Weights::random(&config, compute, strategy)?;
         let matrices = weights.layers.iter().flat_map(Layer::matrices).map(TernaryMatrix::byte_len);
         Ok(Self {
             inverse_frequencies: inverse_frequencies(config.rope_dim, config.rope_theta),
             file: "random weights".into(),
-            weight_bytes: weights.embedding.byte_len() + matrices.sum::<usize>(),
+            weight_bytes: weights.embedding.byte_len()
+                + matrices.sum::<usize>()
+                + weights.head.screen.as_ref().map_or(0, Screen::byte_len),
             config,
             weights,
             tokenizer: None,

@@ -3,6 +3,7 @@
 pub mod config;
 mod forward;
 mod load;
+mod profile;
 mod rope;
 pub(crate) mod stored;
 mod weights;
@@ -10,4 +11,5 @@ mod weights;
 pub use config::{Config, Repair};
 pub use forward::{Row, Scratch};
 pub use load::{Model, ModelBytes, ModelInfo, SpecialTokens};
-pub use weights::{Layer, Weights};
+pub use profile::{Phase, Profile};
+pub use weights::{Layer, Strategy, Weights};

@@ -7,7 +7,9 @@ use bitnet_gguf::{Gguf, TensorInfo, TensorType};
 use bitnet_kernels::blocks::BlockFormat;
 use bitnet_kernels::ternary::blocks::RowFormat;
 use bitnet_kernels::ternary::{CHUNK, Layout, columns, pack, row_bytes};
-use bitnet_kernels::{Activation, Bytes, Compute, FloatMatrix, FloatType, HugeBuffer, TernaryMatrix};
+use bitnet_kernels::{
+    Activation, Bytes, Compute, FloatMatrix, FloatType, Head, HugeBuffer, Screen, TernaryMatrix,
+};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -16,7 +18,7 @@ pub struct Weights {
     /// `[vocab_size][hidden_size]`.
     pub embedding: FloatMatrix,
     /// `[vocab_size][hidden_size]`; the embedding itself where the two are tied.
-    pub head: FloatMatrix,
+    pub head: Head,
     /// `[hidden_size]`.
     pub output_norm: Vec<f32>,
     /// The blocks in order.
@@ -86,6 +88,17 @@ enum Store {
     Rows { columns: usize, format: Option<RowFormat> },
     /// I2_S or rows of another type, to be stored by columns.
     Columns { rows: usize, columns: usize, format: Option<RowFormat> },
+    /// The four-bit copy of the head: first all codes, then all scales.
+    Screen { rows: usize, columns: usize, ty: FloatType },
+}
+
+/// The encoding of a float matrix that is not one number after the other.
+fn block_format(ty: TensorType) -> Option<BlockFormat> {
+    match ty {
+        TensorType::Q8_0 => Some(BlockFormat::Q8_0),
+        TensorType::Q6_K => Some(BlockFormat::Q6_K),
+        _ => None,
+    }
 }
 
 /// Checks tensors against the configuration and assigns them places.
@@ -98,18 +111,44 @@ struct Planner<'a> {
 
 /// A place in the buffer, shape and scale, to become a matrix when the buffer is filled.
 type TernaryPlace = (Range<usize>, Layout, usize, usize, f32);
-type FloatPlace = (Range<usize>, FloatType);
+/// Where a float matrix is: in the buffer, or still in the file.
+enum FloatPlace {
+    Buffer(Range<usize>, FloatType),
+    File(Range<usize>, FloatType),
+}
 
 struct LayerPlan {
     norms: [Vec<f32>; 4],
     matrices: [TernaryPlace; 7],
 }
 
-/// Squared ReLU leaves most inputs of the down projection zero, and by columns those weights are never read.
-fn down_layout(config: &Config) -> Layout {
-    match config.activation {
-        Activation::Relu2 if config.intermediate_size <= columns::MAX_COLUMNS => Layout::Columns,
-        _ => Layout::Rows,
+/// What a decoded token reads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Strategy {
+    /// No weight that is multiplied with zero, and of the output head only what can still be chosen. The logits are the
+    /// same to the bit.
+    #[default]
+    Sparse,
+    /// Every weight.
+    Dense,
+}
+
+impl Strategy {
+    /// Smallest vocabulary whose head is screened.
+    const SCREENED_VOCABULARY: usize = 1024;
+
+    fn screens(self, vocab_size: usize) -> bool {
+        self == Self::Sparse && vocab_size >= Self::SCREENED_VOCABULARY
+    }
+
+    /// Squared ReLU leaves most inputs of the down projection zero, and by columns those weights are never read.
+    fn down_layout(self, config: &Config) -> Layout {
+        match config.activation {
+            Activation::Relu2 if self == Self::Sparse && config.intermediate_size <= columns::MAX_COLUMNS => {
+                Layout::Columns
+            }
+            _ => Layout::Rows,
+        }
     }
 }
 
@@ -118,6 +157,7 @@ pub(crate) struct WeightPlan<'a> {
     planner: Planner<'a>,
     embedding: FloatPlace,
     head: Option<FloatPlace>,
+    screen: Option<Range<usize>>,
     output_norm: Vec<f32>,
     layers: Vec<LayerPlan>,
 }
@@ -158,24 +198,33 @@ impl<'a> Planner<'a> {
         }
     }
 
-    fn float(&mut self, name: &str, columns: usize, rows: usize) -> Result<FloatPlace, Error> {
+    fn float(&self, name: &str, columns: usize, rows: usize) -> Result<(&'a TensorInfo, FloatType), Error> {
         let tensor = self.shaped(name, &[columns, rows])?;
-        let (ty, store) = match tensor.ty {
-            TensorType::F32 => (FloatType::F32, Store::Floats),
-            TensorType::F16 => (FloatType::F16, Store::Floats),
-            TensorType::BF16 => (FloatType::BF16, Store::Floats),
-            TensorType::Q8_0 => (FloatType::F16, Store::Blocks(BlockFormat::Q8_0)),
-            TensorType::Q6_K => (FloatType::F16, Store::Blocks(BlockFormat::Q6_K)),
+        let ty = match tensor.ty {
+            TensorType::F32 => FloatType::F32,
+            TensorType::BF16 => FloatType::BF16,
+            ty if ty == TensorType::F16 || block_format(ty).is_some() => FloatType::F16,
             other => {
                 let problem = format!("expected type F16, BF16, F32, Q8_0 or Q6_K, found {}", other.name());
                 return Err(self.error(tensor, problem));
             }
         };
-        let bytes = match store {
-            Store::Blocks(_) => 2 * columns * rows,
-            _ => tensor.byte_len as usize,
+        Ok((tensor, ty))
+    }
+
+    /// Copies the matrix to the buffer.
+    fn copied(&mut self, (tensor, ty): (&'a TensorInfo, FloatType)) -> FloatPlace {
+        let (bytes, store) = match block_format(tensor.ty) {
+            Some(format) => (2 * tensor.n_elements() as usize, Store::Blocks(format)),
+            None => (tensor.byte_len as usize, Store::Floats),
         };
-        Ok((self.place(tensor, bytes, store, 1.0), ty))
+        FloatPlace::Buffer(self.place(tensor, bytes, store, 1.0), ty)
+    }
+
+    /// Leaves the matrix in the file.
+    fn mapped(&self, (tensor, ty): (&'a TensorInfo, FloatType)) -> FloatPlace {
+        let start = tensor.offset as usize;
+        FloatPlace::File(start..start + tensor.byte_len as usize, ty)
     }
 
     fn ternary(
@@ -290,7 +339,7 @@ impl Planner<'_> {
 
 impl<'a> WeightPlan<'a> {
     /// Checks every tensor against the configuration.
-    pub(crate) fn new(gguf: &'a Gguf, config: &Config) -> Result<Self, Error> {
+    pub(crate) fn new(gguf: &'a Gguf, config: &Config, strategy: Strategy) -> Result<Self, Error> {
         let keys = Keys { gguf, arch: config.architecture.clone() };
         let exact = ExactScales::read(gguf);
         let mut planner = Planner { keys, exact, placed: Vec::new(), end: 0 };
@@ -313,17 +362,29 @@ impl<'a> WeightPlan<'a> {
                     planner.ternary(&name("attn_output"), Layout::Rows, q, hidden)?,
                     planner.ternary(&name("ffn_gate"), Layout::Rows, hidden, ff)?,
                     planner.ternary(&name("ffn_up"), Layout::Rows, hidden, ff)?,
-                    planner.ternary(&name("ffn_down"), down_layout(config), ff, hidden)?,
+                    planner.ternary(&name("ffn_down"), strategy.down_layout(config), ff, hidden)?,
                 ],
             });
         }
         let embedding = planner.float("token_embd.weight", hidden, config.vocab_size)?;
         // bitnet-25 files carry a copy of the embedding as output.weight that the model does not use.
         let tied = config.architecture == "bitnet-25" || gguf.tensor("output.weight").is_none();
-        let head =
+        let output =
             if tied { None } else { Some(planner.float("output.weight", hidden, config.vocab_size)?) };
+        // Blocks are decoded into the buffer, where the file has nothing to screen.
+        let plain = |(tensor, _): &(&TensorInfo, FloatType)| block_format(tensor.ty).is_none();
+        let screens =
+            strategy.screens(config.vocab_size) && plain(&embedding) && output.as_ref().is_none_or(plain);
+        let screen = screens.then(|| {
+            let (tensor, ty) = output.unwrap_or(embedding);
+            let (rows, columns) = (config.vocab_size, hidden);
+            let bytes = rows * (Screen::row_bytes(columns) + Screen::SCALE_BYTES);
+            planner.place(tensor, bytes, Store::Screen { rows, columns, ty }, 1.0)
+        });
+        let mut place = |matrix| if screens { planner.mapped(matrix) } else { planner.copied(matrix) };
+        let (embedding, head) = (place(embedding), output.map(place));
         let output_norm = planner.norm("output_norm.weight", hidden)?;
-        Ok(Self { planner, embedding, head, output_norm, layers })
+        Ok(Self { planner, embedding, head, screen, output_norm, layers })
     }
 
     /// Bytes of all weights in memory.
@@ -336,19 +397,27 @@ impl<'a> WeightPlan<'a> {
     pub(crate) fn load(
         self,
         config: &Config,
+        file: &Arc<Gguf>,
         compute: &Compute,
         beside: impl Fn() + Sync,
     ) -> Result<Weights, Error> {
-        let Self { planner, embedding, head, output_norm, layers } = self;
+        let Self { planner, embedding, head, screen, output_norm, layers } = self;
         let bytes = planner.end;
         let mut buffer = HugeBuffer::new(bytes).ok_or(Error::NoMemory { what: "weights", bytes })?;
-        fill(&planner, &mut buffer, compute, &beside)?;
+        fill(&planner, file, &mut buffer, compute, &beside)?;
         let buffer = Arc::new(buffer);
         let take = |range| Bytes::new(buffer.clone(), range);
         let matrix = |(range, layout, rows, columns, scale)| {
             TernaryMatrix::new(take(range), layout, rows, columns, scale)
         };
-        let float = |(range, ty)| FloatMatrix::new(take(range), ty, config.vocab_size, config.hidden_size);
+        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        let float = |place| {
+            let (bytes, ty) = match place {
+                FloatPlace::Buffer(range, ty) => (take(range), ty),
+                FloatPlace::File(range, ty) => (Bytes::new(file.clone(), range), ty),
+            };
+            FloatMatrix::new(bytes, ty, vocab, hidden)
+        };
         let layers = layers.into_iter().map(|LayerPlan { norms, matrices }| {
             let [attn_norm, attn_sub_norm, ffn_norm, ffn_sub_norm] = norms;
             let [attn_q, attn_k, attn_v, attn_output, ffn_gate, ffn_up, ffn_down] = matrices.map(matrix);
@@ -368,7 +437,11 @@ impl<'a> WeightPlan<'a> {
         });
         let layers = layers.collect();
         let embedding = float(embedding);
-        let head = head.map_or_else(|| embedding.clone(), float);
+        let screen = screen.map(|range| {
+            let split = range.start + vocab * Screen::row_bytes(hidden);
+            Screen::new(take(range.start..split), take(split..range.end), vocab, hidden)
+        });
+        let head = Head { matrix: head.map_or_else(|| embedding.clone(), float), screen };
         Ok(Weights { embedding, head, output_norm, layers })
     }
 }
@@ -379,13 +452,13 @@ impl Weights {
     ///
     /// # Errors
     /// [`Error::NoMemory`].
-    pub fn random(config: &Config, compute: &Compute) -> Result<Self, Error> {
+    pub fn random(config: &Config, compute: &Compute, strategy: Strategy) -> Result<Self, Error> {
         let (hidden, ff) = (config.hidden_size, config.intermediate_size);
         let (q, kv) = (config.q_width(), config.kv_width());
         let shapes =
             [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (ff, hidden), (ff, hidden), (hidden, ff)];
         let head = config.vocab_size * hidden * 2;
-        let layout = |index: usize| if index == 6 { down_layout(config) } else { Layout::Rows };
+        let layout = |index: usize| if index == 6 { strategy.down_layout(config) } else { Layout::Rows };
         let size = |index: usize| layout(index).bytes(shapes[index].0, shapes[index].1);
         let layer: usize = (0..shapes.len()).map(size).sum();
         let bytes = head + layer * config.n_layers;
@@ -405,7 +478,13 @@ impl Weights {
                 let start = end;
                 end += size(index);
                 let scale = (2.0 / columns as f32).sqrt();
-                TernaryMatrix::new(Bytes::new(buffer.clone(), start..end), layout(index), rows, columns, scale)
+                TernaryMatrix::new(
+                    Bytes::new(buffer.clone(), start..end),
+                    layout(index),
+                    rows,
+                    columns,
+                    scale,
+                )
             };
             Layer {
                 attn_norm: vec![1.0; hidden],
@@ -422,10 +501,38 @@ impl Weights {
             }
         });
         let layers = layers.collect();
-        let embedding =
-            FloatMatrix::new(Bytes::new(buffer, 0..head), FloatType::F16, config.vocab_size, hidden);
-        Ok(Self { head: embedding.clone(), embedding, output_norm: vec![1.0; hidden], layers })
+        let vocab = config.vocab_size;
+        let embedding = FloatMatrix::new(Bytes::new(buffer, 0..head), FloatType::F16, vocab, hidden);
+        let screen = strategy.screens(vocab).then(|| random_screen(&embedding, vocab, hidden, compute));
+        let head = Head { matrix: embedding.clone(), screen: screen.transpose()? };
+        Ok(Self { head, embedding, output_norm: vec![1.0; hidden], layers })
     }
+}
+
+fn random_screen(
+    matrix: &FloatMatrix,
+    rows: usize,
+    columns: usize,
+    compute: &Compute,
+) -> Result<Screen, Error> {
+    let split = rows * Screen::row_bytes(columns);
+    let bytes = split + rows * Screen::SCALE_BYTES;
+    let mut buffer = HugeBuffer::new(bytes).ok_or(Error::NoMemory { what: "weights", bytes })?;
+    {
+        const ROWS: usize = 1024;
+        let (codes, scales) = buffer.split_at_mut(split);
+        let parts = codes
+            .chunks_mut(ROWS * Screen::row_bytes(columns))
+            .zip(scales.chunks_mut(ROWS * Screen::SCALE_BYTES));
+        let parts: Vec<_> = parts.map(Mutex::new).collect();
+        compute.pool().run(parts.len(), |part, _| {
+            let (codes, scales) = &mut *parts[part].lock().unwrap_or_else(PoisonError::into_inner);
+            compute.screen_rows(matrix, part * ROWS, codes, scales);
+        });
+    }
+    let buffer = Arc::new(buffer);
+    let (codes, scales) = (Bytes::new(buffer.clone(), 0..split), Bytes::new(buffer, split..bytes));
+    Ok(Screen::new(codes, scales, rows, columns))
 }
 
 /// Fills `bytes` with `f` of random words, the same for any number of threads.
@@ -450,10 +557,13 @@ struct Part<'a, 'b> {
     /// Offset of `target` in the tensor's place.
     at: usize,
     target: &'b mut [u8],
+    /// The scales that go with the codes of a screen.
+    scales: &'b mut [u8],
 }
 
 fn fill(
     planner: &Planner<'_>,
+    file: &Arc<Gguf>,
     buffer: &mut [u8],
     compute: &Compute,
     beside: &(dyn Fn() + Sync),
@@ -471,13 +581,21 @@ fn fill(
             Store::Floats | Store::Blocks(_) | Store::Ternary => PART,
             Store::Rows { columns, .. } => row_bytes(columns) * (PART / row_bytes(columns)).max(1),
             Store::Columns { rows, .. } => CHUNK * columns::column_bytes(rows),
+            Store::Screen { columns, .. } => Screen::row_bytes(columns) * 1024,
         };
+        let mut scales: &mut [u8] = &mut [];
+        let mut scale_part = 0;
+        if let Store::Screen { rows, columns, .. } = placed.store {
+            (place, scales) = place.split_at_mut(rows * Screen::row_bytes(columns));
+            scale_part = part / Screen::row_bytes(columns) * Screen::SCALE_BYTES;
+        }
         let mut at = 0;
         while !place.is_empty() {
             let (target, tail) = place.split_at_mut(part.min(place.len()));
-            place = tail;
+            let (part_scales, scales_tail) = scales.split_at_mut(scale_part.min(scales.len()));
+            (place, scales) = (tail, scales_tail);
             let len = target.len();
-            parts.push(Mutex::new(Part { placed, at, target }));
+            parts.push(Mutex::new(Part { placed, at, target, scales: part_scales }));
             at += len;
         }
     }
@@ -493,7 +611,7 @@ fn fill(
             part => part - 2,
         };
         let mut part = parts[task].lock().unwrap_or_else(PoisonError::into_inner);
-        let Part { placed, at, target } = &mut *part;
+        let Part { placed, at, target, scales } = &mut *part;
         let source = gguf.tensor_bytes(placed.tensor);
         match placed.store {
             Store::Floats | Store::Ternary => {
@@ -537,13 +655,26 @@ fn fill(
                     Ok(strip) => columns::transpose(&strip, target),
                     Err(problem) => return fail(planner.error(placed.tensor, problem)),
                 }
+                // The last chunk is done with about last.
                 if (chunk + 1) * CHUNK >= columns {
                     let start = placed.tensor.offset;
                     gguf.advise_dontneed(start..start + source.len() as u64);
                 }
             }
+            Store::Screen { rows, columns, ty } => {
+                let start = placed.tensor.offset as usize;
+                let bytes = Bytes::new(file.clone(), start..start + source.len());
+                let matrix = FloatMatrix::new(bytes, ty, rows, columns);
+                let first = *at / Screen::row_bytes(columns);
+                compute.screen_rows(&matrix, first, target, scales);
+                let (row, done) =
+                    ((source.len() / rows) as u64, (target.len() / Screen::row_bytes(columns)) as u64);
+                let start = placed.tensor.offset + first as u64 * row;
+                gguf.advise_dontneed(start..start + done * row);
+            }
         }
-        let ternary = !matches!(placed.store, Store::Floats | Store::Blocks(_));
+        let ternary =
+            !matches!(placed.store, Store::Floats | Store::Blocks(_) | Store::Screen { .. });
         if let Some(byte) = code_three(target).filter(|_| ternary) {
             let problem = format!("code 3 near stored byte {}: no ternary weight", *at + byte);
             fail(planner.error(placed.tensor, problem));

@@ -5,10 +5,11 @@
 use bitnet::convert::{Options, convert};
 use bitnet::gguf::Gguf;
 use bitnet::kernels::{Compute, Kernels};
-use bitnet::model::Model;
+use bitnet::model::{Model, Strategy};
 use bitnet::{Engine, EngineOptions};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Every golden model.
 pub(crate) const MODELS: [&str; 5] = ["demo", "gqa", "silu", "mha", "ragged"];
@@ -18,25 +19,37 @@ pub(crate) fn fixture(model: &str, file: &str) -> PathBuf {
 }
 
 /// The GGUF of a golden model: the shipped one, or converted from the checkpoint beside the fixture.
-pub(crate) fn gguf(model: &str) -> Gguf {
+pub(crate) fn gguf(model: &str) -> Arc<Gguf> {
     if model == "demo" {
-        return Gguf::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/demo.gguf")).unwrap();
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/demo.gguf");
+        return Arc::new(Gguf::open(&path).unwrap());
     }
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("model.gguf");
     convert(&fixture(model, ""), &out, Options::default(), &mut |_| {}).unwrap();
-    Gguf::from_vec(model, std::fs::read(out).unwrap()).unwrap()
+    Arc::new(Gguf::from_vec(model, std::fs::read(out).unwrap()).unwrap())
 }
 
 pub(crate) fn engine(
-    gguf: &Gguf,
+    gguf: &Arc<Gguf>,
+    kernels: &'static Kernels,
+    threads: usize,
+    max_rows: usize,
+    sequences: usize,
+) -> Engine {
+    engine_as(gguf, Strategy::Sparse, kernels, threads, max_rows, sequences)
+}
+
+pub(crate) fn engine_as(
+    gguf: &Arc<Gguf>,
+    strategy: Strategy,
     kernels: &'static Kernels,
     threads: usize,
     max_rows: usize,
     sequences: usize,
 ) -> Engine {
     let compute = Compute::new(kernels, threads);
-    let model = Model::load(gguf, &compute).unwrap();
+    let model = Model::load(gguf, &compute, strategy).unwrap();
     Engine::new(model, compute, EngineOptions { context: 640, sequences, max_rows }).unwrap()
 }
 

@@ -2,8 +2,9 @@
 
 use crate::{output, source};
 use anyhow::{Context, Result};
-use bitnet::kernels::{HugeBuffer, TernaryMatrix};
-use bitnet::model::{Config, Model};
+use bitnet::generate::{Sampler, SamplerConfig};
+use bitnet::kernels::{HugeBuffer, Logits, TernaryMatrix};
+use bitnet::model::{Config, Model, Phase};
 use bitnet::{Engine, EngineOptions, Feed, SequenceId, Wanted};
 use serde::Serialize;
 use std::fmt::Write;
@@ -29,6 +30,9 @@ pub struct Args {
     /// Times each test is repeated
     #[arg(short = 'r', long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     reps: u32,
+    /// Print where the time goes, phase by phase, to stderr
+    #[arg(long)]
+    profile: bool,
     /// How the result is printed
     #[arg(short = 'o', long, default_value = "md")]
     output: Format,
@@ -64,7 +68,7 @@ struct Measurement {
 pub fn run(args: &Args) -> Result<()> {
     let compute = args.model.compute()?;
     let model = match args.synthetic {
-        Some(_) => Model::random(Config::bitnet_2b_4t(), &compute)?,
+        Some(_) => Model::random(Config::bitnet_2b_4t(), &compute, args.model.strategy())?,
         None => args.model.load(&compute)?,
     };
     let name = model.config().name.clone().unwrap_or_else(|| model.file().to_owned());
@@ -81,10 +85,12 @@ pub fn run(args: &Args) -> Result<()> {
     let mut tests = Vec::new();
     if args.n_prompt > 0 {
         tests.push((format!("pp{}", args.n_prompt), 1, prefill(&mut engine, sequences[0], args)?));
+        profile(&mut engine, args, args.n_prompt * args.reps as usize);
         stream(&engine, &mut streams)?;
     }
     if args.n_gen > 0 {
         tests.push((format!("tg{}", args.n_gen), args.batch, decode(&mut engine, &sequences, args)?));
+        profile(&mut engine, args, args.n_gen * batch * args.reps as usize);
         stream(&engine, &mut streams)?;
     }
     streams.sort_by(f64::total_cmp);
@@ -112,11 +118,35 @@ pub fn run(args: &Args) -> Result<()> {
     print(args.output, &rows.collect::<Vec<_>>())
 }
 
+/// Prints the time and bytes of each phase, for each of `tokens` tokens.
+fn profile(engine: &mut Engine, args: &Args, tokens: usize) {
+    if !args.profile {
+        return;
+    }
+    eprintln!("{:<10} {:>10} {:>10} {:>8}", "phase", "ms/token", "MB/token", "GB/s");
+    let (mut time, mut bytes) = (0.0, 0.0);
+    let line = |name: &str, s: f64, b: f64| {
+        let (ms, mb) = (s * 1e3 / tokens as f64, b / 1e6 / tokens as f64);
+        eprintln!("{name:<10} {ms:>10.3} {mb:>10.2} {:>8.1}", if s > 0.0 { b / s / 1e9 } else { 0.0 });
+    };
+    for phase in Phase::ALL {
+        let (t, b) = engine.profile().get(phase);
+        line(&format!("{phase:?}").to_lowercase(), t.as_secs_f64(), b as f64);
+        time += t.as_secs_f64();
+        bytes += b as f64;
+    }
+    line("sum", time, bytes);
+    let (screened, survivors) = engine.profile().head();
+    if screened > 0 {
+        eprintln!("head: {:.0} rows a token computed exactly", survivors as f64 / screened as f64);
+    }
+}
+
 /// Bytes of weights that one decoded step reads: every ternary matrix and the head.
 fn bytes_per_step(model: &Model) -> usize {
     let weights = model.weights();
     let ternary = weights.layers.iter().flat_map(bitnet::model::Layer::matrices).map(TernaryMatrix::byte_len);
-    weights.head.byte_len() + ternary.sum::<usize>()
+    weights.head.matrix.byte_len() + ternary.sum::<usize>()
 }
 
 /// Adds the rates, in bytes a second, of three reads of half a gigabyte.
@@ -141,8 +171,11 @@ fn prefill(engine: &mut Engine, sequence: SequenceId, args: &Args) -> Result<Vec
     let mut rates = Vec::new();
     for rep in 0..=args.reps {
         engine.truncate(sequence, 0);
+        if rep == 1 {
+            engine.profile().clear();
+        }
         let start = Instant::now();
-        engine.feed(&[Feed { sequence, tokens: &tokens, wanted: Wanted::Last }])?;
+        engine.feed(&[Feed { sequence, tokens: &tokens, wanted: Wanted::Last(Logits::Every) }])?;
         // The first round takes the memory from the system.
         if rep > 0 {
             rates.push(tokens.len() as f64 / start.elapsed().as_secs_f64());
@@ -153,10 +186,17 @@ fn prefill(engine: &mut Engine, sequence: SequenceId, args: &Args) -> Result<Vec
 }
 
 fn decode(engine: &mut Engine, sequences: &[SequenceId], args: &Args) -> Result<Vec<f64>> {
+    // With the sampling that `run` has by default; which token is drawn does not matter to the speed.
+    let sampler = || Sampler::new(SamplerConfig::default());
+    let mut samplers = sequences.iter().map(|_| sampler()).collect::<Result<Vec<_>, _>>()?;
+    let vocab = engine.model().config().vocab_size;
     let mut rates = Vec::new();
     for rep in 0..=args.reps {
         for sequence in sequences {
             engine.truncate(*sequence, 0);
+        }
+        if rep == 1 {
+            engine.profile().clear();
         }
         let steps = if rep == 0 { args.n_gen.min(4) } else { args.n_gen };
         let start = Instant::now();
@@ -165,9 +205,17 @@ fn decode(engine: &mut Engine, sequences: &[SequenceId], args: &Args) -> Result<
             let feeds: Vec<Feed<'_>> = sequences
                 .iter()
                 .zip(tokens.chunks(1))
-                .map(|(&sequence, tokens)| Feed { sequence, tokens, wanted: Wanted::Last })
+                .zip(&mut samplers)
+                .map(|((&sequence, tokens), sampler)| Feed {
+                    sequence,
+                    tokens,
+                    wanted: Wanted::Last(sampler.wanted(&[])),
+                })
                 .collect();
-            engine.feed(&feeds)?;
+            let logits = engine.feed(&feeds)?;
+            for (sampler, logits) in samplers.iter_mut().zip(logits.chunks(vocab)) {
+                sampler.sample(logits, &[])?;
+            }
         }
         if rep > 0 {
             rates.push((steps * sequences.len()) as f64 / start.elapsed().as_secs_f64());

@@ -1,7 +1,7 @@
 use crate::{output, source};
 use bitnet::gguf::{Gguf, Value};
 use bitnet::kernels::PAGE;
-use bitnet::model::{Config, ModelInfo};
+use bitnet::model::{Config, ModelInfo, Strategy};
 use serde_json::{Map, json};
 use std::fmt::Write;
 
@@ -28,7 +28,7 @@ pub struct Args {
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let gguf = source::open(args.model.as_deref(), false)?;
-    let info = ModelInfo::new(&gguf);
+    let info = ModelInfo::new(&gguf, Strategy::default());
     if args.json {
         output::print_json(&as_json(args, &gguf, info.as_ref()))?;
     } else {

@@ -1,6 +1,7 @@
 use crate::output::{self, Interrupted};
 use crate::source;
 use anyhow::ensure;
+use bitnet::kernels::Logits;
 use bitnet::{Engine, EngineOptions, Feed, Wanted};
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
@@ -38,7 +39,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     output::write_file(&args.output, |out| {
         out.write_all(&npy_header(tokens.len(), vocab))?;
         for tokens in tokens.chunks(CHUNK) {
-            let logits = engine.feed(&[Feed { sequence, tokens, wanted: Wanted::All }])?;
+            let logits = engine.feed(&[Feed { sequence, tokens, wanted: Wanted::All(Logits::Every) }])?;
             for value in logits {
                 out.write_all(&value.to_le_bytes())?;
             }

@@ -1,6 +1,7 @@
 use crate::output::{self, Interrupted, notice};
 use crate::source;
 use anyhow::ensure;
+use bitnet::kernels::Logits;
 use bitnet::kernels::math::exp64;
 use bitnet::text::Specials;
 use bitnet::{Engine, EngineOptions, Feed, Wanted};
@@ -62,7 +63,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         engine.feed(&[Feed { sequence, tokens: &input[..first], wanted: Wanted::Nothing }])?;
         for start in (first..window.len() - 1).step_by(CHUNK) {
             let tokens = &input[start..(start + CHUNK).min(window.len() - 1)];
-            let logits = engine.feed(&[Feed { sequence, tokens, wanted: Wanted::All }])?;
+            let logits = engine.feed(&[Feed { sequence, tokens, wanted: Wanted::All(Logits::Every) }])?;
             for (logits, &next) in logits.chunks_exact(vocab).zip(&window[start + 1..]) {
                 score.add(logits, next);
             }

@@ -3,6 +3,7 @@ use crate::source;
 use anyhow::{Context, bail, ensure};
 use bitnet::convert::Trits;
 use bitnet::gguf::Gguf;
+use bitnet::kernels::Logits;
 use bitnet::model::{Model, ModelInfo};
 use bitnet::text::Specials;
 use bitnet::{Engine, EngineOptions, Feed, Wanted};
@@ -10,6 +11,7 @@ use sha2::{Digest, Sha256};
 use std::fmt::Write;
 use std::io::Read;
 use std::path::Path;
+use std::sync::Arc;
 
 /// Tokens that are generated to see that the model runs.
 const TOKENS: usize = 16;
@@ -27,11 +29,11 @@ pub struct Args {
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let name = args.name.as_deref().or(args.model.name());
-    let gguf = source::open(name, args.model.quiet)?;
+    let gguf = Arc::new(source::open(name, args.model.quiet)?);
     let say = |what: &str, found: &str| output::print(format!("{what:<11} {found}\n").as_bytes());
     say("file", gguf.name())?;
 
-    let info = ModelInfo::new(&gguf)?;
+    let info = ModelInfo::new(&gguf, args.model.strategy())?;
     let (size, tensors) = (output::bytes(gguf.byte_len()), gguf.tensors().len());
     say("structure", &format!("sound: GGUF version {}, {tensors} tensors, {size}", gguf.version()))?;
     for repair in &info.repairs {
@@ -68,7 +70,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     say("trits", &trits.hash)?;
 
     let compute = args.model.compute()?;
-    let model = Model::load(&gguf, &compute)?;
+    let model = Model::load(&gguf, &compute, args.model.strategy())?;
     let kernels = compute.kernels().name();
     let options = EngineOptions {
         context: 64.min(model.config().context_length),
@@ -82,7 +84,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let sequence = engine.open();
     let (mut next, mut ids) = (prompt.clone(), Vec::new());
     while ids.len() < TOKENS && prompt.len() + ids.len() < options.context {
-        let logits = engine.feed(&[Feed { sequence, tokens: &next, wanted: Wanted::Last }])?;
+        let logits = engine.feed(&[Feed { sequence, tokens: &next, wanted: Wanted::Last(Logits::Every) }])?;
         if let Some(bad) = logits.iter().position(|x| !x.is_finite()) {
             bail!("the logit of token {bad} is {}: the model computes nonsense", logits[bad]);
         }

@@ -2,7 +2,7 @@
 //!
 //! Every intrinsic below needs only AVX2 or F16C, which the existence of an [`Avx2`] value proves.
 
-use super::{GROUP, Isa, PANEL, column_chunks, panel_quads, row_chunks};
+use super::{GROUP, Isa, PANEL, column_chunks, nibble_chunks, panel_quads, row_chunks};
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX2 and F16C, and AVX-VNNI where `VNNI` is true.
@@ -133,7 +133,7 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         }
     }
     #[inline(always)]
-    fn dot_rows<const R: usize>(self, w: [&[u8]; R], a: &[i8]) -> [i32; R] {
+    fn dot_rows<const R: usize>(self, w: [&[u8]; R], ahead: [*const u8; R], a: &[i8]) -> [i32; R] {
         let chunks = row_chunks(w, a);
         // SAFETY: `self` proves AVX2, and AVX-VNNI where it is used; chunk c < chunks reads weights below 64 c + 64 and codes
         // below 256 c + 256, the lengths checked above.
@@ -151,6 +151,7 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
                     let end = (start + 15).min(chunks);
                     let mut narrow = [_mm256_setzero_si256(); 2];
                     for c in start..end {
+                        self.prefetch(ahead[r].wrapping_add(64 * c));
                         for block in 0..2 {
                             let mut v = _mm256_loadu_si256(w[r].as_ptr().add(64 * c + 32 * block).cast());
                             for field in (0..4).rev() {
@@ -251,7 +252,8 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
                         let w0 = _mm256_loadu_si256(at.cast());
                         let w1 = _mm256_loadu_si256(at.add(32).cast());
                         for t in 0..T {
-                            let q = _mm256_set1_epi32(a[t].as_ptr().add(4 * i).cast::<i32>().read_unaligned());
+                            let q =
+                                _mm256_set1_epi32(a[t].as_ptr().add(4 * i).cast::<i32>().read_unaligned());
                             if VNNI {
                                 sums[t][0] = _mm256_dpbusd_avx_epi32(sums[t][0], w0, q);
                                 sums[t][1] = _mm256_dpbusd_avx_epi32(sums[t][1], w1, q);
@@ -264,8 +266,7 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
                     for t in 0..T {
                         for k in 0..2 {
                             let out = dots[t].as_mut_ptr().add(16 * half + 8 * k).cast();
-                            let sum =
-                                if VNNI { sums[t][k] } else { _mm256_madd_epi16(sums[t][k], ones) };
+                            let sum = if VNNI { sums[t][k] } else { _mm256_madd_epi16(sums[t][k], ones) };
                             _mm256_storeu_si256(out, _mm256_add_epi32(_mm256_loadu_si256(out), sum));
                         }
                     }
@@ -275,7 +276,13 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         }
     }
     #[inline(always)]
-    fn add_columns(self, columns: [&[u8]; GROUP], q: [i8; GROUP], sums: &mut [i32]) {
+    fn add_columns(
+        self,
+        columns: [&[u8]; GROUP],
+        ahead: [*const u8; GROUP],
+        q: [i8; GROUP],
+        sums: &mut [i32],
+    ) {
         let chunks = column_chunks(columns, sums);
         // SAFETY: `self` proves AVX2; chunk c < chunks reads bytes below 64 c + 64 of a column and sums below 256 c + 256.
         unsafe {
@@ -298,6 +305,11 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
                     v[i] = _mm256_loadu_si256(columns[i].as_ptr().add(32 * half).cast());
                     u[i] = _mm256_loadu_si256(columns[i + 4].as_ptr().add(32 * half).cast());
                 }
+                if half % 2 == 0 {
+                    for ahead in ahead {
+                        self.prefetch(ahead.wrapping_add(32 * half));
+                    }
+                }
                 let (mut v, mut u) = (interleave(v), interleave(u));
                 for field in (0..4).rev() {
                     for k in 0..4 {
@@ -315,6 +327,63 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
                     }
                 }
             }
+        }
+    }
+    #[inline(always)]
+    fn nibble_dots<const R: usize>(
+        self,
+        w: [&[u8]; R],
+        ahead: [*const u8; R],
+        high: &[i8],
+        low: &[i8],
+    ) -> [[i32; 2]; R] {
+        let chunks = nibble_chunks(w, high, low);
+        let run = if VNNI { chunks.max(1) } else { 4 };
+        // SAFETY: the CPU has the instructions, as `self` proves; chunk c < chunks reads weights below 64 c + 64 and codes
+        // below 128 c + 128, the lengths checked above.
+        unsafe {
+            let (mask, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
+            let zero = _mm256_setzero_si256();
+            let mut dots = [[0; 2]; R];
+            for r in 0..R {
+                let mut sums = [zero; 2];
+                let mut start = 0;
+                while start < chunks {
+                    let end = (start + run).min(chunks);
+                    let mut parts = [[zero; 2]; 2];
+                    for block in 2 * start..2 * end {
+                        let v = _mm256_loadu_si256(w[r].as_ptr().add(32 * block).cast());
+                        if block % 2 == 0 {
+                            self.prefetch(ahead[r].wrapping_add(32 * block));
+                        }
+                        let codes =
+                            [_mm256_and_si256(v, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask)];
+                        for (plane, q) in [high, low].into_iter().enumerate() {
+                            for half in 0..2 {
+                                let at = 128 * (block / 2) + 64 * half + 32 * (block % 2);
+                                let q = _mm256_loadu_si256(q.as_ptr().add(at).cast());
+                                let sum = &mut parts[plane][half];
+                                // Without VNNI a pair is at most 2 * 15 * 128 = 3840, eight of them below 2^15.
+                                *sum = if VNNI {
+                                    _mm256_dpbusd_avx_epi32(*sum, codes[half], q)
+                                } else {
+                                    _mm256_add_epi16(*sum, _mm256_maddubs_epi16(codes[half], q))
+                                };
+                            }
+                        }
+                    }
+                    for plane in 0..2 {
+                        for half in 0..2 {
+                            let part = parts[plane][half];
+                            let part = if VNNI { part } else { _mm256_madd_epi16(part, ones) };
+                            sums[plane] = _mm256_add_epi32(sums[plane], part);
+                        }
+                    }
+                    start = end;
+                }
+                dots[r] = [sum_lanes(sums[0]), sum_lanes(sums[1])];
+            }
+            dots
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Every intrinsic below needs only those sets, which the existence of an [`Avx512`] value proves.
 
-use super::{GROUP, Isa, PANEL, column_chunks, panel_quads, row_chunks};
+use super::{GROUP, Isa, PANEL, column_chunks, nibble_chunks, panel_quads, row_chunks};
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX-512 F and BW, and VNNI where `VNNI` is true.
@@ -112,14 +112,20 @@ impl<const VNNI: bool> Isa for Avx512<VNNI> {
         }
     }
     #[inline(always)]
-    fn dot_rows<const R: usize>(self, w: [&[u8]; R], a: &[i8]) -> [i32; R] {
+    fn dot_rows<const R: usize>(self, w: [&[u8]; R], ahead: [*const u8; R], a: &[i8]) -> [i32; R] {
         let chunks = row_chunks(w, a);
         // SAFETY: `self` proves AVX-512F.
         let mut sums = [unsafe { _mm512_setzero_si512() }; R];
-        // Row after row, so that memory is read as one stream; the hardware's prefetch of it is better than ours.
+        // Row after row, so that memory is read as one stream.
         for r in 0..R {
             // SAFETY: the CPU has the instructions, as `self` proves, and the lengths were checked above.
-            sums[r] = unsafe { if VNNI { dot_vnni(w[r], a, chunks) } else { dot_maddubs(w[r], a, chunks) } };
+            sums[r] = unsafe {
+                if VNNI {
+                    dot_vnni(w[r], ahead[r], a, chunks)
+                } else {
+                    dot_maddubs(w[r], ahead[r], a, chunks)
+                }
+            };
         }
         // The lanes of different rows are folded together: a row of 2560 weights is only ten steps long.
         // SAFETY: `self` proves AVX-512F.
@@ -180,16 +186,81 @@ impl<const VNNI: bool> Isa for Avx512<VNNI> {
     fn panel_tile<const T: usize>(self, panel: &[u8], a: [&[i8]; T], dots: &mut [[i32; PANEL]; T]) {
         let quads = panel_quads(panel, a);
         // SAFETY: the CPU has the instructions, as `self` proves, and the lengths were checked above.
-        unsafe {
-            if VNNI { panel_vnni(panel, a, quads, dots) } else { panel_maddubs(panel, a, quads, dots) }
-        }
+        unsafe { if VNNI { panel_vnni(panel, a, quads, dots) } else { panel_maddubs(panel, a, quads, dots) } }
     }
     #[inline(always)]
-    fn add_columns(self, columns: [&[u8]; GROUP], q: [i8; GROUP], sums: &mut [i32]) {
+    fn add_columns(
+        self,
+        columns: [&[u8]; GROUP],
+        ahead: [*const u8; GROUP],
+        q: [i8; GROUP],
+        sums: &mut [i32],
+    ) {
         let chunks = column_chunks(columns, sums);
         // SAFETY: as above.
         unsafe {
-            if VNNI { columns_vnni(columns, q, chunks, sums) } else { columns_maddubs(columns, q, chunks, sums) }
+            if VNNI {
+                columns_vnni(columns, ahead, q, chunks, sums)
+            } else {
+                columns_maddubs(columns, ahead, q, chunks, sums)
+            }
+        }
+    }
+    #[inline(always)]
+    fn nibble_dots<const R: usize>(
+        self,
+        w: [&[u8]; R],
+        ahead: [*const u8; R],
+        high: &[i8],
+        low: &[i8],
+    ) -> [[i32; 2]; R] {
+        let chunks = nibble_chunks(w, high, low);
+        let run = if VNNI { chunks.max(1) } else { 4 };
+        // SAFETY: the CPU has the instructions, as `self` proves; chunk c < chunks reads weights below 64 c + 64 and codes
+        // below 128 c + 128, the lengths checked above.
+        unsafe {
+            let (mask, ones) = (_mm512_set1_epi8(15), _mm512_set1_epi16(1));
+            let zero = _mm512_setzero_si512();
+            let mut sums = [[zero; R]; 2];
+            for r in 0..R {
+                let mut start = 0;
+                while start < chunks {
+                    let end = (start + run).min(chunks);
+                    let mut parts = [[zero; 2]; 2];
+                    for c in start..end {
+                        let v = _mm512_loadu_si512(w[r].as_ptr().add(64 * c).cast());
+                        _mm_prefetch::<_MM_HINT_T0>(ahead[r].wrapping_add(64 * c).cast());
+                        let codes =
+                            [_mm512_and_si512(v, mask), _mm512_and_si512(_mm512_srli_epi16::<4>(v), mask)];
+                        for (plane, q) in [high, low].into_iter().enumerate() {
+                            for half in 0..2 {
+                                let q = _mm512_loadu_si512(q.as_ptr().add(128 * c + 64 * half).cast());
+                                let sum = &mut parts[plane][half];
+                                // Without VNNI a pair is at most 2 * 15 * 128 = 3840, four of them below 2^15.
+                                *sum = if VNNI {
+                                    _mm512_dpbusd_epi32(*sum, codes[half], q)
+                                } else {
+                                    _mm512_add_epi16(*sum, _mm512_maddubs_epi16(codes[half], q))
+                                };
+                            }
+                        }
+                    }
+                    for plane in 0..2 {
+                        for half in 0..2 {
+                            let part = parts[plane][half];
+                            let part = if VNNI { part } else { _mm512_madd_epi16(part, ones) };
+                            sums[plane][r] = _mm512_add_epi32(sums[plane][r], part);
+                        }
+                    }
+                    start = end;
+                }
+            }
+            let (high, low) = (sum_lanes(sums[0]), sum_lanes(sums[1]));
+            let mut dots = [[0; 2]; R];
+            for r in 0..R {
+                dots[r] = [high[r], low[r]];
+            }
+            dots
         }
     }
 }
@@ -324,6 +395,7 @@ unsafe fn interleave([a, b, c, d]: [__m512i; 4]) -> [__m512i; 4] {
 #[inline(always)]
 unsafe fn column_quad(
     columns: [&[u8]; GROUP],
+    ahead: [*const u8; GROUP],
     q: [i8; GROUP],
     quad: usize,
     chunk: usize,
@@ -333,6 +405,7 @@ unsafe fn column_quad(
         let mut v = [_mm512_setzero_si512(); 4];
         for i in 0..4 {
             v[i] = _mm512_loadu_si512(columns[4 * quad + i].as_ptr().add(64 * chunk).cast());
+            _mm_prefetch::<_MM_HINT_T0>(ahead[4 * quad + i].wrapping_add(64 * chunk).cast());
         }
         let factors = i32::from_le_bytes([
             q[4 * quad] as u8,
@@ -347,7 +420,13 @@ unsafe fn column_quad(
 /// # Safety
 /// Needs AVX-512 F, BW and VNNI, `chunks` chunks in each column and 256 `chunks` sums.
 #[inline(always)]
-unsafe fn columns_vnni(columns: [&[u8]; GROUP], q: [i8; GROUP], chunks: usize, sums: &mut [i32]) {
+unsafe fn columns_vnni(
+    columns: [&[u8]; GROUP],
+    ahead: [*const u8; GROUP],
+    q: [i8; GROUP],
+    chunks: usize,
+    sums: &mut [i32],
+) {
     // SAFETY: chunk c < chunks reads bytes below 64 c + 64 of a column and sums below 256 c + 256.
     unsafe {
         let masks = [
@@ -357,8 +436,8 @@ unsafe fn columns_vnni(columns: [&[u8]; GROUP], q: [i8; GROUP], chunks: usize, s
             _mm512_set1_epi8(0x03),
         ];
         for c in 0..chunks {
-            let (v, q0) = column_quad(columns, q, 0, c);
-            let (u, q1) = column_quad(columns, q, 1, c);
+            let (v, q0) = column_quad(columns, ahead, q, 0, c);
+            let (u, q1) = column_quad(columns, ahead, q, 1, c);
             for field in 0..4 {
                 for k in 0..4 {
                     let out = sums.as_mut_ptr().add(256 * c + 64 * field + 16 * k).cast();
@@ -375,15 +454,21 @@ unsafe fn columns_vnni(columns: [&[u8]; GROUP], q: [i8; GROUP], chunks: usize, s
 /// # Safety
 /// Needs AVX-512 F and BW, `chunks` chunks in each column and 256 `chunks` sums.
 #[inline(always)]
-unsafe fn columns_maddubs(columns: [&[u8]; GROUP], q: [i8; GROUP], chunks: usize, sums: &mut [i32]) {
+unsafe fn columns_maddubs(
+    columns: [&[u8]; GROUP],
+    ahead: [*const u8; GROUP],
+    q: [i8; GROUP],
+    chunks: usize,
+    sums: &mut [i32],
+) {
     // SAFETY: chunk c < chunks reads bytes below 64 c + 64 of a column and sums below 256 c + 256.
     unsafe {
         let three = _mm512_set1_epi8(3);
         let scales =
             [_mm512_set1_epi16(64), _mm512_set1_epi16(16), _mm512_set1_epi16(4), _mm512_set1_epi16(1)];
         for c in 0..chunks {
-            let (mut v, q0) = column_quad(columns, q, 0, c);
-            let (mut u, q1) = column_quad(columns, q, 1, c);
+            let (mut v, q0) = column_quad(columns, ahead, q, 0, c);
+            let (mut u, q1) = column_quad(columns, ahead, q, 1, c);
             for field in (0..4).rev() {
                 for k in 0..4 {
                     // At most 2 * 512.
@@ -405,7 +490,7 @@ unsafe fn columns_maddubs(columns: [&[u8]; GROUP], q: [i8; GROUP], chunks: usize
 /// # Safety
 /// Needs AVX-512 F, BW and VNNI, 64 `chunks` bytes in `w` and 256 `chunks` codes in `a`.
 #[inline(always)]
-unsafe fn dot_vnni(w: &[u8], a: &[i8], chunks: usize) -> __m512i {
+unsafe fn dot_vnni(w: &[u8], ahead: *const u8, a: &[i8], chunks: usize) -> __m512i {
     // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256.
     unsafe {
         // The fields are multiplied where they stand in the byte (as 1, 4, 16 or 64 times the code), each into an
@@ -420,6 +505,7 @@ unsafe fn dot_vnni(w: &[u8], a: &[i8], chunks: usize) -> __m512i {
         let mut fields = [_mm512_setzero_si512(); 4];
         for c in 0..chunks {
             let v = _mm512_loadu_si512(w.as_ptr().add(64 * c).cast());
+            _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(64 * c).cast());
             for field in 0..4 {
                 let q = _mm512_loadu_si512(a.as_ptr().add(256 * c + 64 * field).cast());
                 fields[field] = _mm512_dpbusd_epi32(fields[field], _mm512_and_si512(v, masks[field]), q);
@@ -434,7 +520,7 @@ unsafe fn dot_vnni(w: &[u8], a: &[i8], chunks: usize) -> __m512i {
 /// # Safety
 /// Needs AVX-512 F and BW, 64 `chunks` bytes in `w` and 256 `chunks` codes in `a`.
 #[inline(always)]
-unsafe fn dot_maddubs(w: &[u8], a: &[i8], chunks: usize) -> __m512i {
+unsafe fn dot_maddubs(w: &[u8], ahead: *const u8, a: &[i8], chunks: usize) -> __m512i {
     // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256.
     unsafe {
         let three = _mm512_set1_epi8(3);
@@ -448,6 +534,7 @@ unsafe fn dot_maddubs(w: &[u8], a: &[i8], chunks: usize) -> __m512i {
             let mut narrow = [_mm512_setzero_si512(); 2];
             for c in start..end {
                 let mut v = _mm512_loadu_si512(w.as_ptr().add(64 * c).cast());
+                _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(64 * c).cast());
                 for field in (0..4).rev() {
                     let q = _mm512_loadu_si512(a.as_ptr().add(256 * c + 64 * field).cast());
                     let pairs = _mm512_maddubs_epi16(_mm512_and_si512(v, three), q);

@@ -11,6 +11,7 @@ pub(crate) mod avx2;
 pub(crate) mod avx512;
 pub(crate) mod scalar;
 
+use crate::screen;
 use crate::ternary::columns::{self, GROUP};
 use crate::ternary::panel::{self, PANEL};
 
@@ -47,8 +48,8 @@ pub(crate) trait Isa: Copy {
     fn to_i8(self, v: Self::F, out: &mut [i8; 16]);
     /// Exact dot products of R stored rows with int8 codes: `Σ code · q` with the codes 0, 1, 2 as stored (not yet less
     /// one). Every row has the same multiple of 64 bytes, `a` four times as many codes in the order of
-    /// [`crate::ternary::position`].
-    fn dot_rows<const R: usize>(self, w: [&[u8]; R], a: &[i8]) -> [i32; R];
+    /// [`crate::ternary::position`]. As much memory as the rows take is asked for at the places `ahead`.
+    fn dot_rows<const R: usize>(self, w: [&[u8]; R], ahead: [*const u8; R], a: &[i8]) -> [i32; R];
     /// Unpacks sixteen stored rows, of equal length, into outputs `16 half..` of a panel as long as they are.
     #[inline(always)]
     fn panel_rows(self, rows: [&[u8]; 16], panel: &mut [u8], half: usize) {
@@ -64,10 +65,28 @@ pub(crate) trait Isa: Copy {
     fn panel_tile<const T: usize>(self, panel: &[u8], a: [&[i8]; T], dots: &mut [[i32; PANEL]; T]) {
         panel::panel_tile(panel, a, dots);
     }
-    /// Adds eight stored columns, each times its factor, to `sums` as [`columns::add_columns`] says.
+    /// Adds eight stored columns, each times its factor, to `sums` as [`columns::add_columns`] says. `ahead`: as above.
     #[inline(always)]
-    fn add_columns(self, columns: [&[u8]; GROUP], q: [i8; GROUP], sums: &mut [i32]) {
+    fn add_columns(
+        self,
+        columns: [&[u8]; GROUP],
+        _ahead: [*const u8; GROUP],
+        q: [i8; GROUP],
+        sums: &mut [i32],
+    ) {
         columns::add_group(columns, q, sums);
+    }
+    /// Exact dot products of R rows of four-bit codes, in the layout of [`crate::screen`], with two rows of int8. All have
+    /// whole chunks of 64 bytes and 128 codes. `ahead`: as above.
+    #[inline(always)]
+    fn nibble_dots<const R: usize>(
+        self,
+        w: [&[u8]; R],
+        _ahead: [*const u8; R],
+        high: &[i8],
+        low: &[i8],
+    ) -> [[i32; 2]; R] {
+        screen::nibble_dots(w, high, low)
     }
 }
 
@@ -103,5 +122,17 @@ fn column_chunks(columns: [&[u8]; GROUP], sums: &[i32]) -> usize {
     for column in columns {
         assert_eq!(column.len(), 64 * chunks);
     }
+    chunks
+}
+
+/// Checks the lengths that [`Isa::nibble_dots`] relies on. Returns the number of chunks of a row.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn nibble_chunks<const R: usize>(w: [&[u8]; R], high: &[i8], low: &[i8]) -> usize {
+    let chunks = high.len() / 128;
+    for w in w {
+        assert_eq!(w.len(), 64 * chunks);
+    }
+    assert_eq!(low.len(), high.len());
     chunks
 }

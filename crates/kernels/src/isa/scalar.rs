@@ -71,7 +71,7 @@ impl Isa for Scalar {
         *out = v.map(|x| if x.is_nan() { -128 } else { x.round_ties_even().clamp(-128.0, 127.0) as i8 });
     }
     #[inline(always)]
-    fn dot_rows<const R: usize>(self, w: [&[u8]; R], a: &[i8]) -> [i32; R] {
+    fn dot_rows<const R: usize>(self, w: [&[u8]; R], _: [*const u8; R], a: &[i8]) -> [i32; R] {
         w.map(|w| {
             let mut sum = 0;
             for (bytes, codes) in w.as_chunks::<64>().0.iter().zip(a.as_chunks::<256>().0) {

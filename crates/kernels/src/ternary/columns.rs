@@ -22,6 +22,9 @@ pub(crate) const COLUMN_ORDER: [u8; 64] = {
 /// Columns that are added at a time.
 pub(crate) const GROUP: usize = 8;
 
+/// Groups that are asked for ahead of the one that is added.
+const AHEAD: usize = 2;
+
 /// Most inputs of a matrix stored by columns: keeps 64 times a sum of products in 32 bits.
 pub const MAX_COLUMNS: usize = 1 << 16;
 
@@ -50,18 +53,14 @@ pub(crate) fn add_columns<I: Isa>(
             columns[i] = column(group[i]);
             factors[i] = codes[i];
         }
-        // The next columns are anywhere: ask for them while these are added.
-        if let Some(next) = list.get((g + 2) * GROUP..) {
-            for &c in &next[..next.len().min(GROUP)] {
-                let at = w.as_ptr().wrapping_add(c as usize * column_bytes);
-                let mut line = 0;
-                while line < column_bytes {
-                    isa.prefetch(at.wrapping_add(line));
-                    line += 64;
-                }
+        // The columns after the next are anywhere: they are asked for while these are added.
+        let mut ahead = [columns[0].as_ptr(); GROUP];
+        for (i, ahead) in ahead.iter_mut().enumerate() {
+            if let Some(&c) = list.get((g + AHEAD) * GROUP + i) {
+                *ahead = w.as_ptr().wrapping_add(c as usize * column_bytes);
             }
         }
-        isa.add_columns(columns, factors, sums);
+        isa.add_columns(columns, ahead, factors, sums);
     }
 }
 

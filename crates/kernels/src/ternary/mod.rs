@@ -72,6 +72,16 @@ unsafe impl Sync for OutPtr {}
 
 impl OutPtr {
     /// # Safety
+    /// The elements from `row` on must be in bounds of the output and written by no one else meanwhile.
+    #[inline(always)]
+    pub(crate) unsafe fn write_all(self, token: usize, row: usize, values: &[f32]) {
+        // SAFETY: the caller's; `values` is a shared borrow and cannot be part of the output.
+        unsafe {
+            let to = self.ptr.add(token * self.stride + row);
+            std::ptr::copy_nonoverlapping(values.as_ptr(), to, values.len());
+        }
+    }
+    /// # Safety
     /// The element must be in bounds of the output and written by no one else meanwhile.
     #[inline(always)]
     pub(crate) unsafe fn write(self, token: usize, row: usize, value: f32) {
@@ -108,64 +118,52 @@ pub(crate) unsafe fn gemv_rows<I: Isa>(
     unsafe {
         match which {
             Which::All { first, count } => {
-                let w = &w[first * row_bytes..][..count * row_bytes];
-                let row = |i: usize| (&w[i * row_bytes..][..row_bytes], first + i);
-                gemv(isa, count, row, |_| (), weight_scale, a, out);
+                let row = |i: usize| first + i;
+                gemv(isa, w, row_bytes, count, row, weight_scale, a, out);
             }
             Which::Listed(list) => {
-                let row = |i: usize| (&w[list[i] as usize * row_bytes..][..row_bytes], list[i] as usize);
-                // The next rows are anywhere: ask for them while these are multiplied.
-                let ask = |i: usize| {
-                    let Some(&r) = list.get(i) else { return };
-                    let at = w.as_ptr().wrapping_add(r as usize * row_bytes);
-                    let mut line = 0;
-                    while line < row_bytes {
-                        isa.prefetch(at.wrapping_add(line));
-                        line += 64;
-                    }
-                };
-                gemv(isa, list.len(), row, ask, weight_scale, a, out);
+                let row = |i: usize| list[i.min(list.len() - 1)] as usize;
+                gemv(isa, w, row_bytes, list.len(), row, weight_scale, a, out);
             }
         }
     }
 }
 
+/// Rows that are asked for ahead of those that are multiplied, in bytes.
+const AHEAD: usize = 5 << 10;
+
 /// # Safety
-/// As [`gemv_rows`], for the rows and places that `row` gives.
+/// As [`gemv_rows`], for the rows that `row` gives for all below `count`; past them it gives any.
 #[inline(always)]
-unsafe fn gemv<'a, I: Isa>(
+unsafe fn gemv<I: Isa>(
     isa: I,
+    w: &[u8],
+    row_bytes: usize,
     count: usize,
-    row: impl Fn(usize) -> (&'a [u8], usize),
-    ask: impl Fn(usize),
+    row: impl Fn(usize) -> usize,
     weight_scale: f32,
     a: Activations<'_>,
     out: OutPtr,
 ) {
     let (factor, sum) = (weight_scale / a.scales[0], a.sums[0]);
-    let put = |r: usize, dot: i32| {
+    let ahead = AHEAD.div_ceil(row_bytes).max(2);
+    let stored = |i: usize| &w[row(i) * row_bytes..][..row_bytes];
+    let next = |i: usize| w.as_ptr().wrapping_add(row(i + ahead) * row_bytes);
+    let put = |i: usize, dot: i32| {
         // SAFETY: the caller's contract.
-        unsafe { out.write(0, r, (dot - sum) as f32 * factor) }
+        unsafe { out.write(0, row(i), (dot - sum) as f32 * factor) }
     };
-    const AHEAD: usize = 8;
-    for i in 0..AHEAD {
-        ask(i);
-    }
     let mut i = 0;
     while i + 4 <= count {
+        let rows = [stored(i), stored(i + 1), stored(i + 2), stored(i + 3)];
+        let dots = isa.dot_rows(rows, [next(i), next(i + 1), next(i + 2), next(i + 3)], a.codes);
         for k in 0..4 {
-            ask(i + AHEAD + k);
-        }
-        let rows = [row(i), row(i + 1), row(i + 2), row(i + 3)];
-        let dots = isa.dot_rows([rows[0].0, rows[1].0, rows[2].0, rows[3].0], a.codes);
-        for k in 0..4 {
-            put(rows[k].1, dots[k]);
+            put(i + k, dots[k]);
         }
         i += 4;
     }
     while i < count {
-        let (w, r) = row(i);
-        put(r, isa.dot_rows([w], a.codes)[0]);
+        put(i, isa.dot_rows([stored(i)], [next(i)], a.codes)[0]);
         i += 1;
     }
 }

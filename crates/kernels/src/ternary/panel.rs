@@ -10,33 +10,77 @@ use crate::isa::Isa;
 /// Outputs of a panel.
 pub(crate) const PANEL: usize = 32;
 
+/// Outputs that a task unpacks and multiplies.
+pub(crate) const BLOCK: usize = 2 * PANEL;
+
 /// Where the weights of a panel come from.
 #[derive(Clone, Copy)]
 pub(crate) enum PanelSource<'a> {
-    /// Stored rows, at most [`PANEL`], each `row_bytes` long.
+    /// Stored rows, at most [`BLOCK`], each `row_bytes` long.
     Rows { w: &'a [u8], row_bytes: usize },
     /// A matrix stored by columns of `column_bytes`, and which of its columns stand for the inputs; without a list, all.
     Columns { w: &'a [u8], column_bytes: usize, list: Option<&'a [u32]> },
 }
 
-/// Multiplies `count` outputs from `first` on, at most [`PANEL`] and `first` a multiple of it, with every token of `a`, and
-/// writes them to `out` as [`super::matmul_rows`] does. `panel` is scratch of [`PANEL`] bytes for each input.
+/// Multiplies `count` outputs from `first` on, at most [`BLOCK`] and `first` a multiple of it, with every token of `a`, and
+/// writes output o of token t to `out` at (t, o), as `(Σ w q) * (weight_scale / s)`. `panels` is scratch of [`BLOCK`] bytes
+/// for each input.
 ///
 /// # Safety
 /// `out` must have room for all those elements, and nobody else may touch them meanwhile.
 #[inline(always)]
-pub(crate) unsafe fn matmul_panel<I: Isa>(
+pub(crate) unsafe fn matmul_block<I: Isa>(
     isa: I,
     source: PanelSource<'_>,
     weight_scale: f32,
     a: Activations<'_>,
-    panel: &mut [u8],
+    panels: &mut [u8],
     first: usize,
     count: usize,
     out: OutPtr,
 ) {
     let width = a.codes.len() / a.scales.len();
-    let panel = &mut panel[..width * PANEL];
+    let parts = count.div_ceil(PANEL);
+    for part in 0..parts {
+        let skip = PANEL * part;
+        let panel = &mut panels[part * width * PANEL..][..width * PANEL];
+        unpack(isa, source, panel, first, skip, PANEL.min(count - skip));
+    }
+    let mut t = 0;
+    let tokens = a.scales.len();
+    while t < tokens {
+        // The activations of a tile stay in the first-level cache for all panels.
+        let left = (tokens - t).min(I::PANEL_TOKENS);
+        let mut step = 0;
+        for part in 0..parts {
+            let panel = &panels[part * width * PANEL..][..width * PANEL];
+            let (first, count) = (first + PANEL * part, PANEL.min(count - PANEL * part));
+            // SAFETY: the caller's contract, handed on.
+            step = unsafe {
+                match left {
+                    12.. => tile::<I, 12>(isa, panel, weight_scale, a, t, first, count, out),
+                    8.. => tile::<I, 8>(isa, panel, weight_scale, a, t, first, count, out),
+                    6.. => tile::<I, 6>(isa, panel, weight_scale, a, t, first, count, out),
+                    4.. => tile::<I, 4>(isa, panel, weight_scale, a, t, first, count, out),
+                    2.. => tile::<I, 2>(isa, panel, weight_scale, a, t, first, count, out),
+                    _ => tile::<I, 1>(isa, panel, weight_scale, a, t, first, count, out),
+                }
+            };
+        }
+        t += step;
+    }
+}
+
+/// Unpacks `count` outputs, the first being `first + skip` and row `skip` of the source.
+#[inline(always)]
+fn unpack<I: Isa>(
+    isa: I,
+    source: PanelSource<'_>,
+    panel: &mut [u8],
+    first: usize,
+    skip: usize,
+    count: usize,
+) {
     match source {
         PanelSource::Rows { w, row_bytes } => {
             for half in 0..PANEL / 16 {
@@ -44,7 +88,7 @@ pub(crate) unsafe fn matmul_panel<I: Isa>(
                 for r in 0..16 {
                     // Outputs past the last are computed as the first, and not written.
                     if 16 * half + r < count {
-                        rows[r] = &w[(16 * half + r) * row_bytes..][..row_bytes];
+                        rows[r] = &w[(skip + 16 * half + r) * row_bytes..][..row_bytes];
                     }
                 }
                 isa.panel_rows(rows, panel, half);
@@ -52,8 +96,8 @@ pub(crate) unsafe fn matmul_panel<I: Isa>(
         }
         PanelSource::Columns { w, column_bytes, list } => {
             let columns = w.len() / column_bytes;
-            let at = first / CHUNK * 64;
-            for quad in 0..width / 4 {
+            let at = (first + skip) / CHUNK * 64;
+            for (quad, codes) in panel.as_chunks_mut::<{ PANEL * 4 }>().0.iter_mut().enumerate() {
                 let mut lines = [&w[at..][..64].as_chunks::<64>().0[0]; 4];
                 for i in 0..4 {
                     let k = 4 * quad + i;
@@ -63,33 +107,16 @@ pub(crate) unsafe fn matmul_panel<I: Isa>(
                     };
                     lines[i] = &w[column * column_bytes + at..][..64].as_chunks::<64>().0[0];
                 }
-                let codes = &mut panel[quad * PANEL * 4..][..PANEL * 4];
-                isa.panel_columns(lines, first % CHUNK / PANEL, codes);
+                isa.panel_columns(lines, (first + skip) % CHUNK / PANEL, codes);
             }
         }
-    }
-    let mut t = 0;
-    let tokens = a.scales.len();
-    while t < tokens {
-        let left = (tokens - t).min(I::PANEL_TOKENS);
-        // SAFETY: the caller's contract, handed on.
-        t += unsafe {
-            match left {
-                12.. => tile::<I, 12>(isa, panel, weight_scale, a, t, first, count, out),
-                8.. => tile::<I, 8>(isa, panel, weight_scale, a, t, first, count, out),
-                6.. => tile::<I, 6>(isa, panel, weight_scale, a, t, first, count, out),
-                4.. => tile::<I, 4>(isa, panel, weight_scale, a, t, first, count, out),
-                2.. => tile::<I, 2>(isa, panel, weight_scale, a, t, first, count, out),
-                _ => tile::<I, 1>(isa, panel, weight_scale, a, t, first, count, out),
-            }
-        };
     }
 }
 
 /// A panel against T tokens from `t0`. Returns T.
 ///
 /// # Safety
-/// As [`matmul_panel`].
+/// As [`matmul_block`].
 #[inline(always)]
 unsafe fn tile<I: Isa, const T: usize>(
     isa: I,
@@ -114,9 +141,14 @@ unsafe fn tile<I: Isa, const T: usize>(
         for r in 0..PANEL {
             y[r] = (dots[t][r] - sum) as f32 * factor;
         }
-        for r in 0..count {
-            // SAFETY: the caller's contract: (t0 + t, first + r) is ours and in bounds.
-            unsafe { out.write(t0 + t, first + r, y[r]) }
+        // SAFETY: the caller's contract: (t0 + t, first..first + count) is ours and in bounds. A whole panel is written
+        // without a loop.
+        unsafe {
+            if count == PANEL {
+                out.write_all(t0 + t, first, &y);
+            } else {
+                out.write_all(t0 + t, first, &y[..count]);
+            }
         }
     }
     T

@@ -1,0 +1,259 @@
+//! The output head: all logits, or only those that can still be chosen.
+
+use crate::compute::{Compute, FloatMatrix, Rows};
+use crate::screen::{Probe, Screen, dither, upper_bound};
+use crate::ternary::OutPtr;
+
+/// The output head of a model.
+pub struct Head {
+    /// The weights, `[vocabulary][columns]`.
+    pub matrix: FloatMatrix,
+    /// Their four-bit copy, where one was made.
+    pub screen: Option<Screen>,
+}
+
+/// Which logits of a token its caller will look at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Logits<'a> {
+    /// All.
+    Every,
+    /// The `top` greatest, with all that equal the last of them, and those of the tokens `also`. Others may be given as
+    /// negative infinity; those that are not are exact.
+    Best {
+        /// How many, at least 1.
+        top: usize,
+        /// Tokens below the vocabulary size.
+        also: &'a [u32],
+    },
+}
+
+/// Buffers of [`Compute::head`].
+pub struct HeadScratch {
+    probes: Vec<Probe>,
+    /// The greatest logit and upper bound of each block of rows, `[GROUP][blocks]`, and a copy to select from.
+    tops: Vec<f32>,
+    uppers: Vec<f32>,
+    select: Vec<f32>,
+    list: Vec<u32>,
+    exact: Vec<f32>,
+    /// Tokens that were screened, and rows that were computed for them.
+    screened: u64,
+    survivors: u64,
+}
+
+/// Rows of a block of the screen.
+const BLOCK: usize = 64;
+
+/// Tokens that share a pass over the screen.
+const GROUP: usize = 8;
+
+impl HeadScratch {
+    /// For a head of this shape.
+    pub fn new(rows: usize, columns: usize) -> Self {
+        let blocks = rows.div_ceil(BLOCK);
+        Self {
+            probes: (0..GROUP).map(|_| Probe::new(columns)).collect(),
+            tops: vec![0.0; GROUP * blocks],
+            uppers: vec![0.0; GROUP * blocks],
+            select: Vec::with_capacity(rows),
+            list: Vec::with_capacity(rows),
+            exact: Vec::with_capacity(rows),
+            screened: 0,
+            survivors: 0,
+        }
+    }
+    /// Tokens whose head was screened, and how many rows survived in all, since the last call.
+    pub fn take_counts(&mut self) -> (u64, u64) {
+        (std::mem::take(&mut self.screened), std::mem::take(&mut self.survivors))
+    }
+}
+
+impl Compute {
+    /// Makes the four-bit copy of the rows `first` and following of `matrix`, as many as `codes` and `scales` have room for.
+    ///
+    /// # Panics
+    /// If the lengths do not fit.
+    pub fn screen_rows(&self, matrix: &FloatMatrix, first: usize, codes: &mut [u8], scales: &mut [u8]) {
+        let (dither, mut row) = (dither(matrix.columns), vec![0.0; matrix.columns]);
+        let row_bytes = matrix.columns * matrix.ty.size();
+        let scales = scales.as_chunks_mut::<{ Screen::SCALE_BYTES }>().0;
+        let rows = codes.chunks_exact_mut(Screen::row_bytes(matrix.columns));
+        assert_eq!(rows.len(), scales.len());
+        for (i, (codes, scale)) in rows.zip(scales).enumerate() {
+            let stored = &matrix.bytes[(first + i) * row_bytes..][..row_bytes];
+            let (min, step) = if self.kernels.decode_row(matrix.ty, stored, &mut row) {
+                self.kernels.screen_row(&row, &dither, codes)
+            } else {
+                (0.0, f32::INFINITY)
+            };
+            scale[..4].copy_from_slice(&min.to_le_bytes());
+            scale[4..].copy_from_slice(&step.to_le_bytes());
+        }
+    }
+
+    /// Logits: out (`[tokens][vocabulary]`) = x (`[tokens][columns]`) · matrixᵀ, those that `wanted` asks for of each token.
+    ///
+    /// # Panics
+    /// If a length does not fit.
+    pub fn head<'a>(
+        &self,
+        head: &Head,
+        x: &[f32],
+        wanted: impl Fn(usize) -> Logits<'a>,
+        scratch: &mut HeadScratch,
+        out: &mut [f32],
+    ) {
+        let (rows, columns) = (head.matrix.rows, head.matrix.columns);
+        let tokens = x.len() / columns;
+        assert_eq!(out.len(), tokens * rows);
+        let best = |t: usize| match wanted(t) {
+            Logits::Best { top, also } if head.screen.is_some() => Some((top, also)),
+            _ => None,
+        };
+        // Tokens that want the same share one pass over the weights.
+        let mut t = 0;
+        while t < tokens {
+            let screens = best(t).is_some();
+            let most = if screens { GROUP } else { tokens };
+            let run = (t..tokens).take_while(|&t| best(t).is_some() == screens).take(most).count();
+            let (x, out) = (&x[t * columns..][..run * columns], &mut out[t * rows..][..run * rows]);
+            let screened = match &head.screen {
+                Some(screen) if screens => self.screen_pass(screen, x, scratch, out),
+                _ => false,
+            };
+            if screened {
+                for (i, (x, out)) in x.chunks(columns).zip(out.chunks_mut(rows)).enumerate() {
+                    let (Some(screen), Some((top, also))) = (&head.screen, best(t + i)) else { continue };
+                    if !self.best_logits(&head.matrix, screen, x, i, top, also, scratch, out) {
+                        self.all_logits(&head.matrix, x, out);
+                    }
+                }
+            } else {
+                self.all_logits(&head.matrix, x, out);
+            }
+            t += run;
+        }
+    }
+
+    fn all_logits(&self, matrix: &FloatMatrix, x: &[f32], out: &mut [f32]) {
+        let out = OutPtr { ptr: out.as_mut_ptr(), stride: matrix.rows };
+        let row_bytes = matrix.columns * matrix.ty.size();
+        let grain = ((32 << 10) / row_bytes).clamp(4, 1024) & !3;
+        self.pool.run_ranges(matrix.rows, grain, |range, _| {
+            let w = &matrix.bytes[range.start * row_bytes..range.end * row_bytes];
+            // SAFETY: these rows of every token are this task's alone and lie in the output, which the caller sized.
+            unsafe { self.kernels.head_rows(matrix.ty, w, x, matrix.columns, range.start, out) }
+        });
+    }
+
+    /// Brings the screen's logits of up to [`GROUP`] tokens to `out`. False where it cannot help.
+    fn screen_pass(&self, screen: &Screen, x: &[f32], scratch: &mut HeadScratch, out: &mut [f32]) -> bool {
+        let rows = screen.rows();
+        let (tokens, blocks) = (out.len() / rows, rows.div_ceil(BLOCK));
+        let HeadScratch { probes, tops, uppers, .. } = scratch;
+        for (probe, x) in probes.iter_mut().zip(x.chunks_exact(x.len() / tokens)) {
+            if !probe.set(screen, x) {
+                return false;
+            }
+        }
+        let (out, tops, uppers) = (Rows::new(out, 1), Rows::new(tops, 1), Rows::new(uppers, 1));
+        self.pool.run_ranges(blocks, 1, |range, _| {
+            let block = range.start;
+            let (first, count) = (block * BLOCK, BLOCK.min(rows - block * BLOCK));
+            for (t, probe) in probes[..tokens].iter().enumerate() {
+                let at = t * blocks + block;
+                // SAFETY: each block is one task.
+                let (out, top, upper) =
+                    unsafe { (out.rows(t * rows + first, count), tops.row(at), uppers.row(at)) };
+                (top[0], upper[0]) = self.kernels.screen_logits(screen, probe, first, out);
+            }
+        });
+        true
+    }
+
+    /// Of the screen's logits of the `token`-th of a pass, replaces those that may be among the `top` greatest, and those of
+    /// `also`, by the exact ones, and all others by negative infinity. False where that would be too many.
+    fn best_logits(
+        &self,
+        matrix: &FloatMatrix,
+        screen: &Screen,
+        x: &[f32],
+        token: usize,
+        top: usize,
+        also: &[u32],
+        scratch: &mut HeadScratch,
+        out: &mut [f32],
+    ) -> bool {
+        let HeadScratch { probes, tops, uppers, select, list, exact, screened, survivors } = scratch;
+        let blocks = matrix.rows.div_ceil(BLOCK);
+        let (probe, tops) = (&probes[token], &tops[token * blocks..][..blocks]);
+        let uppers = &uppers[token * blocks..][..blocks];
+        // A caller may lower the logits in `also`, and then others take their places.
+        let top = top.saturating_add(also.len());
+        if top > blocks / 4 {
+            return false;
+        }
+        // At least `top` rows are in blocks whose greatest logit is not below this one.
+        select.clear();
+        select.extend_from_slice(tops);
+        let first_floor = kth_greatest(select, top);
+        list.clear();
+        for (block, _) in tops.iter().enumerate().filter(|(_, top)| **top >= first_floor) {
+            let rows = block * BLOCK..(block * BLOCK + BLOCK).min(matrix.rows);
+            list.extend(rows.filter(|&r| out[r] >= first_floor).map(|r| r as u32));
+        }
+        let limit = matrix.rows / 8;
+        if list.len() > limit {
+            return false;
+        }
+        self.exact_logits(matrix, x, list, 0, exact);
+        // Their exact logits: `top` of them are not below this one, so nothing below it matters.
+        select.clear();
+        select.extend_from_slice(exact);
+        let floor = kth_greatest(select, top);
+        let begun = list.len();
+        for (block, _) in uppers.iter().enumerate().filter(|(_, upper)| **upper >= floor) {
+            let rows = block * BLOCK..(block * BLOCK + BLOCK).min(matrix.rows);
+            let open = |r: &usize| out[*r] < first_floor && upper_bound(screen, probe, *r, out[*r]) >= floor;
+            list.extend(rows.filter(open).map(|r| r as u32));
+        }
+        list.extend_from_slice(also);
+        if list.len() > limit {
+            return false;
+        }
+        self.exact_logits(matrix, x, list, begun, exact);
+        out.fill(f32::NEG_INFINITY);
+        for (&row, &logit) in list.iter().zip(&*exact) {
+            out[row as usize] = logit;
+        }
+        *screened += 1;
+        *survivors += list.len() as u64;
+        true
+    }
+
+    /// Appends the exact logits of the rows `list[begun..]` to `exact`.
+    fn exact_logits(
+        &self,
+        matrix: &FloatMatrix,
+        x: &[f32],
+        list: &[u32],
+        begun: usize,
+        exact: &mut Vec<f32>,
+    ) {
+        exact.resize(list.len(), 0.0);
+        let (list, out) = (&list[begun..], Rows::new(&mut exact[begun..], 1));
+        self.pool.run_ranges(list.len(), 8, |range, _| {
+            // SAFETY: each range is one task.
+            let out = unsafe { out.rows(range.start, range.len()) };
+            self.kernels.head_listed(matrix.ty, &matrix.bytes, x, &list[range], out);
+        });
+    }
+}
+
+/// The k-th greatest, or the least where there are fewer. A NaN counts as greater than all.
+fn kth_greatest(values: &mut [f32], k: usize) -> f32 {
+    let k = k.clamp(1, values.len());
+    *values
+        .select_nth_unstable_by(k - 1, |a, b| b.abs().is_nan().cmp(&a.abs().is_nan()).then(b.total_cmp(a)))
+        .1
+}
