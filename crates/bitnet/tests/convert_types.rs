@@ -334,9 +334,8 @@ fn a_model_gives_the_same_bits_in_every_type() {
         assert!(logits(&path("out.gguf")) == logits(&path("f16.gguf")), "{head:?}");
         assert!(logits(&path("out.gguf")) != expected, "{head:?}");
     }
-    // The demo's rows are shorter than a block of TQ, and fit IQ.
     let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/demo.gguf");
-    for ternary in [TernaryType::IQ1_BN, TernaryType::IQ2_BN] {
+    for ternary in TernaryType::ALL {
         to(&demo, &path("out.gguf"), ternary, HeadType::Auto).unwrap();
         assert!(logits(&path("out.gguf")) == logits(&demo), "{ternary:?}");
     }

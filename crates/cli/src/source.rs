@@ -87,7 +87,8 @@ impl ModelArgs {
 
     /// Loads the model and tells what was repaired.
     pub fn load(&self, compute: &Compute) -> anyhow::Result<Model> {
-        let model = Model::load(&Arc::new(open(self.model.as_deref(), self.quiet)?), compute, self.strategy())?;
+        let model =
+            Model::load(&Arc::new(open(self.model.as_deref(), self.quiet)?), compute, self.strategy())?;
         for repair in model.repairs() {
             self.note(&repair.message);
         }

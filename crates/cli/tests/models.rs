@@ -25,7 +25,7 @@ fn a_converted_model_writes_the_same_text() {
     let expected = bitnet(&run, 0).0;
     let mut hashes = Vec::new();
     let mut from = demo();
-    for ty in ["iq1_bn", "IQ2_BN", "i2_s"] {
+    for ty in ["tq1_0", "IQ2_BN", "i2_s"] {
         let out = path(&format!("{ty}.gguf"));
         let (stdout, stderr) = bitnet(&["convert", &from, &out, "--type", ty], 0);
         assert!(stderr.contains("verified") && stderr.contains(&ty.to_uppercase()), "{stderr}");

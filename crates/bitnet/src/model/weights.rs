@@ -241,11 +241,13 @@ impl<'a> Planner<'a> {
             (_, Some(format)) => self.row_scale(tensor, format, columns)?,
             (TensorType::TL1 | TensorType::TL2, _) => {
                 let name = tensor.ty.name();
-                let problem = format!("{name} needs tables that are not in the file; convert the model to I2_S");
+                let problem =
+                    format!("{name} needs tables that are not in the file; convert the model to I2_S");
                 return Err(self.error(tensor, problem));
             }
             (other, _) => {
-                let problem = format!("expected type I2_S, TQ1_0, TQ2_0, IQ1_BN or IQ2_BN, found {}", other.name());
+                let problem =
+                    format!("expected type I2_S, TQ1_0, TQ2_0, IQ1_BN or IQ2_BN, found {}", other.name());
                 return Err(self.error(tensor, problem));
             }
         };
@@ -268,7 +270,8 @@ impl<'a> Planner<'a> {
             Some(b) if f32::from_le_bytes(*b).is_finite() => Ok(f32::from_le_bytes(*b)),
             Some(b) => {
                 let (at, scale) = (tensor.offset + weights as u64 / 4, f32::from_le_bytes(*b));
-                Err(self.error(tensor, format!("the scale at byte {at} is {scale}, expected a finite number")))
+                Err(self
+                    .error(tensor, format!("the scale at byte {at} is {scale}, expected a finite number")))
             }
             None => Err(self.error(tensor, "too short for its scale")),
         }
@@ -673,8 +676,7 @@ fn fill(
                 gguf.advise_dontneed(start..start + done * row);
             }
         }
-        let ternary =
-            !matches!(placed.store, Store::Floats | Store::Blocks(_) | Store::Screen { .. });
+        let ternary = !matches!(placed.store, Store::Floats | Store::Blocks(_) | Store::Screen { .. });
         if let Some(byte) = code_three(target).filter(|_| ternary) {
             let problem = format!("code 3 near stored byte {}: no ternary weight", *at + byte);
             fail(planner.error(placed.tensor, problem));
