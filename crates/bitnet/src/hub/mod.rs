@@ -6,6 +6,7 @@
 //! and the next download, ours or theirs, goes on from there.
 //!
 //! The server is not trusted: names, sizes, redirects and bytes are checked, and the token goes to the hub alone.
+//! Proxies are those that the environment names (`HTTPS_PROXY`, `NO_PROXY`), as the HTTP client reads them.
 
 mod cache;
 mod client;
