@@ -44,7 +44,7 @@ enum Command {
     List(commands::list::Args),
     /// Remove downloaded models
     Rm(commands::rm::Args),
-    /// Make a GGUF file of a Hugging Face model folder
+    /// Make a GGUF file of a Hugging Face model folder, or of one with other types
     Convert(commands::convert::Args),
     /// Check a model file from end to end
     Verify(commands::verify::Args),

@@ -22,7 +22,11 @@ pub struct Args {
 
 fn known() -> String {
     let lines = KNOWN.map(|known| format!("  {:<11} {} ({})", known.short, known.repo, known.about));
-    format!("Short names:\n{}", lines.join("\n"))
+    format!(
+        "Short names:\n{}\n\nThe cache and the settings are those of Hugging Face's own programs: HF_HOME, HF_HUB_CACHE, HF_TOKEN, \
+         HF_ENDPOINT, HF_HUB_OFFLINE. A download that broke off goes on where it was.",
+        lines.join("\n")
+    )
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
