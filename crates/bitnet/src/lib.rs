@@ -2,13 +2,15 @@
 //!
 //! A [`Model`](model::Model) is loaded from a GGUF file and put into an [`Engine`], which continues sequences of tokens and
 //! gives logits. [`text`] makes tokens of text and text of tokens; [`generate`] chooses the next token; [`convert`] makes the
-//! file from a Hugging Face checkpoint.
+//! file from a Hugging Face checkpoint; `hub` downloads models.
 #![forbid(unsafe_code)]
 
 pub mod convert;
 pub mod engine;
 mod error;
 pub mod generate;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod model;
 pub mod text;
 

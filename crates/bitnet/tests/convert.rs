@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use bitnet::convert::{ConvertError, HeadType, Progress, Report, hf_to_gguf};
+use bitnet::convert::{ConvertError, HeadType, Options, Progress, Report, convert as convert_to};
 use bitnet::gguf::{Gguf, TensorType};
 use bitnet::kernels::ternary::pack::unpack_i2s;
 use proptest::prelude::*;
@@ -99,7 +99,7 @@ fn convert(dir: &TempDir, head: HeadType) -> Result<(Report, Gguf), ConvertError
     let path = out.path().join("out.gguf");
     let mut last = 0;
     let mut total = 0;
-    let result = hf_to_gguf(dir.path(), &path, head, &mut |progress| {
+    let result = convert_to(dir.path(), &path, Options { head, ..Options::default() }, &mut |progress| {
         assert!(progress.done > last && progress.done <= progress.total, "{progress:?}");
         (last, total) = (progress.done, progress.total);
         ControlFlow::Continue(())
@@ -304,7 +304,7 @@ fn shards_give_the_same_file() {
     let convert = |dir: &Path, name: &str| {
         let path = out.path().join(name);
         let progress = &mut |_: Progress<'_>| ControlFlow::Continue(());
-        hf_to_gguf(dir, &path, HeadType::Auto, progress).map(|_| std::fs::read(path).unwrap())
+        convert_to(dir, &path, Options::default(), progress).map(|_| std::fs::read(path).unwrap())
     };
     let map = Value::from(map);
     write_index(&map);
@@ -335,7 +335,8 @@ fn configurations_are_refused() {
     for (key, value, expected) in [
         ("/model_type", json!("llama"), "key \"model_type\": expected \"bitnet\", found \"llama\""),
         ("/quantization_config", json!(null), "quant_method\": expected \"bitnet\", found nothing"),
-        ("/quantization_config/quantization_mode", json!("offline"), "not supported yet), found \"offline\""),
+        ("/quantization_config/quantization_mode", json!("offline"), "q_proj.weight_scale\": missing"),
+        ("/quantization_config/quantization_mode", json!("both"), "\"offline\", found \"both\""),
         ("/quantization_config/linear_class", json!("bitlinear"), "expected \"autobitlinear\""),
         ("/hidden_act", json!("gelu"), "expected [\"relu2\",\"silu\"], found \"gelu\""),
         ("/hidden_size", json!(-3), "expected an integer from 1 to 16777216, found -3"),
@@ -395,12 +396,12 @@ fn tensors_are_refused() {
     let error = edited(&|t| t.get_mut(name).unwrap().1 = vec![FF, HIDDEN]);
     assert!(error.contains("expected shape [32, 64] from config.json, found [64, 32]"), "{error}");
     let error = edited(&|t| t.get_mut(name).unwrap().0 = "U8");
-    assert!(error.contains("type U8: packed ternary weights are not supported yet"), "{error}");
+    assert!(error.contains("type U8: packed weights"), "{error}");
     let error = edited(&|t| t.get_mut(name).unwrap().0 = "I8");
     assert!(error.contains("expected type F32, F16 or BF16, found I8"), "{error}");
     let scale = name.replace("weight", "weight_scale");
     let error = edited(&|t| drop(t.insert(scale.clone(), ("BF16", vec![1], vec![1.0]))));
-    assert!(error.contains("packed ternary weights are not supported yet"), "{error}");
+    assert!(error.contains("weight_scale\": not expected"), "{error}");
     let error = edited(&|t| drop(t.insert(name.replace("weight", "bias"), ("BF16", vec![1], vec![1.0]))));
     assert!(error.contains("down_proj.bias\": not expected"), "{error}");
     let error = edited(&|t| t.get_mut(name).unwrap().2.truncate(2047));
@@ -480,7 +481,7 @@ fn an_older_file_survives_a_refusal() {
     let path = out.path().join("out.gguf");
     std::fs::write(&path, "older").unwrap();
     let refused = |dir: TempDir, progress: &mut dyn FnMut(Progress<'_>) -> ControlFlow<()>| {
-        let error = hf_to_gguf(dir.path(), &path, HeadType::Auto, progress).unwrap_err();
+        let error = convert_to(dir.path(), &path, Options::default(), progress).unwrap_err();
         assert_eq!(std::fs::read(&path).unwrap(), b"older");
         assert_eq!(std::fs::read_dir(out.path()).unwrap().count(), 1);
         error

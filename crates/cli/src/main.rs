@@ -5,8 +5,11 @@
 
 mod commands;
 mod editor;
+mod hub;
+mod machine;
 mod output;
 mod sampling;
+mod selftest;
 mod source;
 
 use clap::{Parser, Subcommand};
@@ -14,7 +17,8 @@ use std::process::ExitCode;
 
 /// Run BitNet b1.58 models.
 ///
-/// MODEL is the path of a GGUF file; without one the small demo model that is built into the program is used.
+/// MODEL is the path of a GGUF file, or the name of a model on the Hugging Face hub, which is downloaded once; without
+/// one the small demo model that is built into the program is used.
 #[derive(Parser)]
 #[command(name = "bitnet", version, arg_required_else_help = true, after_help = EXAMPLES)]
 struct Cli {
@@ -45,8 +49,18 @@ enum Command {
     Perplexity(commands::perplexity::Args),
     /// Show what a model file holds and the memory it takes
     Inspect(commands::inspect::Args),
-    /// Make a GGUF file of a Hugging Face model folder
+    /// Download a model
+    Pull(commands::pull::Args),
+    /// List the downloaded models
+    List(commands::list::Args),
+    /// Remove downloaded models
+    Rm(commands::rm::Args),
+    /// Make a GGUF file of a Hugging Face model folder, or of one with other types
     Convert(commands::convert::Args),
+    /// Check a model file from end to end
+    Verify(commands::verify::Args),
+    /// Show what this machine can do and what limits it
+    Doctor(commands::doctor::Args),
     /// Measure the speed of prompt processing and generation
     Bench(commands::bench::Args),
     Completions(commands::completions::Args),
@@ -62,7 +76,12 @@ fn main() -> ExitCode {
         Command::Logits(args) => commands::logits::run(&args),
         Command::Perplexity(args) => commands::perplexity::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
+        Command::Pull(args) => commands::pull::run(&args),
+        Command::List(args) => commands::list::run(&args),
+        Command::Rm(args) => commands::rm::run(&args),
         Command::Convert(args) => commands::convert::run(&args),
+        Command::Verify(args) => commands::verify::run(&args),
+        Command::Doctor(args) => commands::doctor::run(&args),
         Command::Bench(args) => commands::bench::run(&args),
         Command::Completions(args) => commands::completions::run(&args),
         Command::Man(args) => commands::man::run(&args),

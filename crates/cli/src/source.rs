@@ -1,8 +1,11 @@
 //! Where models, threads and texts come from.
 
+use crate::hub;
 use crate::output::notice;
+use crate::selftest;
 use anyhow::{Context, bail};
 use bitnet::gguf::Gguf;
+use bitnet::hub::ModelName;
 use bitnet::kernels::{Compute, Kernels, allowed_threads, best, supported};
 use bitnet::model::{Config, Model, Repair, Strategy};
 use bitnet::{EngineOptions, Error};
@@ -14,7 +17,7 @@ use std::sync::Arc;
 /// The model of a command.
 #[derive(clap::Args)]
 pub struct FileArgs {
-    /// Path of a GGUF file [default: the built-in demo]
+    /// Path of a GGUF file, or a name on the hub such as 2b-4t or OWNER/REPO [default: the built-in demo]
     #[arg(short = 'm', long, value_name = "MODEL")]
     model: Option<String>,
     /// No notices and statistics on stderr
@@ -30,7 +33,7 @@ pub struct ModelArgs {
     /// Threads [default: one for each physical core that this process may use]
     #[arg(short = 't', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
-    /// Kernels: scalar, avx2, avxvnni, avx512 or avx512vnni [default: the best for this CPU]
+    /// Kernels: scalar; avx2, avxvnni, avx512, avx512vnni; neon, neondotprod or neoni8mm [default: the best for this CPU]
     #[arg(long, value_name = "ISA", value_parser = parse_kernels)]
     kernels: Option<&'static Kernels>,
     /// Read every weight for every token, instead of only those that can matter; the result is the same
@@ -43,8 +46,8 @@ pub fn context_range() -> clap::builder::RangedI64ValueParser<u32> {
     clap::value_parser!(u32).range(0..=1 << 24)
 }
 
-/// Opens a model file, or the built-in demo.
-pub fn open(model: Option<&str>) -> anyhow::Result<Gguf> {
+/// Opens a model file, by its path or its name on the hub, or the built-in demo.
+pub fn open(model: Option<&str>, quiet: bool) -> anyhow::Result<Gguf> {
     let Some(name) = model else {
         return Ok(Gguf::from_static("built-in demo", include_bytes!("../../../models/demo.gguf"))?);
     };
@@ -52,20 +55,17 @@ pub fn open(model: Option<&str>) -> anyhow::Result<Gguf> {
     if path.is_dir() {
         bail!("{name}: this is a folder; `bitnet convert {name} OUT.gguf` makes a model file of it");
     }
-    let owner_and_repo = name.split('/').filter(|part| !part.is_empty() && *part != "..").count() == 2;
-    let hub = name.starts_with("hf:") || owner_and_repo && !name.starts_with(['.', '/']);
-    if hub && !path.exists() {
-        bail!(
-            "{name}: no such file; it looks like a hub name, but downloads are not built in yet: \
-             download the GGUF file and give its path"
-        );
+    if !path.exists()
+        && let Some(name) = ModelName::parse(name)?
+    {
+        return Ok(Gguf::open(&hub::model_file(&name, quiet)?)?);
     }
     Ok(Gguf::open(path)?)
 }
 
 impl FileArgs {
     pub fn open(&self) -> anyhow::Result<Gguf> {
-        open(self.model.as_deref())
+        open(self.model.as_deref(), self.quiet)
     }
 
     /// Tells what was repaired, a line each.
@@ -92,7 +92,20 @@ impl ModelArgs {
             self.file
                 .note(format_args!("{asked} threads are more than this process may use; {allowed} it is"));
         }
-        Ok(Compute::new(self.kernels.unwrap_or_else(best), asked.min(allowed)))
+        let mut kernels = self.kernels.unwrap_or_else(best);
+        if !selftest::passes(kernels) {
+            let name = kernels.name();
+            self.file.note(format_args!(
+                "the kernels {name} compute wrong results on this machine; the scalar ones are used"
+            ));
+            kernels = supported()[0];
+        }
+        Ok(Compute::new(kernels, asked.min(allowed)))
+    }
+
+    /// The model as it was named.
+    pub fn name(&self) -> Option<&str> {
+        self.file.model.as_deref()
     }
 
     /// What a decoded token reads.

@@ -295,8 +295,7 @@ fn what_cannot_be_read_is_named() {
     let failed = bitnet_with(b"Once \xff", &["run"]);
     assert!(error(&failed).contains("offset 5"), "{}", failed.stderr);
     for (model, expected) in [
-        ("microsoft/bitnet-b1.58-2B-4T-gguf", "downloads are not built in"),
-        ("hf:owner/repo:file.gguf", "downloads are not built in"),
+        ("hf:owner/repo/more", "expected hf:OWNER/NAME"),
         ("./no/such.gguf", "no/such.gguf: cannot open"),
         ("/", "folder"),
     ] {

@@ -301,7 +301,13 @@ impl AtomicFile {
         }
     }
 
-    fn commit(mut self) -> io::Result<()> {
+    /// Where the bytes are until [`commit`](Self::commit); all of them after [`TensorWriter::end`].
+    pub fn temporary(&self) -> &Path {
+        &self.temporary
+    }
+
+    /// Gives the file its name, durably: an older file of that name is replaced at once or not at all.
+    pub fn commit(mut self) -> io::Result<()> {
         self.file.flush()?;
         self.file.get_ref().sync_all()?;
         fs::rename(&self.temporary, &self.destination)?;

@@ -8,6 +8,7 @@ compile_error!(
     "BitNet-Rust needs a little-endian 64-bit target: the kernels read weights in place as little-endian words and index whole models by usize"
 );
 
+pub mod blocks;
 mod compute;
 pub mod half;
 mod head;

@@ -15,7 +15,7 @@ use super::ConvertError;
 /// Longest header accepted, in bytes: the limit of the safetensors library.
 const MAX_HEADER: u64 = 100_000_000;
 
-/// Values in a piece of a tensor: a multiple of the 128 of an I2_S block.
+/// Values in a piece of a tensor: a multiple of the 256 of the largest blocks.
 const PIECE: u64 = 1 << 18;
 
 /// The open files of a checkpoint and their directories.
@@ -132,13 +132,24 @@ impl Checkpoint {
         self.tensors.iter().map(|(name, (shard, _))| (self.shards[*shard].path.as_path(), name.as_str()))
     }
 
-    /// A tensor whose name ends so.
-    pub(super) fn find_suffix(&self, suffix: &str) -> Option<(&Path, &str)> {
-        self.names().find(|(_, name)| name.ends_with(suffix))
+    /// The one value of a tensor.
+    pub(super) fn scalar(&self, name: &str) -> Result<f32, ConvertError> {
+        let no_dims = self.tensors.get(name).is_some_and(|(_, entry)| entry.shape.is_empty());
+        let tensor = self.tensor(name, if no_dims { &[] } else { &[1] }, false)?;
+        let mut value = 0.0;
+        tensor.read(|values, _| {
+            value = values[0];
+            Ok(())
+        })?;
+        if value > 0.0 {
+            Ok(value)
+        } else {
+            Err(tensor.error(format!("expected a scale above 0, found {value}")))
+        }
     }
 
-    /// The tensor of a name, which must have this shape and be of floats.
-    pub(super) fn tensor(&self, name: &str, shape: &[u64]) -> Result<Tensor<'_>, ConvertError> {
+    /// The tensor of a name, which must have this shape and be of floats, or of bytes where it is `packed`.
+    pub(super) fn tensor(&self, name: &str, shape: &[u64], packed: bool) -> Result<Tensor<'_>, ConvertError> {
         let thing = || format!("tensor {name:?}");
         let Some((name, (shard, entry))) = self.tensors.get_key_value(name) else {
             let problem = format!("missing among {} tensors", self.tensors.len());
@@ -150,13 +161,20 @@ impl Checkpoint {
             "F32" => Float::F32,
             "F16" => Float::F16,
             "BF16" => Float::Bf16,
-            "U8" => {
-                let problem = "type U8: packed ternary weights are not supported yet; \
-                               convert the checkpoint with the bf16 master weights";
-                return refuse(problem.to_owned());
-            }
+            "U8" => Float::U8,
             other => return refuse(format!("expected type F32, F16 or BF16, found {other}")),
         };
+        if packed != matches!(float, Float::U8) {
+            let problem = if packed {
+                format!(
+                    "expected packed weights (U8), found {}: is the checkpoint one of master weights?",
+                    entry.dtype
+                )
+            } else {
+                "type U8: packed weights, which the configuration says nothing of".to_owned()
+            };
+            return refuse(problem);
+        }
         if entry.shape != shape {
             return refuse(format!("expected shape {shape:?} from config.json, found {:?}", entry.shape));
         }
@@ -190,17 +208,24 @@ enum Float {
     F32,
     F16,
     Bf16,
+    /// Four ternary weights.
+    U8,
 }
 
 impl Float {
     fn size(self) -> u64 {
-        if matches!(self, Self::F32) { 4 } else { 2 }
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+            Self::U8 => 1,
+        }
     }
 
     fn decode(self, bytes: &[u8], values: &mut Vec<f32>) {
         values.clear();
         let halves = bytes.as_chunks().0.iter();
         match self {
+            Self::U8 => values.extend(bytes.iter().map(|&b| f32::from(b))),
             Self::F32 => values.extend(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
             Self::F16 => values.extend(halves.map(|b| half::f16::from_le_bytes(*b).to_f32())),
             Self::Bf16 => values.extend(halves.map(|b| half::bf16::from_le_bytes(*b).to_f32())),

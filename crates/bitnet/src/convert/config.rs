@@ -11,6 +11,8 @@ use super::checkpoint::read_json;
 
 /// The shape and the constants of the model, within the range of GGUF's u32 keys and consistent.
 pub(super) struct HfConfig {
+    /// What a packed checkpoint's scales mean; None for master weights.
+    pub(super) packed: Option<ScaleDirection>,
     relu2: bool,
     pub(super) vocab_size: u64,
     context_length: u64,
@@ -27,6 +29,15 @@ pub(super) struct HfConfig {
     bos: Option<u32>,
     eos: Option<u32>,
     padding: Option<u32>,
+}
+
+/// What is done with `weight_scale`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ScaleDirection {
+    /// The product is multiplied by it: `AutoBitLinear`.
+    Multiply,
+    /// The product is divided by it: `BitLinear`.
+    Divide,
 }
 
 const SIZE: RangeInclusive<u64> = 1..=1 << 24;
@@ -101,14 +112,24 @@ impl HfConfig {
         if keys.get("quantization_config.quant_method") != "bitnet" {
             return Err(keys.error("quantization_config.quant_method", "\"bitnet\""));
         }
-        if keys.get("quantization_config.quantization_mode") != "online" {
-            let expected =
-                "\"online\", as with master weights (packed ternary weights are not supported yet)";
-            return Err(keys.error("quantization_config.quantization_mode", expected));
-        }
-        if keys.get("quantization_config.linear_class") != "autobitlinear" {
-            return Err(keys.error("quantization_config.linear_class", "\"autobitlinear\""));
-        }
+        // What transformers takes where the keys are absent: packed weights and a scale to divide by.
+        let packed = match (
+            keys.get("quantization_config.quantization_mode").as_str().unwrap_or("offline"),
+            keys.get("quantization_config.linear_class").as_str().unwrap_or("bitlinear"),
+        ) {
+            ("online", "autobitlinear") => None,
+            ("offline", "autobitlinear") => Some(ScaleDirection::Multiply),
+            ("offline", "bitlinear") => Some(ScaleDirection::Divide),
+            ("online", _) => return Err(keys.error("quantization_config.linear_class", "\"autobitlinear\"")),
+            ("offline", _) => {
+                return Err(
+                    keys.error("quantization_config.linear_class", "\"autobitlinear\" or \"bitlinear\"")
+                );
+            }
+            _ => {
+                return Err(keys.error("quantization_config.quantization_mode", "\"online\" or \"offline\""));
+            }
+        };
         keys.only("quantization_config.use_rms_norm", &[false.into()])?;
         // The head is never converted.
         keys.only(
@@ -148,6 +169,7 @@ impl HfConfig {
             ["rope_parameters.rope_theta", "rope_theta"].into_iter().find(|key| !keys.get(key).is_null());
         let vocab_size = keys.size("vocab_size")?;
         Ok(Self {
+            packed,
             relu2: keys.get("hidden_act") != "silu",
             vocab_size,
             context_length: keys.size("max_position_embeddings")?,
@@ -171,13 +193,18 @@ impl HfConfig {
         if self.relu2 { "bitnet-b1.58" } else { "bitnet" }
     }
 
-    pub(super) fn write(&self, writer: &mut Writer, name: Option<&str>) -> Result<(), ConvertError> {
+    pub(super) fn write(
+        &self,
+        writer: &mut Writer,
+        name: Option<&str>,
+        file_type: u32,
+    ) -> Result<(), ConvertError> {
         let arch = self.architecture();
         writer.meta("general.architecture", Value::Str(arch))?;
         if let Some(name) = name {
             writer.meta("general.name", Value::Str(name))?;
         }
-        writer.meta("general.file_type", Value::U32(40))?;
+        writer.meta("general.file_type", Value::U32(file_type))?;
         let mut key = |suffix: &str, value| writer.meta(&format!("{arch}.{suffix}"), value);
         // Every size was checked to fit.
         let int = |n: u64| Value::U32(n as u32);

@@ -5,6 +5,7 @@ mod forward;
 mod load;
 mod profile;
 mod rope;
+pub(crate) mod stored;
 mod weights;
 
 pub use config::{Config, Repair};

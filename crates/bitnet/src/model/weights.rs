@@ -1,8 +1,11 @@
 //! The tensors of a model, mapped layer by layer and brought into the engine's layout.
 
 use super::config::{Config, Keys, require};
+use super::stored::{ExactScales, row_chunk, row_format};
 use crate::Error;
 use bitnet_gguf::{Gguf, TensorInfo, TensorType};
+use bitnet_kernels::blocks::BlockFormat;
+use bitnet_kernels::ternary::blocks::RowFormat;
 use bitnet_kernels::ternary::{CHUNK, Layout, columns, pack, row_bytes};
 use bitnet_kernels::{
     Activation, Bytes, Compute, FloatMatrix, FloatType, Head, HugeBuffer, Screen, TernaryMatrix,
@@ -68,6 +71,8 @@ struct Placed<'a> {
     tensor: &'a TensorInfo,
     store: Store,
     range: Range<usize>,
+    /// Of a ternary tensor.
+    scale: f32,
 }
 
 /// How a tensor is brought into the engine's layout.
@@ -75,19 +80,31 @@ struct Placed<'a> {
 enum Store {
     /// Floats, as they are.
     Floats,
+    /// Blocks of floats, to be F16: their own scales have no more digits.
+    Blocks(BlockFormat),
     /// I2_S whose rows are whole chunks, as it is.
     Ternary,
-    /// I2_S whose rows must be padded.
-    Padded { columns: usize },
-    /// I2_S to be stored by columns.
-    Columns { rows: usize, columns: usize },
+    /// I2_S whose rows must be padded, or rows of another type.
+    Rows { columns: usize, format: Option<RowFormat> },
+    /// I2_S or rows of another type, to be stored by columns.
+    Columns { rows: usize, columns: usize, format: Option<RowFormat> },
     /// The four-bit copy of the head: first all codes, then all scales.
     Screen { rows: usize, columns: usize, ty: FloatType },
+}
+
+/// The encoding of a float matrix that is not one number after the other.
+fn block_format(ty: TensorType) -> Option<BlockFormat> {
+    match ty {
+        TensorType::Q8_0 => Some(BlockFormat::Q8_0),
+        TensorType::Q6_K => Some(BlockFormat::Q6_K),
+        _ => None,
+    }
 }
 
 /// Checks tensors against the configuration and assigns them places.
 struct Planner<'a> {
     keys: Keys<'a>,
+    exact: ExactScales<'a>,
     placed: Vec<Placed<'a>>,
     end: usize,
 }
@@ -159,10 +176,10 @@ impl<'a> Planner<'a> {
         self.keys.error(format!("tensor {:?} at byte {}", tensor.name, tensor.offset), problem)
     }
 
-    fn place(&mut self, tensor: &'a TensorInfo, bytes: usize, store: Store) -> Range<usize> {
+    fn place(&mut self, tensor: &'a TensorInfo, bytes: usize, store: Store, scale: f32) -> Range<usize> {
         let start = self.end.next_multiple_of(64);
         self.end = start + bytes;
-        self.placed.push(Placed { tensor, store, range: start..self.end });
+        self.placed.push(Placed { tensor, store, range: start..self.end, scale });
         start..self.end
     }
 
@@ -185,12 +202,11 @@ impl<'a> Planner<'a> {
         let tensor = self.shaped(name, &[columns, rows])?;
         let ty = match tensor.ty {
             TensorType::F32 => FloatType::F32,
-            TensorType::F16 => FloatType::F16,
             TensorType::BF16 => FloatType::BF16,
+            ty if ty == TensorType::F16 || block_format(ty).is_some() => FloatType::F16,
             other => {
-                return Err(
-                    self.error(tensor, format!("expected type F16, BF16 or F32, found {}", other.name()))
-                );
+                let problem = format!("expected type F16, BF16, F32, Q8_0 or Q6_K, found {}", other.name());
+                return Err(self.error(tensor, problem));
             }
         };
         Ok((tensor, ty))
@@ -198,7 +214,11 @@ impl<'a> Planner<'a> {
 
     /// Copies the matrix to the buffer.
     fn copied(&mut self, (tensor, ty): (&'a TensorInfo, FloatType)) -> FloatPlace {
-        FloatPlace::Buffer(self.place(tensor, tensor.byte_len as usize, Store::Floats), ty)
+        let (bytes, store) = match block_format(tensor.ty) {
+            Some(format) => (2 * tensor.n_elements() as usize, Store::Blocks(format)),
+            None => (tensor.byte_len as usize, Store::Floats),
+        };
+        FloatPlace::Buffer(self.place(tensor, bytes, store, 1.0), ty)
     }
 
     /// Leaves the matrix in the file.
@@ -215,40 +235,63 @@ impl<'a> Planner<'a> {
         rows: usize,
     ) -> Result<TernaryPlace, Error> {
         let tensor = self.shaped(name, &[columns, rows])?;
-        if tensor.ty != TensorType::I2S {
-            let problem = match tensor.ty {
-                TensorType::TL1 | TensorType::TL2 => format!(
-                    "{} needs tables that are not in the file; convert the model to I2_S",
-                    tensor.ty.name()
-                ),
-                other => format!("expected type I2_S, found {}", other.name()),
-            };
-            return Err(self.error(tensor, problem));
-        }
-        // The length was checked when the file was parsed: columns * rows / 4 bytes and 32 for the scale.
-        let weights = columns * rows;
+        let format = row_format(tensor.ty);
+        let scale = match (tensor.ty, format) {
+            (TensorType::I2S, _) => self.i2s_scale(tensor)?,
+            (_, Some(format)) => self.row_scale(tensor, format, columns)?,
+            (TensorType::TL1 | TensorType::TL2, _) => {
+                let name = tensor.ty.name();
+                let problem =
+                    format!("{name} needs tables that are not in the file; convert the model to I2_S");
+                return Err(self.error(tensor, problem));
+            }
+            (other, _) => {
+                let problem =
+                    format!("expected type I2_S, TQ1_0, TQ2_0, IQ1_BN or IQ2_BN, found {}", other.name());
+                return Err(self.error(tensor, problem));
+            }
+        };
+        let store = match layout {
+            Layout::Columns => Store::Columns { rows, columns, format },
+            Layout::Rows if columns.is_multiple_of(CHUNK) && format.is_none() => Store::Ternary,
+            Layout::Rows => Store::Rows { columns, format },
+        };
+        Ok((self.place(tensor, layout.bytes(rows, columns), store, scale), layout, rows, columns, scale))
+    }
+
+    fn i2s_scale(&self, tensor: &TensorInfo) -> Result<f32, Error> {
+        // The length was checked when the file was parsed: a quarter byte for each weight and 32 for the scale.
+        let weights = tensor.n_elements() as usize;
         if !weights.is_multiple_of(128) {
-            let problem = format!("{rows} rows of {columns} weights do not fill blocks of 128");
-            return Err(self.error(tensor, problem));
+            return Err(self.error(tensor, format!("{weights} weights do not fill blocks of 128")));
         }
         let bytes = self.keys.gguf.tensor_bytes(tensor);
-        let scale = match bytes.get(weights / 4..).and_then(|tail| tail.first_chunk::<4>()) {
-            Some(b) => f32::from_le_bytes(*b),
-            None => return Err(self.error(tensor, "too short for its scale")),
-        };
-        if !scale.is_finite() {
-            let problem = format!(
-                "the scale at byte {} is {scale}, expected a finite number",
-                tensor.offset + weights as u64 / 4
-            );
-            return Err(self.error(tensor, problem));
+        match bytes.get(weights / 4..).and_then(|tail| tail.first_chunk::<4>()) {
+            Some(b) if f32::from_le_bytes(*b).is_finite() => Ok(f32::from_le_bytes(*b)),
+            Some(b) => {
+                let (at, scale) = (tensor.offset + weights as u64 / 4, f32::from_le_bytes(*b));
+                Err(self
+                    .error(tensor, format!("the scale at byte {at} is {scale}, expected a finite number")))
+            }
+            None => Err(self.error(tensor, "too short for its scale")),
         }
-        let store = match layout {
-            Layout::Columns => Store::Columns { rows, columns },
-            Layout::Rows if columns.is_multiple_of(CHUNK) => Store::Ternary,
-            Layout::Rows => Store::Padded { columns },
-        };
-        Ok((self.place(tensor, layout.bytes(rows, columns), store), layout, rows, columns, scale))
+    }
+
+    /// The scale of the first row that has one; whether all others have it too is seen when they are read.
+    fn row_scale(&self, tensor: &TensorInfo, format: RowFormat, columns: usize) -> Result<f32, Error> {
+        let mut trits = vec![0; columns];
+        let bytes = self.keys.gguf.tensor_bytes(tensor);
+        let mut stored = None;
+        for (r, row) in bytes.chunks_exact(format.row_bytes(columns)).enumerate() {
+            stored = format
+                .unpack_row(row, &mut trits)
+                .map_err(|e| self.error(tensor, format!("row {r}: {e}")))?;
+            if stored.is_some() {
+                break;
+            }
+        }
+        let scale = self.exact.of(tensor, format, stored).unwrap_or(1.0);
+        if scale.is_finite() { Ok(scale) } else { Err(self.error(tensor, format!("the scale is {scale}"))) }
     }
 }
 
@@ -262,7 +305,7 @@ impl Planner<'_> {
         let layers = self.placed.iter().filter(|p| p.tensor.name.ends_with(".ffn_down.weight")).count();
         let tensor = |part: &str| gguf.tensor(&format!("blk.{}.{part}.weight", layers / 2));
         let bytes = |part: &str| {
-            let tensor = tensor(part)?;
+            let tensor = tensor(part).filter(|tensor| tensor.ty == TensorType::I2S)?;
             let columns = *tensor.dims.first()? as usize;
             Some((gguf.tensor_bytes(tensor).get(..tensor.n_elements() as usize / 4)?, columns))
         };
@@ -301,7 +344,8 @@ impl<'a> WeightPlan<'a> {
     /// Checks every tensor against the configuration.
     pub(crate) fn new(gguf: &'a Gguf, config: &Config, strategy: Strategy) -> Result<Self, Error> {
         let keys = Keys { gguf, arch: config.architecture.clone() };
-        let mut planner = Planner { keys, placed: Vec::new(), end: 0 };
+        let exact = ExactScales::read(gguf);
+        let mut planner = Planner { keys, exact, placed: Vec::new(), end: 0 };
         let (hidden, ff) = (config.hidden_size, config.intermediate_size);
         let (q, kv) = (config.q_width(), config.kv_width());
         let mut layers = Vec::new();
@@ -330,12 +374,15 @@ impl<'a> WeightPlan<'a> {
         let tied = config.architecture == "bitnet-25" || gguf.tensor("output.weight").is_none();
         let output =
             if tied { None } else { Some(planner.float("output.weight", hidden, config.vocab_size)?) };
-        let screens = strategy.screens(config.vocab_size);
+        // Blocks are decoded into the buffer, where the file has nothing to screen.
+        let plain = |(tensor, _): &(&TensorInfo, FloatType)| block_format(tensor.ty).is_none();
+        let screens =
+            strategy.screens(config.vocab_size) && plain(&embedding) && output.as_ref().is_none_or(plain);
         let screen = screens.then(|| {
             let (tensor, ty) = output.unwrap_or(embedding);
             let (rows, columns) = (config.vocab_size, hidden);
             let bytes = rows * (Screen::row_bytes(columns) + Screen::SCALE_BYTES);
-            planner.place(tensor, bytes, Store::Screen { rows, columns, ty })
+            planner.place(tensor, bytes, Store::Screen { rows, columns, ty }, 1.0)
         });
         let mut place = |matrix| if screens { planner.mapped(matrix) } else { planner.copied(matrix) };
         let (embedding, head) = (place(embedding), output.map(place));
@@ -534,8 +581,8 @@ fn fill(
         let (mut place, tail) = tail.split_at_mut(placed.range.len());
         (rest, done) = (tail, placed.range.end);
         let part = match placed.store {
-            Store::Floats | Store::Ternary => PART,
-            Store::Padded { columns } => row_bytes(columns) * (PART / row_bytes(columns)).max(1),
+            Store::Floats | Store::Blocks(_) | Store::Ternary => PART,
+            Store::Rows { columns, .. } => row_bytes(columns) * (PART / row_bytes(columns)).max(1),
             Store::Columns { rows, .. } => CHUNK * columns::column_bytes(rows),
             Store::Screen { columns, .. } => Screen::row_bytes(columns) * 1024,
         };
@@ -575,10 +622,42 @@ fn fill(
                 let start = placed.tensor.offset + *at as u64;
                 gguf.advise_dontneed(start..start + target.len() as u64);
             }
-            Store::Padded { columns } => pad(source, columns, *at / row_bytes(columns), target),
-            Store::Columns { rows, columns } => {
+            Store::Blocks(format) => {
+                // Every part but the last is a whole number of blocks.
+                let (block, block_bytes) = format.sizes();
+                let mut values = vec![0.0; block];
+                let from = source[*at / 2 / block * block_bytes..].chunks_exact(block_bytes);
+                for (bytes, target) in from.zip(target.chunks_exact_mut(2 * block)) {
+                    format.decode(bytes, &mut values);
+                    for (target, &value) in target.as_chunks_mut().0.iter_mut().zip(&values) {
+                        *target = half::f16::from_f32(value).to_le_bytes();
+                    }
+                }
+            }
+            Store::Rows { columns, format: None } => pad(source, columns, *at / row_bytes(columns), target),
+            Store::Rows { columns, format: Some(format) } => {
+                let first = *at / row_bytes(columns);
+                let chunks = row_bytes(columns) / (CHUNK / 4);
+                for (i, target) in target.as_chunks_mut::<{ CHUNK / 4 }>().0.iter_mut().enumerate() {
+                    match row_chunk(source, format, columns, first + i / chunks, i % chunks, placed.scale) {
+                        Ok(codes) => *target = codes,
+                        Err(problem) => return fail(planner.error(placed.tensor, problem)),
+                    }
+                }
+            }
+            Store::Columns { rows, columns, format } => {
                 let chunk = *at / (CHUNK * columns::column_bytes(rows));
-                columns::transpose(&strip(source, rows, columns, chunk), target);
+                let strip = match format {
+                    None => Ok(strip(source, rows, columns, chunk)),
+                    Some(format) => (0..rows)
+                        .map(|r| row_chunk(source, format, columns, r, chunk, placed.scale))
+                        .collect::<Result<Vec<_>, _>>()
+                        .map(|codes| codes.concat()),
+                };
+                match strip {
+                    Ok(strip) => columns::transpose(&strip, target),
+                    Err(problem) => return fail(planner.error(placed.tensor, problem)),
+                }
                 // The last chunk is done with about last.
                 if (chunk + 1) * CHUNK >= columns {
                     let start = placed.tensor.offset;
@@ -597,7 +676,7 @@ fn fill(
                 gguf.advise_dontneed(start..start + done * row);
             }
         }
-        let ternary = !matches!(placed.store, Store::Floats | Store::Screen { .. });
+        let ternary = !matches!(placed.store, Store::Floats | Store::Blocks(_) | Store::Screen { .. });
         if let Some(byte) = code_three(target).filter(|_| ternary) {
             let problem = format!("code 3 near stored byte {}: no ternary weight", *at + byte);
             fail(planner.error(placed.tensor, problem));

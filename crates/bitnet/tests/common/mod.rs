@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 #![allow(dead_code)] // each test binary uses a part
 
-use bitnet::convert::{HeadType, hf_to_gguf};
+use bitnet::convert::{Options, convert};
 use bitnet::gguf::Gguf;
 use bitnet::kernels::{Compute, Kernels};
 use bitnet::model::{Model, Strategy};
@@ -27,7 +27,7 @@ pub(crate) fn gguf(model: &str) -> Arc<Gguf> {
     }
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("model.gguf");
-    hf_to_gguf(&fixture(model, ""), &out, HeadType::Auto, &mut |_| ControlFlow::Continue(())).unwrap();
+    convert(&fixture(model, ""), &out, Options::default(), &mut |_| ControlFlow::Continue(())).unwrap();
     Arc::new(Gguf::from_vec(model, std::fs::read(out).unwrap()).unwrap())
 }
 

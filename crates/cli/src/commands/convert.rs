@@ -1,23 +1,48 @@
+use crate::hub;
 use crate::output::{self, notice};
-use bitnet::convert::{HeadType, hf_to_gguf};
+use anyhow::bail;
+use bitnet::convert::{HeadType, Options, TernaryType, convert};
+use bitnet::hub::ModelName;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
-/// Makes a GGUF file of a Hugging Face model folder with config.json, safetensors weights (the bf16 master weights) and
-/// tokenizer.json.
+/// Makes a GGUF file of a Hugging Face model folder (config.json, safetensors with master or packed weights, tokenizer.json),
+/// or of a GGUF file with other types.
+///
+/// The ternary weights stay the same in every type; the file is read again before it appears, and the hash of all its
+/// weights is printed.
 #[derive(clap::Args)]
 #[command(after_help = "Example:
   bitnet convert ./bitnet-b1.58-2B-4T-bf16 model.gguf")]
 pub struct Args {
-    /// The folder
-    input: PathBuf,
+    /// The folder, a GGUF file, or the name of a model on the hub
+    input: String,
     /// The file to write
     output: PathBuf,
-    /// Type of the embedding and the output head; auto: the smallest that holds every value exactly
-    #[arg(long, value_enum, default_value = "auto")]
+    /// Type of the ternary matrices
+    #[arg(long = "type", value_name = "TYPE", value_enum, ignore_case = true, default_value = "i2_s")]
+    ternary: Type,
+    /// Type of the embedding and the output head; auto: as it is, or of a folder the smallest of F16, BF16 and F32 that
+    /// holds every value exactly
+    #[arg(long, value_enum, ignore_case = true, default_value = "auto")]
     head: Head,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+#[value(rename_all = "snake_case")]
+enum Type {
+    #[value(name = "i2_s")]
+    I2s,
+    #[value(name = "tq1_0")]
+    Tq1,
+    #[value(name = "tq2_0")]
+    Tq2,
+    #[value(name = "iq1_bn")]
+    Iq1,
+    #[value(name = "iq2_bn")]
+    Iq2,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -26,23 +51,54 @@ enum Head {
     F16,
     Bf16,
     F32,
+    #[value(name = "q8_0")]
+    Q8,
+    #[value(name = "q6_k")]
+    Q6,
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let head = match args.head {
-        Head::Auto => HeadType::Auto,
-        Head::F16 => HeadType::F16,
-        Head::Bf16 => HeadType::Bf16,
-        Head::F32 => HeadType::F32,
+    let options = Options {
+        ternary: match args.ternary {
+            Type::I2s => TernaryType::I2_S,
+            Type::Tq1 => TernaryType::TQ1_0,
+            Type::Tq2 => TernaryType::TQ2_0,
+            Type::Iq1 => TernaryType::IQ1_BN,
+            Type::Iq2 => TernaryType::IQ2_BN,
+        },
+        head: match args.head {
+            Head::Auto => HeadType::Auto,
+            Head::F16 => HeadType::F16,
+            Head::Bf16 => HeadType::Bf16,
+            Head::F32 => HeadType::F32,
+            Head::Q8 => HeadType::Q8_0,
+            Head::Q6 => HeadType::Q6_K,
+        },
     };
+    let mut input = PathBuf::from(&args.input);
+    if !input.exists()
+        && let Some(name) = ModelName::parse(&args.input)?
+    {
+        input = match hub::settings()?.find(&name, true)? {
+            Some(path) => path,
+            None => hub::pull(&name, true, false)?.path,
+        };
+    }
+    if let (Ok(from), Ok(to)) = (input.canonicalize(), args.output.canonicalize())
+        && from == to
+    {
+        bail!("{}: this is the input; give another name to write", args.output.display());
+    }
     // Drawn only where stderr is a terminal.
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     bar.set_style(ProgressStyle::with_template("{bar:40} {bytes} of {total_bytes} {eta} {wide_msg}")?);
     let interrupted = output::interrupt_flag()?;
-    let report = hf_to_gguf(&args.input, &args.output, head, &mut |progress| {
+    let report = convert(&input, &args.output, options, &mut |progress| {
         bar.set_length(progress.total);
         bar.set_position(progress.done);
-        bar.set_message(progress.tensor.to_owned());
+        if bar.message() != progress.tensor {
+            bar.set_message(progress.tensor.to_owned());
+        }
         if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
     bar.finish_and_clear();
@@ -52,12 +108,13 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     }
     let zeros = 100.0 * report.zero_weights as f64 / report.ternary_weights.max(1) as f64;
     notice(format_args!(
-        "{}: {}, {} tensors, {} ternary weights ({zeros:.1} % zero), embedding {}",
+        "{}: {}, {} tensors, {} ternary weights in {} ({zeros:.1} % zero), embedding {}, verified",
         args.output.display(),
         report.architecture,
         report.tensors,
         report.ternary_weights,
+        options.ternary.tensor_type(),
         report.embedding
     ));
-    Ok(())
+    output::print(format!("trits {}\n", report.trits).as_bytes())
 }

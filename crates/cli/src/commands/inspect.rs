@@ -13,7 +13,7 @@ use std::fmt::Write;
   bitnet inspect model.gguf
   bitnet inspect model.gguf --json")]
 pub struct Args {
-    /// Path of a GGUF file [default: the built-in demo]
+    /// Path of a GGUF file or a name on the hub [default: the built-in demo]
     model: Option<String>,
     /// Tokens of context to plan the memory for; 0: as many as the model was trained with
     /// [default: the same, at most 4096]
@@ -28,7 +28,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let gguf = source::open(args.model.as_deref())?;
+    let gguf = source::open(args.model.as_deref(), false)?;
     let info = ModelInfo::new(&gguf, Strategy::default());
     if args.json {
         output::print_json(&as_json(args, &gguf, info.as_ref()))?;

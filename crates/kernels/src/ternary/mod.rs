@@ -7,6 +7,7 @@
 //!
 //! A matrix whose input is mostly zeros is stored by [`columns`] instead, and its activations stay in order.
 
+pub mod blocks;
 pub mod columns;
 pub mod pack;
 pub(crate) mod panel;

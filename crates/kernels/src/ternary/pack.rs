@@ -18,18 +18,20 @@ pub const BLOCK_BYTES: usize = 32;
 pub const TAIL_BYTES: usize = 32;
 
 /// Why codes cannot be packed or unpacked.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum PackError {
     /// Weights that do not fill the last block.
-    #[error("{n} weights do not fill blocks of 128")]
+    #[error("{n} weights do not fill blocks of {block}")]
     PartialBlock {
         /// Number of weights.
         n: usize,
+        /// Weights in a block.
+        block: usize,
     },
     /// A wrong number of bytes for the weights.
-    #[error("expected {expected} bytes of codes, found {found}")]
+    #[error("expected {expected} bytes, found {found}")]
     Length {
-        /// A quarter of the number of weights.
+        /// What the weights take.
         expected: usize,
         /// Bytes given.
         found: usize,
@@ -43,10 +45,18 @@ pub enum PackError {
         found: i8,
     },
     /// A code that stands for no weight.
-    #[error("weight {index} has code 3; expected 0, 1 or 2")]
+    #[error("weight {index} has code 3, or is in a byte that no weights lead to")]
     Code {
-        /// The weight's place in the tensor.
+        /// The weight's place in what was to be unpacked.
         index: usize,
+    },
+    /// Weights that are ternary only part by part.
+    #[error("one part has the scale {first}, another {second}; expected one scale")]
+    Scales {
+        /// The scale of a part.
+        first: f32,
+        /// That of a later one.
+        second: f32,
     },
 }
 
@@ -54,7 +64,7 @@ pub enum PackError {
 /// are multiples of [`BLOCK`]; [`tail`] follows the last.
 pub fn pack_i2s(trits: &[i8]) -> Result<Vec<u8>, PackError> {
     if !trits.len().is_multiple_of(BLOCK) {
-        return Err(PackError::PartialBlock { n: trits.len() });
+        return Err(PackError::PartialBlock { n: trits.len(), block: BLOCK });
     }
     if let Some(index) = trits.iter().position(|t| !(-1..=1).contains(t)) {
         return Err(PackError::Trit { index, found: trits[index] });
@@ -78,7 +88,7 @@ pub fn tail(scale: f32) -> [u8; TAIL_BYTES] {
 /// The `n` weights of `codes` (without the tail).
 pub fn unpack_i2s(codes: &[u8], n: usize) -> Result<Vec<i8>, PackError> {
     if !n.is_multiple_of(BLOCK) {
-        return Err(PackError::PartialBlock { n });
+        return Err(PackError::PartialBlock { n, block: BLOCK });
     }
     if codes.len() != n / 4 {
         return Err(PackError::Length { expected: n / 4, found: codes.len() });
@@ -128,7 +138,7 @@ pub fn zero_columns(codes: &[u8], columns: usize) -> Result<Vec<f32>, PackError>
 
 fn rows(codes: &[u8], columns: usize) -> Result<std::slice::ChunksExact<'_, u8>, PackError> {
     if columns == 0 || !columns.is_multiple_of(BLOCK) {
-        return Err(PackError::PartialBlock { n: columns });
+        return Err(PackError::PartialBlock { n: columns, block: BLOCK });
     }
     let rows = codes.chunks_exact(columns / 4);
     match rows.remainder().len() {
@@ -228,16 +238,16 @@ mod tests {
 
     #[test]
     fn wrong_weights_codes_and_lengths_are_named() {
-        assert_eq!(pack_i2s(&[0; 130]), Err(PackError::PartialBlock { n: 130 }));
+        assert_eq!(pack_i2s(&[0; 130]), Err(PackError::PartialBlock { n: 130, block: 128 }));
         let mut trits = [0; 256];
         trits[200] = -2;
         assert_eq!(pack_i2s(&trits), Err(PackError::Trit { index: 200, found: -2 }));
-        assert_eq!(unpack_i2s(&[0; 25], 100), Err(PackError::PartialBlock { n: 100 }));
+        assert_eq!(unpack_i2s(&[0; 25], 100), Err(PackError::PartialBlock { n: 100, block: 128 }));
         assert_eq!(unpack_i2s(&[0; 64], 128), Err(PackError::Length { expected: 32, found: 64 }));
         let mut codes = [0; 64];
         codes[32 + 3] = 0b00_00_11_00;
         assert_eq!(unpack_i2s(&codes, 256), Err(PackError::Code { index: 128 + 64 + 3 }));
-        assert_eq!(zero_rows(&codes, 100), Err(PackError::PartialBlock { n: 100 }));
+        assert_eq!(zero_rows(&codes, 100), Err(PackError::PartialBlock { n: 100, block: 128 }));
         assert_eq!(zero_columns(&codes[..50], 128), Err(PackError::Length { expected: 32, found: 50 }));
     }
 

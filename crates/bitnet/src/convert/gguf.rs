@@ -1,0 +1,262 @@
+//! A GGUF file with its ternary matrices and its head in other types.
+
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use bitnet_gguf::{Gguf, TensorInfo, TensorType, Value, ValueType, Writer};
+use bitnet_kernels::ternary::pack;
+
+use super::output::{Output, decode, encode};
+use super::{ConvertError, Meter, Options, Progress, Report};
+use crate::model::stored::{EXACT_SCALES, ExactScales, exact_scales, is_ternary, row_format};
+
+/// Weights in a piece of a tensor.
+const PIECE: usize = 1 << 18;
+
+pub(super) fn to_gguf(
+    input: &Path,
+    out: &Path,
+    options: Options,
+    progress: &mut dyn FnMut(Progress<'_>) -> ControlFlow<()>,
+) -> Result<Report, ConvertError> {
+    let gguf = Gguf::open(input)?;
+    let exact = ExactScales::read(&gguf);
+    let mut scales = Vec::new();
+    for tensor in gguf.tensors().iter().filter(|tensor| is_ternary(tensor.ty)) {
+        scales.push(scale_of(&gguf, tensor, &exact)?);
+    }
+    if scales.is_empty() {
+        let thing = format!("{} tensors", gguf.tensors().len());
+        return Err(ConvertError::checkpoint(
+            input,
+            thing,
+            "none is ternary: expected I2_S, TQ1_0, TQ2_0, IQ1_BN or IQ2_BN",
+        ));
+    }
+
+    let ternary = options.ternary.tensor_type();
+    let mut writer = Writer::new(out);
+    let mut file_type = Some(options.ternary.file_type());
+    for (key, value) in gguf.metadata() {
+        match key {
+            "general.file_type" => writer.meta(key, Value::U32(file_type.take().unwrap_or_default()))?,
+            EXACT_SCALES => {}
+            _ => writer.meta(key, value)?,
+        }
+    }
+    if let Some(file_type) = file_type {
+        writer.meta("general.file_type", Value::U32(file_type))?;
+    }
+    write_scales(input, &mut writer, ternary, &scales)?;
+    let mut notices = Vec::new();
+    let mut types = Vec::new();
+    let (mut read, mut written) = (0, 0);
+    for tensor in gguf.tensors() {
+        let head = ["token_embd.weight", "output.weight"].contains(&tensor.name.as_str());
+        let ty = match options.head.tensor_type().filter(|_| head) {
+            _ if is_ternary(tensor.ty) => ternary,
+            Some(ty) if ty != tensor.ty => {
+                if decodable(tensor.ty) {
+                    notices.push(format!("{}: from {} to {ty}", tensor.name, tensor.ty));
+                    ty
+                } else {
+                    let problem = format!("expected F32, F16, BF16, Q8_0 or Q6_K, found {}", tensor.ty);
+                    return Err(error(&gguf, tensor, problem));
+                }
+            }
+            _ => tensor.ty,
+        };
+        if is_ternary(ty) {
+            check_columns(&gguf, tensor, ty)?;
+        }
+        writer.tensor(&tensor.name, &tensor.dims, ty)?;
+        read += tensor.byte_len;
+        written += ty.byte_len(&tensor.dims).unwrap_or(0);
+        types.push(ty);
+    }
+
+    let mut meter = Meter { progress, done: 0, total: read + written };
+    let mut output = Output::new(writer, out)?;
+    let mut scales = scales.into_iter();
+    for (tensor, &ty) in gguf.tensors().iter().zip(&types) {
+        if is_ternary(ty) {
+            let (columns, scale) = (tensor.dims[0] as usize, scales.next().unwrap_or(1.0));
+            output.ternary(&tensor.name, ty, columns, scale, |take| {
+                let read = read_ternary(&gguf, tensor, &exact, &mut |trits, bytes| {
+                    meter.read(&tensor.name, bytes)?;
+                    take(trits)
+                });
+                read.map(|_| ())
+            })?;
+        } else {
+            output.bytes(&tensor.name, |take| {
+                // Whole blocks of every type, whose bytes all divide this times a block's.
+                let piece = tensor.byte_len / tensor.n_elements().div_ceil(PIECE as u64).max(1);
+                let block = tensor.ty.byte_len(&[256]).unwrap_or(1).max(1);
+                let piece = piece.next_multiple_of(block) as usize;
+                let (mut values, mut encoded) = (Vec::new(), Vec::new());
+                let mut index = 0;
+                for bytes in gguf.tensor_bytes(tensor).chunks(piece) {
+                    if ty == tensor.ty {
+                        take(bytes)?;
+                    } else {
+                        decode(tensor.ty, bytes, &mut values);
+                        if let Some(bad) = values.iter().position(|x| !fits(*x, ty)) {
+                            let problem =
+                                format!("value {} is {}: not one for {ty}", index + bad, values[bad]);
+                            return Err(error(&gguf, tensor, problem));
+                        }
+                        index += values.len();
+                        encoded.clear();
+                        encode(ty, &values, &mut encoded);
+                        take(&encoded)?;
+                    }
+                    meter.read(&tensor.name, bytes.len() as u64)?;
+                }
+                Ok(())
+            })?;
+        }
+        gguf.advise_dontneed(tensor.range());
+    }
+    let embedding = gguf.tensors().iter().position(|tensor| tensor.name == "token_embd.weight");
+    let (ternary_weights, zero_weights) = output.weights;
+    Ok(Report {
+        architecture: gguf.get_str("general.architecture")?.unwrap_or("unknown").to_owned(),
+        tensors: types.len(),
+        ternary_weights,
+        zero_weights,
+        embedding: embedding.map_or(TensorType::F32, |at| types[at]),
+        trits: output.finish(&mut meter)?,
+        notices,
+    })
+}
+
+/// Keeps the scales where the type rounds them.
+pub(super) fn write_scales(
+    input: &Path,
+    writer: &mut Writer,
+    ty: TensorType,
+    scales: &[f32],
+) -> Result<(), ConvertError> {
+    let Some(format) = row_format(ty) else { return Ok(()) };
+    if let Some(bad) = scales.iter().find(|&&scale| {
+        let stored = format.stored_scale(scale);
+        !stored.is_finite() || stored == 0.0 && scale != 0.0
+    }) {
+        return Err(ConvertError::checkpoint(input, "a scale", format!("{bad} cannot be stored in {ty}")));
+    }
+    if scales.iter().any(|&scale| format.stored_scale(scale) != scale) {
+        writer.meta_array(EXACT_SCALES, ValueType::F32, exact_scales(scales))?;
+    }
+    Ok(())
+}
+
+/// Whether a head of this type can be made another.
+fn decodable(ty: TensorType) -> bool {
+    use TensorType::{BF16, F16, F32, Q6_K, Q8_0};
+    [F32, F16, BF16, Q8_0, Q6_K].contains(&ty)
+}
+
+/// Whether a value can be stored in a type of floats or of blocks with f16 scales.
+pub(super) fn fits(x: f32, ty: TensorType) -> bool {
+    match ty {
+        TensorType::F16 => half::f16::from_f32(x).is_finite(),
+        TensorType::BF16 => half::bf16::from_f32(x).is_finite(),
+        TensorType::Q8_0 => half::f16::from_f32(x / 127.0).is_finite(),
+        TensorType::Q6_K => half::f16::from_f32(x / 4096.0).is_finite(),
+        _ => x.is_finite(),
+    }
+}
+
+/// Refuses rows that do not fill the blocks of a type.
+fn check_columns(gguf: &Gguf, tensor: &TensorInfo, ty: TensorType) -> Result<(), ConvertError> {
+    let columns = tensor.dims[0];
+    let problem = match row_format(ty) {
+        Some(format) if !columns.is_multiple_of(format.block() as u64) => {
+            format!(
+                "rows of {columns} weights do not fill the blocks of {} of {ty}: use I2_S",
+                format.block()
+            )
+        }
+        None if !tensor.n_elements().is_multiple_of(pack::BLOCK as u64) => {
+            format!("{} weights do not fill the blocks of 128 of I2_S", tensor.n_elements())
+        }
+        _ => return Ok(()),
+    };
+    Err(error(gguf, tensor, problem))
+}
+
+fn error(gguf: &Gguf, tensor: &TensorInfo, problem: impl Into<String>) -> ConvertError {
+    let thing = format!("tensor {:?} at byte {}", tensor.name, tensor.offset);
+    ConvertError::checkpoint(Path::new(gguf.name()), thing, problem)
+}
+
+/// Hands over the trits of a ternary tensor in pieces, with the bytes they took. Returns the scale; None where the
+/// tensor is all zeros and has none.
+pub(super) fn read_ternary(
+    gguf: &Gguf,
+    tensor: &TensorInfo,
+    exact: &ExactScales<'_>,
+    take: &mut dyn FnMut(&[i8], u64) -> Result<(), ConvertError>,
+) -> Result<Option<f32>, ConvertError> {
+    let bytes = gguf.tensor_bytes(tensor);
+    let n = tensor.n_elements() as usize;
+    check_columns(gguf, tensor, tensor.ty)?;
+    let Some(format) = row_format(tensor.ty) else {
+        let (codes, tail) = bytes.split_at(n / 4);
+        for (i, piece) in codes.chunks(PIECE / 4).enumerate() {
+            let trits = pack::unpack_i2s(piece, 4 * piece.len()).map_err(|e| {
+                error(gguf, tensor, format!("in the piece from weight {} on: {e}", i * PIECE))
+            })?;
+            let last = (i + 1) * PIECE >= n;
+            take(&trits, (piece.len() + if last { tail.len() } else { 0 }) as u64)?;
+        }
+        let scale = f32::from_le_bytes([tail[0], tail[1], tail[2], tail[3]]);
+        return if scale.is_finite() {
+            Ok(Some(scale))
+        } else {
+            Err(error(gguf, tensor, "the scale is not finite"))
+        };
+    };
+    let columns = tensor.dims[0] as usize;
+    let rows = (PIECE / columns).max(1);
+    let mut trits = vec![0; rows * columns];
+    let mut scale: Option<f32> = None;
+    for (i, piece) in bytes.chunks(rows * format.row_bytes(columns)).enumerate() {
+        let mut filled = 0;
+        for (r, row) in piece.chunks(format.row_bytes(columns)).enumerate() {
+            let at = |problem: String| error(gguf, tensor, format!("row {}: {problem}", i * rows + r));
+            let found = format.unpack_row(row, &mut trits[filled..filled + columns]);
+            match (scale, found.map_err(|e| at(e.to_string()))?) {
+                (Some(scale), Some(found)) if scale.to_bits() != found.to_bits() => {
+                    return Err(at(format!("its scale is {found}, others have {scale}: this is no BitNet")));
+                }
+                (_, Some(found)) if !found.is_finite() => return Err(at(format!("its scale is {found}"))),
+                (None, found) => scale = found,
+                _ => {}
+            }
+            filled += columns;
+        }
+        take(&trits[..filled], piece.len() as u64)?;
+    }
+    Ok(exact.of(tensor, format, scale))
+}
+
+/// The scale of a ternary tensor, without reading more than it takes to find it.
+fn scale_of(gguf: &Gguf, tensor: &TensorInfo, exact: &ExactScales<'_>) -> Result<f32, ConvertError> {
+    check_columns(gguf, tensor, tensor.ty)?;
+    let bytes = gguf.tensor_bytes(tensor);
+    let Some(format) = row_format(tensor.ty) else {
+        let tail = bytes.get(tensor.n_elements() as usize / 4..).and_then(|tail| tail.first_chunk());
+        return Ok(tail.map_or(1.0, |tail| f32::from_le_bytes(*tail)));
+    };
+    let columns = tensor.dims[0] as usize;
+    let mut trits = vec![0; columns];
+    for row in bytes.chunks(format.row_bytes(columns)) {
+        let found = format.unpack_row(row, &mut trits).map_err(|e| error(gguf, tensor, e.to_string()))?;
+        if found.is_some() {
+            return Ok(exact.of(tensor, format, found).unwrap_or(1.0));
+        }
+    }
+    Ok(exact.of(tensor, format, None).unwrap_or(1.0))
+}

@@ -1,0 +1,353 @@
+//! A Hugging Face checkpoint as a GGUF file.
+
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use bitnet_gguf::{TensorType, Value, Writer};
+use bitnet_kernels::ternary::pack;
+
+use super::checkpoint::{Checkpoint, Tensor};
+use super::config::{HfConfig, ScaleDirection};
+use super::gguf::{fits, write_scales};
+use super::output::{Output, decode, encode};
+use super::vocab::HfTokenizer;
+use super::{ConvertError, HeadType, Meter, Options, Progress, Report};
+use crate::model::stored::row_format;
+
+pub(super) fn to_gguf(
+    dir: &Path,
+    out: &Path,
+    options: Options,
+    progress: &mut dyn FnMut(Progress<'_>) -> ControlFlow<()>,
+) -> Result<Report, ConvertError> {
+    let config = HfConfig::read(&dir.join("config.json"))?;
+    let tokenizer = HfTokenizer::read(dir, &config)?;
+    let checkpoint = Checkpoint::open(dir)?;
+    let mut notices = Vec::new();
+    if tokenizer.is_none() {
+        notices.push("no tokenizer.json: the file will have no vocabulary".to_owned());
+    }
+    let parts = parts(dir, &config, &checkpoint, &mut notices)?;
+    let ternary = options.ternary.tensor_type();
+
+    // The type of an embedding, and so the length of the file, may depend on its values.
+    let passes = |part: &Part<'_>| match part.kind {
+        Kind::Norm => 1,
+        Kind::Embedding if options.head == HeadType::Auto => 2,
+        Kind::Embedding => 1,
+        Kind::Ternary => 2,
+        Kind::Packed { .. } => 4,
+    };
+    let total = parts.iter().map(|part| part.tensor.byte_len * passes(part)).sum();
+    let mut run = Run { meter: Meter { progress, done: 0, total }, notices };
+    let mut scales = Vec::new();
+    let mut inverses = Vec::new();
+    let mut types = Vec::new();
+    for part in &parts {
+        types.push(match part.kind {
+            Kind::Norm => TensorType::F32,
+            Kind::Embedding => run.embedding_type(&part.tensor, options.head)?,
+            Kind::Ternary | Kind::Packed { .. } => ternary,
+        });
+        match part.kind {
+            Kind::Ternary => {
+                let inverse = run.inverse_scale(&part.tensor)?;
+                scales.push(1.0 / inverse);
+                inverses.push(inverse);
+            }
+            Kind::Packed { scale } => scales.push(scale),
+            Kind::Norm | Kind::Embedding => {}
+        }
+        // Verifying reads what is written.
+        run.meter.total += types.last().and_then(|ty| ty.byte_len(&part.dims())).unwrap_or(0);
+    }
+
+    let mut writer = Writer::new(out);
+    let name = std::path::absolute(dir).map_err(|e| ConvertError::io(dir, "open", e))?;
+    let name = name.file_name().map(|name| name.to_string_lossy().into_owned());
+    config.write(&mut writer, name.as_deref(), options.ternary.file_type())?;
+    if let Some(tokenizer) = &tokenizer {
+        tokenizer.write(&mut writer)?;
+    }
+    writer.meta("general.quantization_version", Value::U32(2))?;
+    write_scales(dir, &mut writer, ternary, &scales)?;
+    for (part, &ty) in parts.iter().zip(&types) {
+        part.check(ty)?;
+        writer.tensor(&part.name, &part.dims(), ty)?;
+    }
+
+    let mut output = Output::new(writer, out)?;
+    let (mut scales, mut inverses) = (scales.into_iter(), inverses.into_iter());
+    for (part, &ty) in parts.iter().zip(&types) {
+        match part.kind {
+            Kind::Norm | Kind::Embedding => {
+                output.bytes(&part.name, |take| run.floats(&part.tensor, ty, take))?;
+            }
+            Kind::Ternary => {
+                let (scale, inverse) = (scales.next().unwrap_or(1.0), inverses.next().unwrap_or(1.0));
+                output.ternary(&part.name, ty, part.columns(), scale, |take| {
+                    run.quantize(&part.tensor, inverse, take)
+                })?;
+            }
+            Kind::Packed { .. } => {
+                let scale = scales.next().unwrap_or(1.0);
+                output
+                    .ternary(&part.name, ty, part.columns(), scale, |take| run.unpack(&part.tensor, take))?;
+            }
+        }
+    }
+    let (ternary_weights, zero_weights) = output.weights;
+    Ok(Report {
+        architecture: config.architecture().to_owned(),
+        tensors: parts.len(),
+        ternary_weights,
+        zero_weights,
+        embedding: types[0],
+        trits: output.finish(&mut run.meter)?,
+        notices: run.notices,
+    })
+}
+
+/// A tensor of the file to be.
+struct Part<'a> {
+    /// Its name there.
+    name: String,
+    tensor: Tensor<'a>,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    Norm,
+    Embedding,
+    /// Master weights, to be made ternary.
+    Ternary,
+    /// Ternary weights, four a byte.
+    Packed {
+        scale: f32,
+    },
+}
+
+impl Part<'_> {
+    /// Fastest dimension first.
+    fn dims(&self) -> Vec<u64> {
+        let mut dims: Vec<u64> = self.tensor.shape.iter().rev().copied().collect();
+        if let (Kind::Packed { .. }, [_, rows]) = (self.kind, &mut dims[..]) {
+            *rows *= 4;
+        }
+        dims
+    }
+
+    fn columns(&self) -> usize {
+        self.tensor.shape.last().map_or(1, |&n| n as usize)
+    }
+
+    /// Refuses weights that do not fill the blocks of a type.
+    fn check(&self, ty: TensorType) -> Result<(), ConvertError> {
+        let n: u64 = self.dims().iter().product();
+        let problem = match row_format(ty) {
+            _ if matches!(self.kind, Kind::Norm | Kind::Embedding) => return Ok(()),
+            None if !n.is_multiple_of(pack::BLOCK as u64) => {
+                format!("{n} weights do not fill the blocks of 128 of I2_S")
+            }
+            Some(format) if !self.columns().is_multiple_of(format.block()) => {
+                format!(
+                    "rows of {} weights do not fill the blocks of {} of {ty}",
+                    self.columns(),
+                    format.block()
+                )
+            }
+            _ => return Ok(()),
+        };
+        Err(self.tensor.error(problem))
+    }
+}
+
+/// All tensors in the order of the file, the embedding first; refuses a checkpoint that has fewer or more.
+fn parts<'a>(
+    dir: &Path,
+    config: &HfConfig,
+    checkpoint: &'a Checkpoint,
+    notices: &mut Vec<String>,
+) -> Result<Vec<Part<'a>>, ConvertError> {
+    use Kind::*;
+    let (hidden, ff) = (config.hidden_size, config.intermediate_size);
+    let (q, kv) = (config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim);
+    let layer = [
+        ("attn_norm", "input_layernorm", vec![hidden], Norm),
+        ("attn_q", "self_attn.q_proj", vec![q, hidden], Ternary),
+        ("attn_k", "self_attn.k_proj", vec![kv, hidden], Ternary),
+        ("attn_v", "self_attn.v_proj", vec![kv, hidden], Ternary),
+        ("attn_sub_norm", "self_attn.attn_sub_norm", vec![q], Norm),
+        ("attn_output", "self_attn.o_proj", vec![hidden, q], Ternary),
+        ("ffn_norm", "post_attention_layernorm", vec![hidden], Norm),
+        ("ffn_gate", "mlp.gate_proj", vec![ff, hidden], Ternary),
+        ("ffn_up", "mlp.up_proj", vec![ff, hidden], Ternary),
+        ("ffn_sub_norm", "mlp.ffn_sub_norm", vec![ff], Norm),
+        ("ffn_down", "mlp.down_proj", vec![hidden, ff], Ternary),
+    ];
+    let mut parts = Vec::new();
+    let mut scale_names = Vec::new();
+    let mut add = |name: String, hf: &str, shape: &[u64], kind| {
+        let (tensor, kind) = match (kind, config.packed) {
+            (Ternary, Some(direction)) => {
+                let [rows, columns] = *shape else { unreachable!("matrices have two dimensions") };
+                let scale_name = format!("{hf}_scale");
+                let scale = checkpoint.scalar(&scale_name)?;
+                scale_names.push(scale_name);
+                let scale = if direction == ScaleDirection::Divide { 1.0 / scale } else { scale };
+                if !rows.is_multiple_of(4) {
+                    return Err(ConvertError::checkpoint(
+                        dir,
+                        format!("tensor {hf:?}"),
+                        format!("{rows} rows are not packed by four"),
+                    ));
+                }
+                (checkpoint.tensor(hf, &[rows / 4, columns], true)?, Packed { scale })
+            }
+            _ => (checkpoint.tensor(hf, shape, false)?, kind),
+        };
+        parts.push(Part { name, tensor, kind });
+        Ok(())
+    };
+    add("token_embd.weight".into(), "model.embed_tokens.weight", &[config.vocab_size, hidden], Embedding)?;
+    for i in 0..config.n_layers {
+        for (name, hf, shape, kind) in &layer {
+            add(format!("blk.{i}.{name}.weight"), &format!("model.layers.{i}.{hf}.weight"), shape, *kind)?;
+        }
+    }
+    add("output_norm.weight".into(), "model.norm.weight", &[hidden], Norm)?;
+    if !config.tied {
+        add("output.weight".into(), "lm_head.weight", &[config.vocab_size, hidden], Embedding)?;
+    }
+    for (path, name) in checkpoint.names() {
+        if parts.iter().any(|part| part.tensor.name == name) || scale_names.iter().any(|scale| scale == name)
+        {
+            continue;
+        }
+        if name == "lm_head.weight" {
+            notices.push(
+                "lm_head.weight is left out: the configuration ties the head to the embedding".to_owned(),
+            );
+        } else if !name.ends_with(".rotary_emb.inv_freq") {
+            let problem = "not expected in a BitNet of this configuration";
+            return Err(ConvertError::checkpoint(path, format!("tensor {name:?}"), problem));
+        }
+    }
+    Ok(parts)
+}
+
+/// One conversion at work.
+struct Run<'a> {
+    meter: Meter<'a>,
+    notices: Vec<String>,
+}
+
+impl Run<'_> {
+    /// Hands over all values of a tensor, which are finite, in pieces of a multiple of 256 until the last.
+    fn read(
+        &mut self,
+        tensor: &Tensor<'_>,
+        mut take: impl FnMut(&[f32]) -> Result<(), ConvertError>,
+    ) -> Result<(), ConvertError> {
+        tensor.read(|piece, bytes| {
+            take(piece)?;
+            self.meter.read(tensor.name, bytes)
+        })
+    }
+
+    fn embedding_type(&mut self, tensor: &Tensor<'_>, head: HeadType) -> Result<TensorType, ConvertError> {
+        if let Some(ty) = head.tensor_type() {
+            return Ok(ty);
+        }
+        let (mut f16, mut bf16) = (true, true);
+        self.read(tensor, |piece| {
+            f16 &= piece.iter().all(|&x| half::f16::from_f32(x).to_f32() == x);
+            bf16 &= piece.iter().all(|&x| half::bf16::from_f32(x).to_f32() == x);
+            Ok(())
+        })?;
+        Ok(match (f16, bf16) {
+            (true, _) => TensorType::F16,
+            (_, true) => TensorType::BF16,
+            _ => TensorType::F32,
+        })
+    }
+
+    fn floats(
+        &mut self,
+        tensor: &Tensor<'_>,
+        ty: TensorType,
+        take: &mut dyn FnMut(&[u8]) -> Result<(), ConvertError>,
+    ) -> Result<(), ConvertError> {
+        let (mut index, mut rounded) = (0, 0u64);
+        let (mut bytes, mut stored) = (Vec::new(), Vec::new());
+        self.read(tensor, |piece| {
+            if let Some(bad) = piece.iter().position(|&x| !fits(x, ty)) {
+                return Err(
+                    tensor.error_at(index + bad as u64, format!("{} is too large for {ty}", piece[bad]))
+                );
+            }
+            bytes.clear();
+            encode(ty, piece, &mut bytes);
+            decode(ty, &bytes, &mut stored);
+            rounded += piece.iter().zip(&stored).filter(|(x, stored)| x != stored).count() as u64;
+            index += piece.len() as u64;
+            take(&bytes)
+        })?;
+        if rounded > 0 {
+            let of = tensor.elements();
+            self.notices.push(format!("{}: {rounded} of {of} values were rounded to {ty}", tensor.name));
+        }
+        Ok(())
+    }
+
+    /// What the master weights are multiplied with to be rounded.
+    fn inverse_scale(&mut self, tensor: &Tensor<'_>) -> Result<f32, ConvertError> {
+        let mut sum = 0.0;
+        self.read(tensor, |piece| {
+            sum = piece.iter().fold(sum, |sum, &w| sum + f64::from(w.abs()));
+            Ok(())
+        })?;
+        let mean = ((sum / tensor.elements() as f64) as f32).max(1e-5);
+        Ok(1.0 / mean)
+    }
+
+    /// Master weights as trits.
+    fn quantize(
+        &mut self,
+        tensor: &Tensor<'_>,
+        inverse: f32,
+        take: &mut dyn FnMut(&[i8]) -> Result<(), ConvertError>,
+    ) -> Result<(), ConvertError> {
+        let mut trits = Vec::new();
+        self.read(tensor, |piece| {
+            trits.clear();
+            // Rounding half to even and clamping leaves ±1 exactly where a half is exceeded.
+            trits.extend(piece.iter().map(|&w| i8::from(w * inverse > 0.5) - i8::from(w * inverse < -0.5)));
+            take(&trits)
+        })
+    }
+
+    /// Packed weights, whose four quarters lie in the bits of the same bytes.
+    fn unpack(
+        &mut self,
+        tensor: &Tensor<'_>,
+        take: &mut dyn FnMut(&[i8]) -> Result<(), ConvertError>,
+    ) -> Result<(), ConvertError> {
+        let mut trits = Vec::new();
+        for quarter in 0..4 {
+            let mut index = 0;
+            self.read(tensor, |piece| {
+                trits.clear();
+                trits.extend(piece.iter().map(|&byte| (byte as u8 >> (2 * quarter) & 3) as i8 - 1));
+                if let Some(bad) = trits.iter().position(|&trit| trit == 2) {
+                    let problem = format!("expected the codes 0, 1 and 2, found 3 in bits {}", 2 * quarter);
+                    return Err(tensor.error_at(index + bad as u64, problem));
+                }
+                index += piece.len() as u64;
+                take(&trits)
+            })?;
+        }
+        Ok(())
+    }
+}

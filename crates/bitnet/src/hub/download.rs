@@ -1,0 +1,355 @@
+//! One file: ranges of it arrive on several connections and are written in order, so that what is on disk is always the
+//! beginning of the file, whoever stops when.
+
+use super::HubError;
+use super::client::{Client, Digest, Failure, FileMeta, header};
+use sha2::Digest as _;
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+/// Connections at a time. Each holds at most one range in memory.
+const CONNECTIONS: usize = 8;
+/// Bytes read from a connection at once.
+const PIECE: usize = 256 << 10;
+
+enum Hasher {
+    Sha256(sha2::Sha256),
+    Git(sha1::Sha1),
+}
+
+impl Hasher {
+    fn new(meta: &FileMeta) -> Self {
+        match meta.digest {
+            Digest::Sha256(_) => Self::Sha256(sha2::Sha256::new()),
+            // Git hashes a header with the file.
+            Digest::Git(_) => Self::Git(sha1::Sha1::new_with_prefix(format!("blob {}\0", meta.size))),
+        }
+    }
+
+    fn update(&mut self, bytes: &[u8]) {
+        match self {
+            Self::Sha256(hasher) => hasher.update(bytes),
+            Self::Git(hasher) => hasher.update(bytes),
+        }
+    }
+
+    fn hex(self) -> String {
+        let bytes = match self {
+            Self::Sha256(hasher) => hasher.finalize().to_vec(),
+            Self::Git(hasher) => hasher.finalize().to_vec(),
+        };
+        bytes.iter().fold(String::new(), |mut hex, byte| {
+            let _ = write!(hex, "{byte:02x}");
+            hex
+        })
+    }
+}
+
+/// One download at work.
+struct Job<'a> {
+    client: &'a Client<'a>,
+    url: &'a str,
+    meta: &'a FileMeta,
+    size: u64,
+    path: &'a Path,
+    /// Bytes that are here, written or in memory.
+    arrived: AtomicU64,
+    progress: &'a (dyn Fn(u64) + Sync),
+    /// Where the last redirect led, so that the hub is not asked for every range.
+    location: Mutex<Option<String>>,
+    state: Mutex<State>,
+    turn: Condvar,
+}
+
+struct State {
+    /// Where the next range begins.
+    next: u64,
+    /// Bytes in the file and in the hash.
+    written: u64,
+    file: File,
+    hasher: Option<Hasher>,
+    failure: Option<Stop>,
+}
+
+/// Why a download ended early.
+enum Stop {
+    Error(HubError),
+    /// The server sends whole files only.
+    NoRanges,
+}
+
+/// Why a request brought less than it was to.
+enum Fetch {
+    Failure(Failure),
+    NoRanges,
+}
+
+impl From<Failure> for Fetch {
+    fn from(failure: Failure) -> Self {
+        Self::Failure(failure)
+    }
+}
+
+impl From<HubError> for Fetch {
+    fn from(error: HubError) -> Self {
+        Self::Failure(error.into())
+    }
+}
+
+impl From<HubError> for Stop {
+    fn from(error: HubError) -> Self {
+        Self::Error(error)
+    }
+}
+
+/// Completes the file at `path`, of which the beginning may be there, and verifies it. `progress` gets the bytes that are
+/// here.
+pub(super) fn download(
+    client: &Client<'_>,
+    url: &str,
+    meta: &FileMeta,
+    path: &Path,
+    progress: &(dyn Fn(u64) + Sync),
+) -> Result<(), HubError> {
+    let options = File::options().read(true).write(true).create(true).truncate(false).open(path);
+    let mut file = options.map_err(HubError::io(path, "open"))?;
+    let mut ranged = true;
+    loop {
+        let (written, hasher) = prefix(&mut file, meta).map_err(HubError::io(path, "read"))?;
+        progress(written);
+        let job = Job {
+            client,
+            url,
+            meta,
+            size: meta.size,
+            path,
+            arrived: written.into(),
+            progress,
+            location: Mutex::new(None),
+            state: Mutex::new(State {
+                next: written,
+                written,
+                file: file.try_clone().map_err(HubError::io(path, "open"))?,
+                hasher: Some(hasher),
+                failure: None,
+            }),
+            turn: Condvar::new(),
+        };
+        let found = match if ranged { job.in_ranges() } else { job.whole() } {
+            Ok(hasher) => hasher.hex(),
+            Err(Stop::Error(error)) => return Err(error),
+            Err(Stop::NoRanges) => {
+                file.set_len(0).map_err(HubError::io(path, "write"))?;
+                ranged = false;
+                continue;
+            }
+        };
+        if found == meta.digest.hex() {
+            return file.sync_all().map_err(HubError::io(path, "write"));
+        }
+        file.set_len(0).map_err(HubError::io(path, "write"))?;
+        // What was here before may have been wrong; then the rest is not to blame.
+        if written == 0 {
+            std::fs::remove_file(path).map_err(HubError::io(path, "remove"))?;
+            let (file, expected) = (shown_file(url), meta.digest.hex().to_owned());
+            return Err(HubError::Checksum { file, expected, found });
+        }
+    }
+}
+
+fn shown_file(url: &str) -> String {
+    url.rsplit('/').next().unwrap_or_default().to_owned()
+}
+
+/// Length and hash of what is already there.
+fn prefix(file: &mut File, meta: &FileMeta) -> std::io::Result<(u64, Hasher)> {
+    if file.metadata()?.len() > meta.size {
+        file.set_len(0)?;
+    }
+    file.seek(SeekFrom::Start(0))?;
+    let (mut hasher, mut written, mut piece) = (Hasher::new(meta), 0, vec![0; PIECE]);
+    loop {
+        let n = file.read(&mut piece)?;
+        if n == 0 {
+            return Ok((written, hasher));
+        }
+        hasher.update(&piece[..n]);
+        written += n as u64;
+    }
+}
+
+impl Job<'_> {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn in_ranges(&self) -> Result<Hasher, Stop> {
+        let ranges = (self.size - self.lock().written).div_ceil(self.client.hub.range.max(1));
+        std::thread::scope(|scope| {
+            for _ in 0..ranges.min(CONNECTIONS as u64) {
+                scope.spawn(|| {
+                    if let Err(stop) = self.work() {
+                        self.lock().failure.get_or_insert(stop);
+                        self.turn.notify_all();
+                    }
+                });
+            }
+        });
+        self.end()
+    }
+
+    fn end(&self) -> Result<Hasher, Stop> {
+        let mut state = self.lock();
+        match (state.failure.take(), state.hasher.take()) {
+            (None, Some(hasher)) if state.written == self.size => Ok(hasher),
+            (Some(stop), _) => Err(stop),
+            _ => Err(self.nonsense("the download ended early".into()).into()),
+        }
+    }
+
+    fn nonsense(&self, problem: String) -> HubError {
+        HubError::Server { url: self.url.to_owned(), problem }
+    }
+
+    /// Takes ranges until there are none left.
+    fn work(&self) -> Result<(), Stop> {
+        let mut buffer = Vec::new();
+        loop {
+            let (start, end) = {
+                let mut state = self.lock();
+                if state.failure.is_some() || state.next >= self.size {
+                    return Ok(());
+                }
+                let start = state.next;
+                state.next = self.size.min(start.saturating_add(self.client.hub.range.max(1)));
+                (start, state.next)
+            };
+            let (mut at, mut tries) = (start, 0);
+            while at < end {
+                let before = at;
+                match self.fetch(&mut at, end, &mut buffer) {
+                    Ok(()) => break,
+                    Err(Fetch::NoRanges) => return Err(Stop::NoRanges),
+                    Err(Fetch::Failure(failure)) => {
+                        // Whatever arrived proves that trying is worth it.
+                        tries = if at > before { 1 } else { tries + 1 };
+                        self.client.pause(failure, tries)?;
+                    }
+                }
+                if self.lock().failure.is_some() {
+                    return Ok(());
+                }
+            }
+            let mut state = self.lock();
+            while state.written + (buffer.len() as u64) < end && state.failure.is_none() {
+                state = self.turn.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+            if state.failure.is_some() {
+                return Ok(());
+            }
+            self.write(&mut state, &mut buffer)?;
+        }
+    }
+
+    /// Appends what is in memory, whose turn it is.
+    fn write(&self, state: &mut State, buffer: &mut Vec<u8>) -> Result<(), HubError> {
+        let State { file, hasher, written, .. } = state;
+        file.write_all(buffer).map_err(HubError::io(self.path, "write"))?;
+        if let Some(hasher) = hasher {
+            hasher.update(buffer);
+        }
+        *written += buffer.len() as u64;
+        buffer.clear();
+        self.turn.notify_all();
+        Ok(())
+    }
+
+    /// Reads the range from `at` to `end`, moving `at`, into memory, and from there to the file as soon as it is its turn.
+    fn fetch(&self, at: &mut u64, end: u64, buffer: &mut Vec<u8>) -> Result<(), Fetch> {
+        let known = self.location.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let url = known.as_deref().unwrap_or(self.url);
+        let answer = self.client.follow("GET", url, Some((*at, end)), false);
+        let (location, mut response) = answer.map_err(|mut failure| {
+            // A signed address expires; the hub gives a new one.
+            if known.is_some() && matches!(failure.error, HubError::Status { status: 400..=410, .. }) {
+                *self.location.lock().unwrap_or_else(PoisonError::into_inner) = None;
+                failure.passing = true;
+            }
+            failure
+        })?;
+        *self.location.lock().unwrap_or_else(PoisonError::into_inner) = Some(location);
+        let length = header(response.headers(), "content-length").and_then(|n| n.parse().ok());
+        if length.is_some_and(|n: u64| response.status() == 200 && n != self.size) {
+            let problem = format!("expected {} bytes, the server sends {length:?}", self.size);
+            return Err(self.nonsense(problem).into());
+        }
+        if response.status() == 200 && (*at, end) != (0, self.size) {
+            return Err(Fetch::NoRanges);
+        }
+        if response.status() == 206 {
+            let found = header(response.headers(), "content-range").unwrap_or("nothing");
+            let (start, last, size) = (*at, end - 1, self.size);
+            let problem = format!("expected the bytes {start}-{last}/{size}, the server sends {found}");
+            let expected = found.strip_prefix("bytes ").and_then(|range| range.split_once('/'));
+            let (range, total) = expected.ok_or_else(|| self.nonsense(problem.clone()))?;
+            let starts = range.split_once('-').is_some_and(|(first, _)| first.parse() == Ok(start));
+            if !starts || total != "*" && total.parse() != Ok(size) {
+                return Err(self.nonsense(problem).into());
+            }
+        }
+        let mut body = response.body_mut().as_reader();
+        while *at < end {
+            let from = buffer.len();
+            let want = (PIECE as u64).min(end - *at) as usize;
+            buffer.resize(from + want, 0);
+            let read = body.read(&mut buffer[from..]);
+            let n = *read.as_ref().unwrap_or(&0);
+            buffer.truncate(from + n);
+            *at += n as u64;
+            (self.progress)(self.arrived.fetch_add(n as u64, Ordering::Relaxed) + n as u64);
+            let mut state = self.lock();
+            if state.written + buffer.len() as u64 == *at {
+                self.write(&mut state, buffer)?;
+            }
+            drop(state);
+            match read {
+                Ok(0) => return Err(Failure::passing(self.url, "the connection broke off").into()),
+                Err(error) => return Err(Failure::passing(self.url, error).into()),
+                Ok(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the whole file in one go from a server that knows no ranges, anew after each break.
+    fn whole(&self) -> Result<Hasher, Stop> {
+        let mut tries = 0;
+        loop {
+            let (mut at, mut buffer) = (0, Vec::new());
+            match self.fetch(&mut at, self.size, &mut buffer) {
+                Ok(()) => return self.end(),
+                Err(Fetch::NoRanges) => {
+                    return Err(self
+                        .nonsense("the server sends other bytes than were asked for".into())
+                        .into());
+                }
+                Err(Fetch::Failure(failure)) => {
+                    tries += 1;
+                    self.client.pause(failure, tries)?;
+                    let mut state = self.lock();
+                    let State { file, hasher, written, .. } = &mut *state;
+                    file.set_len(0)
+                        .and_then(|()| file.seek(SeekFrom::Start(0)))
+                        .map_err(HubError::io(self.path, "write"))?;
+                    *written = 0;
+                    *hasher = Some(Hasher::new(self.meta));
+                    self.arrived.store(0, Ordering::Relaxed);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,187 @@
+use crate::{machine, output, selftest, source};
+use anyhow::{Context, ensure};
+use bitnet::kernels::{Compute, HugeBuffer, Logits, TernaryMatrix, supported};
+use bitnet::model::{Config, Layer, Model};
+use bitnet::{Engine, EngineOptions, Feed, Wanted};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Tokens of the arithmetic test.
+const ROWS: usize = 64;
+
+/// Shows what this machine is to BitNet models: CPU, cores and memory that may be used, how fast they are, which kernels run,
+/// what speed to expect, what limits it, and whether all kernels compute the same bits.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: source::ModelArgs,
+}
+
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    let say = |what: &str, found: String| output::print(format!("{what:<11} {found}\n").as_bytes());
+    let compute = args.model.compute()?;
+    let (threads, kernels) = (compute.pool().threads(), compute.kernels().name());
+    let mut advice = Vec::new();
+
+    say("cpu", format!("{} ({})", machine::cpu(), std::env::consts::ARCH))?;
+    let (has, lacks) = machine::features();
+    let lacking = if lacks.is_empty() { String::new() } else { format!("; not {}", lacks.join(", ")) };
+    say(
+        "features",
+        format!("{}{lacking}", if has.is_empty() { "none that matter".into() } else { has.join(", ") }),
+    )?;
+    let logical = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let affinity = machine::affinity().map_or(String::new(), |cpus| format!("; affinity allows CPUs {cpus}"));
+    let quota = match machine::cgroup_cpus() {
+        Some(cpus) => {
+            if cpus < threads as f64 {
+                advice.push(format!("the control group gives {cpus:.1} CPUs of time for {threads} threads: they will wait for each other"));
+            }
+            format!("; the control group {cpus:.1}")
+        }
+        None => "; no limit by a control group".to_owned(),
+    };
+    say(
+        "cores",
+        format!("{threads} threads for {logical} logical CPUs, one a physical core{affinity}{quota}"),
+    )?;
+    if let Some((total, available)) = machine::memory() {
+        let limit = machine::cgroup_memory()
+            .map_or(String::new(), |limit| format!("; the control group allows {}", output::bytes(limit)));
+        say("memory", format!("{}, {} available{limit}", output::bytes(total), output::bytes(available)))?;
+    }
+    if let Some(pages) = machine::huge_pages() {
+        if pages == "never" {
+            advice.push("huge pages are off: `echo madvise > /sys/kernel/mm/transparent_hugepage/enabled` as root gives some percent".into());
+        }
+        say("huge pages", pages)?;
+    }
+
+    if let Some(load) = machine::load().filter(|load| *load > 0.5) {
+        advice.push(format!(
+            "other programs keep {load:.1} CPUs busy: the figures are lower than on an idle machine"
+        ));
+    }
+    let stream = stream(&compute)?;
+    say("bandwidth", format!("{:.1} GB/s, read by {threads} threads", stream / 1e9))?;
+    let products = products(args)?;
+    say(
+        "arithmetic",
+        format!("{:.0} billion products of a weight and an activation a second", products / 1e9),
+    )?;
+
+    let all: Vec<_> = supported().iter().map(|kernels| kernels.name()).collect();
+    let why = if all.last() == Some(&kernels) { "the best that this CPU can run" } else { "as asked for" };
+    say("kernel", format!("{kernels}: {why} (of {})", all.join(", ")))?;
+    if kernels == "scalar" {
+        advice.push("the scalar kernels are slow: they are a definition, not made for speed".into());
+    }
+
+    let model = args.model.load(&compute)?;
+    let name = model.config().name.clone().unwrap_or_else(|| model.file().to_owned());
+    let mut speeds = vec![(name.clone(), bytes_per_token(&model), weights(model.config()))];
+    drop(model);
+    if args.model.name().is_none() {
+        let shape = Config::bitnet_2b_4t();
+        let bytes = weights(&shape) / 4.0 + 2.0 * (shape.vocab_size * shape.hidden_size) as f64;
+        speeds = vec![("bitnet-b1.58-2B-4T".to_owned(), bytes, weights(&shape))];
+    }
+    for (name, bytes, weights) in speeds {
+        let (by_memory, by_products) = (stream / bytes, products / weights);
+        let limit = if by_memory < by_products {
+            format!("memory: a token reads up to {} of weights", output::bytes(bytes as u64))
+        } else {
+            format!("arithmetic: each token takes {:.2} billion products", weights / 1e9)
+        };
+        let most = by_memory.min(by_products);
+        say(
+            "speed",
+            format!(
+                "{name}: {most:.1} tokens/s generated with every weight read (more where zeros are skipped), {by_products:.0} of a prompt"
+            ),
+        )?;
+        say("limit", limit)?;
+    }
+
+    for line in &advice {
+        say("advice", line.clone())?;
+    }
+    let equal = prove(args, threads)?;
+    say(
+        "proof",
+        match equal.len() {
+            0 => "only the scalar kernels run here, and they are the definition".to_owned(),
+            _ => format!("{} compute the bits of scalar with all weights of {name}", equal.join(", ")),
+        },
+    )
+}
+
+/// Bytes a second of a plain read by all threads: the median of five.
+fn stream(compute: &Compute) -> anyhow::Result<f64> {
+    let mut buffer = HugeBuffer::new(256 << 20).context("no memory for the bandwidth test")?;
+    buffer.fill(1);
+    let mut rates: Vec<f64> = (0..5)
+        .map(|_| {
+            let start = Instant::now();
+            compute.stream_read(buffer.floats());
+            buffer.len() as f64 / start.elapsed().as_secs_f64()
+        })
+        .collect();
+    rates.sort_by(f64::total_cmp);
+    Ok(rates[2])
+}
+
+/// Products a second, of two layers of a known shape that process a prompt.
+fn products(args: &Args) -> anyhow::Result<f64> {
+    let compute = args.model.compute()?;
+    let config = Config { n_layers: 2, vocab_size: 256, ..Config::bitnet_2b_4t() };
+    let done = weights(&config) * ROWS as f64;
+    let model = Model::random(config, &compute, args.model.strategy())?;
+    let options = EngineOptions { context: ROWS, ..EngineOptions::for_model(model.config()) };
+    let mut engine = Engine::new(model, compute, options)?;
+    let tokens: Vec<u32> = (0..ROWS as u32).collect();
+    let mut best = f64::INFINITY;
+    for _ in 0..3 {
+        let sequence = engine.open();
+        let start = Instant::now();
+        engine.feed(&[Feed { sequence, tokens: &tokens, wanted: Wanted::Last(Logits::Every) }])?;
+        best = best.min(start.elapsed().as_secs_f64());
+        engine.close(sequence);
+    }
+    Ok(done / best)
+}
+
+/// Ternary weights of a shape.
+fn weights(c: &Config) -> f64 {
+    let (hidden, q, kv, ff) = (c.hidden_size, c.q_width(), c.kv_width(), c.intermediate_size);
+    (c.n_layers * (hidden * (2 * q + 2 * kv) + 3 * hidden * ff)) as f64
+}
+
+/// Bytes of weights that one generated token reads where nothing is skipped.
+fn bytes_per_token(model: &Model) -> f64 {
+    let weights = model.weights();
+    let ternary = weights.layers.iter().flat_map(Layer::matrices).map(TernaryMatrix::byte_len);
+    (weights.head.matrix.byte_len() + ternary.sum::<usize>()) as f64
+}
+
+/// Runs the model with all kernels; an error where one differs from scalar in a single bit. Returns those that do not.
+fn prove(args: &Args, threads: usize) -> anyhow::Result<Vec<&'static str>> {
+    let mut expected: Option<Vec<u32>> = None;
+    let mut equal = Vec::new();
+    for kernels in supported() {
+        let (name, compute) = (kernels.name(), Compute::new(kernels, threads));
+        let model =
+            Model::load(&Arc::new(source::open(args.model.name(), true)?), &compute, args.model.strategy())?;
+        let bits = selftest::bits(model, compute)?;
+        let Some(expected) = &expected else {
+            expected = Some(bits);
+            continue;
+        };
+        ensure!(
+            *expected == bits,
+            "the kernels {name} differ from scalar: run with --kernels scalar, and report this machine"
+        );
+        equal.push(name);
+    }
+    Ok(equal)
+}

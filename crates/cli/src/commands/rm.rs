@@ -1,0 +1,25 @@
+use crate::{hub, output};
+use anyhow::{Context, bail};
+use bitnet::hub::ModelName;
+
+/// Removes a model from the cache of the Hugging Face hub.
+#[derive(clap::Args)]
+pub struct Args {
+    /// OWNER/REPO for all that is there of it, hf:OWNER/REPO:FILE for one file, or a short name
+    #[arg(required = true)]
+    names: Vec<String>,
+}
+
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    let hub = hub::settings()?;
+    for text in &args.names {
+        let name = ModelName::parse(text)?.with_context(|| hub::no_name(text))?;
+        match hub.remove(&name)? {
+            Some(removed) => {
+                output::notice(format_args!("{name}: removed, {} freed", output::bytes(removed.size)));
+            }
+            None => bail!("{name}: not in {}; `bitnet list` shows what is", hub.cache.display()),
+        }
+    }
+    Ok(())
+}

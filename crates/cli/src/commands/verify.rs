@@ -1,0 +1,124 @@
+use crate::output::{self, notice};
+use crate::source;
+use anyhow::{Context, bail, ensure};
+use bitnet::convert::Trits;
+use bitnet::gguf::Gguf;
+use bitnet::kernels::Logits;
+use bitnet::model::{Model, ModelInfo};
+use bitnet::text::Specials;
+use bitnet::{Engine, EngineOptions, Feed, Wanted};
+use sha2::{Digest, Sha256};
+use std::fmt::Write;
+use std::io::Read;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Tokens that are generated to see that the model runs.
+const TOKENS: usize = 16;
+
+/// Checks a model file from end to end, and says in plain words what it found: structure, checksum, every ternary weight,
+/// scales, and a few generated tokens.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: source::ModelArgs,
+    /// Path of a GGUF file, or a name on the hub [default: the built-in demo]
+    #[arg(value_name = "MODEL", conflicts_with = "model")]
+    name: Option<String>,
+}
+
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    let name = args.name.as_deref().or(args.model.name());
+    let gguf = Arc::new(source::open(name, args.model.file.quiet)?);
+    let say = |what: &str, found: &str| output::print(format!("{what:<11} {found}\n").as_bytes());
+    say("file", gguf.name())?;
+
+    let info = ModelInfo::new(&gguf, args.model.strategy())?;
+    let (size, tensors) = (output::bytes(gguf.byte_len()), gguf.tensors().len());
+    say("structure", &format!("sound: GGUF version {}, {tensors} tensors, {size}", gguf.version()))?;
+    for repair in &info.repairs {
+        say("repaired", &repair.message)?;
+    }
+    match checksum(&gguf)? {
+        Some((found, None)) => say("sha-256", &found)?,
+        Some((found, Some(expected))) => {
+            ensure!(
+                found == expected,
+                "{}: its SHA-256 is {found}, the hub has {expected}: `bitnet rm` it and `bitnet pull` it again",
+                gguf.name()
+            );
+            say("sha-256", &format!("{found}, as on the hub"))?;
+        }
+        None => {}
+    }
+    let trits = Trits::read(&gguf)?;
+    let all: u64 = trits.counts.iter().sum();
+    let [minus, zero, plus] = trits.counts.map(|count| 100.0 * count as f64 / all.max(1) as f64);
+    say(
+        "weights",
+        &format!(
+            "{all} in {} matrices, each -1, 0 or +1: {minus:.1} %, {zero:.1} %, {plus:.1} %",
+            trits.tensors
+        ),
+    )?;
+    if !(5.0..=95.0).contains(&zero) || (minus - plus).abs() > 20.0 {
+        notice("note: trained models have some 30 to 60 % zeros and as many -1 as +1: is this one damaged?");
+    }
+    let (low, high) = trits.scales;
+    say("scales", &format!("{low:.6} to {high:.6}"))?;
+    ensure!(low > 0.0, "{}: a scale of {low} is not above 0", gguf.name());
+    say("trits", &trits.hash)?;
+
+    let compute = args.model.compute()?;
+    let model = Model::load(&gguf, &compute, args.model.strategy())?;
+    let kernels = compute.kernels().name();
+    let options = EngineOptions {
+        context: 64.min(model.config().context_length),
+        ..EngineOptions::for_model(model.config())
+    };
+    let prompt = match model.tokenizer() {
+        Ok(_) => model.prompt("Once upon a time", Specials::AsText)?,
+        Err(_) => vec![0],
+    };
+    let mut engine = Engine::new(model, compute, options)?;
+    let sequence = engine.open();
+    let (mut next, mut ids) = (prompt.clone(), Vec::new());
+    while ids.len() < TOKENS && prompt.len() + ids.len() < options.context {
+        let logits = engine.feed(&[Feed { sequence, tokens: &next, wanted: Wanted::Last(Logits::Every) }])?;
+        if let Some(bad) = logits.iter().position(|x| !x.is_finite()) {
+            bail!("the logit of token {bad} is {}: the model computes nonsense", logits[bad]);
+        }
+        let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap_or(0);
+        ids.push(best as u32);
+        next = vec![best as u32];
+    }
+    let text = engine.model().tokenizer().map(|tokenizer| tokenizer.decode(&ids, true));
+    let mut found = format!("{} tokens with {kernels}, all logits finite", ids.len());
+    if let Ok(Ok(text)) = text {
+        let _ = write!(found, ": \"Once upon a time\" goes on {:?}", String::from_utf8_lossy(&text));
+    }
+    say("generation", &found)?;
+    say("verdict", "the model is sound")
+}
+
+/// The SHA-256 of a file, and what it must be where the file lies in the hub's cache, whose files are called by theirs.
+fn checksum(gguf: &Gguf) -> anyhow::Result<Option<(String, Option<String>)>> {
+    let path = Path::new(gguf.name());
+    let Ok(mut file) = std::fs::File::open(path) else { return Ok(None) }; // the demo
+    let mut hash = Sha256::new();
+    let mut piece = vec![0; 1 << 20];
+    loop {
+        let n = file.read(&mut piece).with_context(|| format!("{}: cannot read", path.display()))?;
+        if n == 0 {
+            break;
+        }
+        hash.update(&piece[..n]);
+    }
+    let found = hash.finalize().iter().fold(String::new(), |mut hex, byte| {
+        let _ = write!(hex, "{byte:02x}");
+        hex
+    });
+    let name = path.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_str()?.to_owned()));
+    let is_hash = |name: &String| name.len() == 64 && name.bytes().all(|b| b.is_ascii_hexdigit());
+    Ok(Some((found, name.filter(is_hash))))
+}

@@ -1,0 +1,75 @@
+//! The Hugging Face hub as the command sees it: settings from the environment, and a bar while a file comes.
+
+use crate::output::{self, notice};
+use anyhow::Context;
+use bitnet::hub::{Hub, HubError, ModelName, Pulled};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// The settings that Hugging Face's programs have in this environment.
+pub fn settings() -> anyhow::Result<Hub> {
+    Hub::from_env(|name| std::env::var(name).ok())
+        .context("no place for the model cache: set HF_HOME to a folder")
+}
+
+/// What is wrong with a name that is none.
+pub fn no_name(text: &str) -> String {
+    format!(
+        "{text}: not the name of a model on the hub: expected OWNER/REPO, hf:OWNER/REPO:FILE or a short name"
+    )
+}
+
+/// The file that a hub name means: from the cache without network, else downloaded with a notice.
+pub fn model_file(name: &ModelName, quiet: bool) -> anyhow::Result<PathBuf> {
+    if let Some(path) = settings()?.find(name, false)? {
+        return Ok(path);
+    }
+    if !quiet {
+        notice(format_args!("note: {name} is not here yet; downloading it (once)"));
+    }
+    Ok(pull(name, false, quiet)?.path)
+}
+
+/// Downloads what is missing, with a bar where stderr is a terminal.
+pub fn pull(name: &ModelName, checkpoints: bool, quiet: bool) -> anyhow::Result<Pulled> {
+    let hub = settings()?;
+    let target = if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+    let bar = ProgressBar::with_draw_target(None, target);
+    bar.set_style(ProgressStyle::with_template(
+        "{bar:30} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left  {wide_msg}",
+    )?);
+    let waiting = AtomicBool::new(false);
+    let pulled = hub.pull(name, checkpoints, &|progress| {
+        if progress.waiting && !waiting.swap(true, Ordering::Relaxed) && !quiet {
+            notice(format_args!("note: {}: another process downloads it; waiting", progress.file));
+        }
+        if bar.length() != Some(progress.total) || bar.message() != progress.file {
+            bar.set_length(progress.total);
+            bar.set_message(progress.file.to_owned());
+            // What was there before is no speed.
+            bar.set_position(progress.done);
+            bar.reset_eta();
+        }
+        bar.set_position(progress.done);
+    });
+    bar.finish_and_clear();
+    match pulled {
+        Ok(pulled) => {
+            if !quiet && !pulled.cached {
+                notice(format_args!("{name}: {} downloaded and verified", output::bytes(pulled.size)));
+            }
+            Ok(pulled)
+        }
+        // Without a network a person needs to know what to do by hand.
+        Err(error @ (HubError::Unreachable { .. } | HubError::Offline(_))) => {
+            let cache = hub.cache.display().to_string();
+            let page = hub.page(name);
+            Err(anyhow::Error::new(error).context(format!(
+                "{name}: not in the cache {cache}, and it cannot be downloaded; \
+                 fetch the GGUF file from {page} in another way and give its path (-m PATH)"
+            )))
+        }
+        Err(error) => Err(error.into()),
+    }
+}

@@ -1,0 +1,124 @@
+//! `pull`, `list`, `rm` and hub names against a server in the test.
+#![allow(clippy::unwrap_used)] // in the helpers of tests too
+
+#[path = "../../bitnet/tests/hub_server/mod.rs"]
+mod hub_server;
+
+use hub_server::{Manners, Server, noise, sha256};
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+const DEMO: &[u8] = include_bytes!("../../../models/demo.gguf");
+const REPO: &str = "microsoft/bitnet-b1.58-2B-4T-gguf";
+
+/// The command with nothing of this machine's settings.
+fn command(home: &Path, endpoint: &str, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet"));
+    for (name, _) in std::env::vars() {
+        let lower = name.to_lowercase();
+        if lower.starts_with("hf_") || lower.contains("proxy") || lower == "xdg_cache_home" {
+            command.env_remove(name);
+        }
+    }
+    command.args(args).env("HF_HOME", home).env("HF_ENDPOINT", endpoint).stdin(Stdio::null());
+    command
+}
+
+/// stdout and stderr of a command that must end with this code.
+fn bitnet(home: &Path, endpoint: &str, args: &[&str], code: i32) -> (String, String) {
+    let Output { status, stdout, stderr } = command(home, endpoint, args).output().unwrap();
+    let (stdout, stderr) = (String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap());
+    assert_eq!(status.code(), Some(code), "{args:?}: {stderr}");
+    (stdout, stderr)
+}
+
+#[test]
+fn a_model_is_downloaded_once_and_runs_by_its_name() {
+    const NOWHERE: &str = "http://127.0.0.1:1";
+    let home = tempfile::tempdir().unwrap();
+    let home = home.path();
+    let server = Server::new(&[("ggml-model-i2_s.gguf", DEMO.to_vec())], Manners::default());
+    assert!(bitnet(home, &server.url, &["list"], 0).1.contains("bitnet pull"));
+    let run = ["run", "-p", "Once upon a time", "-n", "8", "--seed", "7"];
+    let expected = bitnet(home, NOWHERE, &run, 0).0;
+
+    // The first run downloads with a notice, the next ones need no network.
+    let named = [&run[..], &["-m", "2b-4t"]].concat();
+    let (text, notices) = bitnet(home, &server.url, &named, 0);
+    assert_eq!(text, expected);
+    assert!(notices.contains("downloading") && notices.contains("verified"), "{notices}");
+    for name in ["2b-4t", REPO, &format!("hf:{REPO}"), &format!("hf:{REPO}:ggml-model-i2_s.gguf")] {
+        let (text, notices) = bitnet(home, NOWHERE, &[&run[..], &["-m", name]].concat(), 0);
+        assert_eq!(text, expected);
+        assert!(!notices.contains("downloading"), "{notices}");
+    }
+    let (path, _) = bitnet(home, &server.url, &["pull", REPO], 0);
+    assert!(fs::read(path.trim_end()).unwrap() == DEMO);
+    assert!(Path::new(path.trim_end()).starts_with(home.join("hub")));
+
+    let (list, _) = bitnet(home, NOWHERE, &["list"], 0);
+    assert!(
+        list.starts_with(&format!("hf:{REPO}:ggml-model-i2_s.gguf ")) && list.contains("bitnet"),
+        "{list}"
+    );
+    let json: serde_json::Value =
+        serde_json::from_str(&bitnet(home, NOWHERE, &["list", "--json"], 0).0).unwrap();
+    assert_eq!(
+        (json[0]["size"].as_u64(), json[0]["complete"].as_bool()),
+        (Some(DEMO.len() as u64), Some(true))
+    );
+    assert!(bitnet(home, NOWHERE, &["rm", "2b-4t"], 0).1.contains("freed"));
+    assert_eq!(bitnet(home, NOWHERE, &["list"], 0).0, "");
+    assert!(bitnet(home, NOWHERE, &["rm", "2b-4t"], 1).1.contains("bitnet list"));
+}
+
+#[test]
+fn without_network_a_line_says_what_was_tried_and_what_to_do() {
+    let home = tempfile::tempdir().unwrap();
+    for args in [&["pull", "2b-4t"][..], &["run", "-q", "-m", REPO, "-p", "x"]] {
+        let (stdout, stderr) = bitnet(home.path(), "http://127.0.0.1:1", args, 1);
+        let lines: Vec<_> = stderr.lines().collect();
+        assert!(stdout.is_empty() && lines.len() == 1, "{stderr}");
+        for part in
+            ["error: ", REPO, "http://127.0.0.1:1/", "refused", "-m PATH", home.path().to_str().unwrap()]
+        {
+            assert!(stderr.contains(part), "{part}: {stderr}");
+        }
+    }
+    let mut offline = command(home.path(), "http://127.0.0.1:1", &["pull", "2b-4t"]);
+    let stderr = String::from_utf8(offline.env("HF_HUB_OFFLINE", "1").output().unwrap().stderr).unwrap();
+    assert!(stderr.contains("HF_HUB_OFFLINE"), "{stderr}");
+    for bad in ["hf:x", "model.gguf", "../a/b"] {
+        assert!(bitnet(home.path(), "http://127.0.0.1:1", &["pull", bad], 1).1.contains("OWNER/"));
+    }
+}
+
+#[test]
+fn a_killed_download_goes_on_where_it_was() {
+    let home = tempfile::tempdir().unwrap();
+    let bytes = noise(24 << 20);
+    let slow = Manners { slow: Some(Duration::from_millis(4)), ..Manners::default() };
+    let server = Server::new(&[("model.gguf", bytes.clone())], slow);
+    let mut child =
+        command(home.path(), &server.url, &["pull", "a/b"]).stderr(Stdio::null()).spawn().unwrap();
+    let blobs = home.path().join("hub/models--a--b/blobs");
+    let partial = blobs.join(format!("{}.incomplete", sha256(&bytes)));
+    let begin = Instant::now();
+    while fs::metadata(&partial).map_or(0, |m| m.len()) < 1 << 20 {
+        assert!(begin.elapsed() < Duration::from_secs(60), "nothing arrives");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let kept = fs::metadata(&partial).unwrap().len();
+    assert!(kept < bytes.len() as u64);
+    assert!(!home.path().join("hub/models--a--b/snapshots").exists());
+
+    *server.manners.lock().unwrap() = Manners::default();
+    server.seen.lock().unwrap().clear();
+    let (path, _) = bitnet(home.path(), &server.url, &["pull", "a/b"], 0);
+    assert!(fs::read(path.trim_end()).unwrap() == bytes);
+    assert!(server.starts().iter().all(|start| *start >= kept), "{:?} {kept}", server.starts());
+}
