@@ -3,9 +3,11 @@
 //! [`Compute`] runs the phases of a forward pass on a [`Pool`] with one set of [`Kernels`]. All kernels compute the same
 //! definition to the bit; the scalar one is the specification. This crate knows no model.
 
+mod attention;
 mod compute;
 pub mod half;
 mod isa;
+mod kv;
 pub mod math;
 mod memory;
 mod ops;
@@ -13,7 +15,8 @@ mod pool;
 mod table;
 pub mod ternary;
 
-pub use compute::{Activation, Compute, FloatMatrix, KvStore, QuantizedRows, TernaryMatrix};
+pub use compute::{Activation, Compute, FloatMatrix, QuantizedRows, TernaryMatrix};
+pub use kv::{KvShape, KvStore, KvType};
 pub use memory::{Aligned, Bytes, HugeBuffer, Plain};
 pub use ops::{FloatType, PAGE};
 pub use pool::{Pool, allowed_threads};

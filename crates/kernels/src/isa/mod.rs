@@ -46,6 +46,11 @@ pub(crate) trait Isa: Copy {
     /// stored (not yet less one). Every weight row has the same multiple of 64 bytes, every activation row four
     /// times as many codes in the order of [`crate::ternary::position`].
     fn dot_tile<const R: usize, const T: usize>(self, w: [&[u8]; R], a: [&[i8]; T]) -> [[i32; T]; R];
+    /// Integer dot products of stored bytes, unsigned, with Q rows of numbers that have a high and a low part, every row
+    /// having four of each for a block of 64 bytes. With H and L the sum over blocks c and i < 4 of `codes[c][4 j + i]`
+    /// times the part at `4 c + i`, begun with `start`, lane j is 128 · H + L: H and L exact in 32 bits (which must hold
+    /// them), then made float32 and summed, each step rounded.
+    fn dot_split<const Q: usize>(self, codes: &[[u8; 64]], rows: [[&[i8]; 2]; Q], start: [[i32; 2]; Q]) -> [Self::F; Q];
 }
 
 /// Checks the lengths that [`Isa::dot_tile`] relies on. Returns the number of 64-byte chunks of a weight row.
@@ -61,4 +66,13 @@ fn tile_chunks<const R: usize, const T: usize>(w: [&[u8]; R], a: [&[i8]; T]) -> 
     }
     assert_eq!(bytes % 64, 0);
     bytes / 64
+}
+
+/// Checks the lengths that [`Isa::dot_split`] relies on.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn check_split<const Q: usize>(codes: &[[u8; 64]], rows: [[&[i8]; 2]; Q]) {
+    for [high, low] in rows {
+        assert!(high.len() == 4 * codes.len() && low.len() == 4 * codes.len());
+    }
 }
