@@ -2,7 +2,7 @@
 
 use crate::Error;
 use crate::model::{Config, Model, Row, Scratch};
-use bitnet_kernels::{Compute, KvStore, PAGE};
+use bitnet_kernels::{Compute, KvStore, KvType, PAGE};
 
 /// Sizes that an engine is built with.
 #[derive(Clone, Copy, Debug)]
@@ -13,12 +13,15 @@ pub struct EngineOptions {
     pub sequences: usize,
     /// Rows of a step: longer prompts are cut into steps of this size.
     pub max_rows: usize,
+    /// How the cache stores keys and values. Each type gives logits of its own; see [`KvType`].
+    pub cache_type: KvType,
 }
 
 impl EngineOptions {
-    /// One sequence over the model's own context (at most 4096 tokens), steps of up to 512 rows.
+    /// One sequence over the model's own context (at most 4096 tokens), steps of up to 512 rows, an exact cache.
     pub fn for_model(config: &Config) -> Self {
-        Self { context: config.context_length.min(4096), sequences: 1, max_rows: 512 }
+        let context = config.context_length.min(4096);
+        Self { context, sequences: 1, max_rows: 512, cache_type: KvType::F32 }
     }
 }
 
@@ -81,9 +84,9 @@ impl Engine {
         let options =
             EngineOptions { max_rows: options.max_rows.clamp(1, options.context.max(1)), ..options };
         let pages = options.context.div_ceil(PAGE).saturating_mul(options.sequences);
-        let page = KvStore::page_bytes(config.n_layers, config.n_kv_heads, config.head_dim);
-        let bytes = page.unwrap_or(usize::MAX).saturating_mul(pages);
-        let kv = KvStore::new(pages, config.n_layers, config.n_kv_heads, config.head_dim)
+        let shape = config.kv_shape(options.cache_type);
+        let bytes = shape.page_bytes().unwrap_or(usize::MAX).saturating_mul(pages);
+        let kv = KvStore::new(shape, pages, options.max_rows)
             .filter(|_| u32::try_from(pages).is_ok())
             .ok_or(Error::NoMemory { what: "the key/value cache", bytes })?;
         Ok(Self {

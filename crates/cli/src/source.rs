@@ -3,7 +3,7 @@
 use crate::output::notice;
 use anyhow::{Context, bail};
 use bitnet::gguf::Gguf;
-use bitnet::kernels::{Compute, Kernels, allowed_threads, best, supported};
+use bitnet::kernels::{Compute, Kernels, KvType, allowed_threads, best, supported};
 use bitnet::model::{Config, Model};
 use bitnet::{EngineOptions, Error};
 use std::fmt::Display;
@@ -22,9 +22,38 @@ pub struct ModelArgs {
     /// Kernels: scalar, avx2, avx512 or avx512vnni [default: the best for this CPU]
     #[arg(long, value_name = "ISA", value_parser = parse_kernels)]
     kernels: Option<&'static Kernels>,
+    #[command(flatten)]
+    pub cache: CacheArgs,
     /// No notices and statistics on stderr
     #[arg(short = 'q', long)]
     pub quiet: bool,
+}
+
+/// How keys and values are kept.
+#[derive(clap::Args)]
+pub struct CacheArgs {
+    /// How the cache stores keys and values: f16 takes half of the memory, q8 a quarter and a bit
+    #[arg(long, value_name = "TYPE", value_enum, default_value = "f32", aliases = ["cache-type-k", "cache-type-v"])]
+    cache_type: CacheType,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum CacheType {
+    F32,
+    F16,
+    #[value(alias = "q8_0")]
+    Q8,
+}
+
+impl CacheArgs {
+    /// The type as the engine names it.
+    pub fn ty(&self) -> KvType {
+        match self.cache_type {
+            CacheType::F32 => KvType::F32,
+            CacheType::F16 => KvType::F16,
+            CacheType::Q8 => KvType::Q8,
+        }
+    }
 }
 
 /// What `-c` may be.

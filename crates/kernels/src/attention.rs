@@ -73,13 +73,43 @@ pub(crate) fn attend<I: Isa>(isa: I, s: &Segment<'_>, state: &mut [f32], out: &m
 /// Joins what a segment gave on its own, `part` (`[heads][head_dim]`, then `[2][heads]`), to `state` and `out`.
 #[inline(always)]
 pub(crate) fn join<I: Isa>(isa: I, part: &[f32], first: bool, state: &mut [f32], out: &mut [f32]) {
+    let heads = state.len() / 2;
+    let mut h = 0;
+    while h < heads {
+        let step = if heads - h >= 4 { 4 } else { 1 };
+        match step {
+            4 => join_heads::<I, 4>(isa, part, first, h, state, out),
+            _ => join_heads::<I, 1>(isa, part, first, h, state, out),
+        }
+        h += step;
+    }
+}
+
+#[inline(always)]
+fn join_heads<I: Isa, const Q: usize>(
+    isa: I,
+    part: &[f32],
+    first: bool,
+    h: usize,
+    state: &mut [f32],
+    out: &mut [f32],
+) {
     let (heads, head_dim) = (state.len() / 2, out.len() * 2 / state.len());
-    let (sums, rest) = part.split_at(out.len());
-    for h in 0..heads {
-        let (own, old) = factors::<I, 1>(isa, first, [rest[h]], [rest[heads + h]], h, state);
-        let (sums, out) = (&sums[h * head_dim..][..head_dim], &mut out[h * head_dim..][..head_dim]);
-        for (sums, out) in sums.chunks(16).zip(out.chunks_mut(16)) {
-            join_lanes(isa, isa.load(&padded(sums)), own[0], old[0], first, out);
+    let (o, rest) = part.split_at(out.len());
+    let (mut tops, mut sums) = ([0.0; Q], [0.0; Q]);
+    tops.copy_from_slice(&rest[h..h + Q]);
+    sums.copy_from_slice(&rest[heads + h..heads + h + Q]);
+    let (own, old) = factors(isa, first, tops, sums, h, state);
+    for i in 0..Q {
+        let range = (h + i) * head_dim..(h + i + 1) * head_dim;
+        let (blocks, tail) = o[range.clone()].as_chunks::<16>();
+        let out = &mut out[range];
+        for (d, block) in blocks.iter().enumerate() {
+            join_lanes(isa, isa.load(block), own[i], old[i], first, &mut out[16 * d..16 * d + 16]);
+        }
+        if !tail.is_empty() {
+            let tail_out = &mut out[16 * blocks.len()..];
+            join_lanes(isa, isa.load(&padded(tail)), own[i], old[i], first, tail_out);
         }
     }
 }
@@ -126,24 +156,16 @@ fn softmax<I: Isa>(isa: I, count: usize, scores: &mut [f32; PAGE]) -> (f32, f32)
     for block in &*blocks {
         top = isa.max(isa.load(block), top);
     }
-    let mut lanes = [0.0; 16];
-    isa.store(top, &mut lanes);
-    let mut width = 8;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] = if lanes[i + width] > lanes[i] { lanes[i + width] } else { lanes[i] };
-        }
-        width /= 2;
-    }
+    let top = fold_max(isa, top);
     let mut sum = isa.splat(0.0);
     for (i, block) in blocks.iter_mut().enumerate() {
-        isa.store(exp(isa, isa.sub(isa.load(block), isa.splat(lanes[0]))), block);
+        isa.store(exp(isa, isa.sub(isa.load(block), isa.splat(top))), block);
         if count < 16 * (i + 1) {
             block[count.saturating_sub(16 * i)..].fill(0.0);
         }
         sum = isa.add(sum, isa.load(block));
     }
-    (lanes[0], fold(isa, sum))
+    (top, fold(isa, sum))
 }
 
 /// The factors that join a segment of maxima `tops` and sums `sums` (`own`) to what came before (`old`), which `state`
@@ -197,12 +219,25 @@ fn join_lanes<I: Isa>(isa: I, sums: I::F, own: f32, old: f32, first: bool, out: 
     out.copy_from_slice(&full[..out.len()]);
 }
 
-/// Asks for the bytes of `next` that stand where the `len` bytes from `at` on stand in their own page.
+/// How far ahead of its use the cache is fetched.
+const AHEAD: usize = 4096;
+
+/// Where the bytes stand that will be read [`AHEAD`] bytes after those at `at` of the page.
 #[inline(always)]
-fn fetch<I: Isa>(isa: I, next: &[u8], at: usize, len: usize) {
+fn ahead(s: &Segment<'_>, at: usize) -> *const u8 {
+    let at = at + AHEAD;
+    match at.checked_sub(s.page.len()) {
+        None => s.page.as_ptr().wrapping_add(at),
+        Some(at) => s.next.as_ptr().wrapping_add(at),
+    }
+}
+
+/// Asks for `len` bytes.
+#[inline(always)]
+fn fetch<I: Isa>(isa: I, from: *const u8, at: usize, len: usize) {
     let mut line = 0;
     while line < len {
-        isa.prefetch(next.as_ptr().wrapping_add(at + line));
+        isa.prefetch(from.wrapping_add(at + line));
         line += 64;
     }
 }
@@ -229,19 +264,32 @@ struct Floats<T>(std::marker::PhantomData<T>);
 impl<T: Element> Cache for Floats<T> {
     #[inline(always)]
     fn scores<I: Isa, const Q: usize>(isa: I, s: &Segment<'_>, h: usize, weights: &mut [[f32; PAGE]; Q]) {
-        // [PAGE / 16][head_dim]: sixteen positions side by side.
-        let keys = &cast::<T>(s.page).as_chunks::<16>().0[..PAGE / 16 * s.head_dim];
-        let q = &s.q[h * s.head_dim..][..Q * s.head_dim];
-        let blocks = s.count.div_ceil(16);
-        let mut block = 0;
-        while block < blocks {
-            // Two blocks hide the latency of the sums, where the registers suffice.
-            if I::TILE_TOKENS >= 8 && block + 2 <= blocks {
-                float_scores::<I, T, Q, 2>(isa, keys, q, s, block, weights);
-                block += 2;
-            } else {
-                float_scores::<I, T, Q, 1>(isa, keys, q, s, block, weights);
-                block += 1;
+        let keys = &cast::<T>(s.page).as_chunks::<32>().0[..PAGE / 32 * s.head_dim];
+        let queries = &s.q[h * s.head_dim..][..Q * s.head_dim];
+        let n = s.head_dim;
+        let mut q = [&queries[..0]; Q];
+        for h in 0..Q {
+            q[h] = &queries[h * n..][..n];
+        }
+        for pair in 0..s.count.div_ceil(32) {
+            let keys = &keys[pair * n..][..n];
+            let far = ahead(s, pair * n * size_of::<[T; 32]>());
+            let mut sums = [[isa.splat(0.0); Q]; 2];
+            for d in 0..n {
+                fetch(isa, far, d * size_of::<[T; 32]>(), size_of::<[T; 32]>());
+                let k = keys[d].as_chunks::<16>().0;
+                let (k0, k1) = (T::lanes(isa, &k[0]), T::lanes(isa, &k[1]));
+                for h in 0..Q {
+                    let q = isa.splat(q[h][d]);
+                    sums[0][h] = isa.add(sums[0][h], isa.mul(k0, q));
+                    sums[1][h] = isa.add(sums[1][h], isa.mul(k1, q));
+                }
+            }
+            for b in 0..2 {
+                for h in 0..Q {
+                    let out = &mut weights[h].as_chunks_mut::<16>().0[2 * pair + b];
+                    isa.store(isa.mul(sums[b][h], isa.splat(s.scale)), out);
+                }
             }
         }
     }
@@ -255,104 +303,33 @@ impl<T: Element> Cache for Floats<T> {
         old: [f32; Q],
         out: &mut [f32],
     ) {
-        // [head_dim / 16][PAGE]: sixteen dimensions side by side.
-        let values = &cast::<T>(s.page).as_chunks::<16>().0[PAGE / 16 * s.head_dim..];
-        let blocks = s.head_dim.div_ceil(16);
-        let mut block = 0;
-        while block < blocks {
-            if I::TILE_TOKENS >= 8 && block + 2 <= blocks {
-                float_values::<I, T, Q, 2>(isa, values, s, block, weights, own, old, out);
-                block += 2;
-            } else {
-                float_values::<I, T, Q, 1>(isa, values, s, block, weights, own, old, out);
-                block += 1;
+        let before = PAGE / 32 * s.head_dim;
+        let values = &cast::<T>(s.page).as_chunks::<32>().0[before..];
+        let count = s.count.min(PAGE);
+        for pair in 0..s.head_dim.div_ceil(32) {
+            let values = &values[pair * PAGE..][..count];
+            let far = ahead(s, (before + pair * PAGE) * size_of::<[T; 32]>());
+            let mut sums = [[isa.splat(0.0); Q]; 2];
+            for p in 0..count {
+                fetch(isa, far, p * size_of::<[T; 32]>(), size_of::<[T; 32]>());
+                let v = values[p].as_chunks::<16>().0;
+                let (v0, v1) = (T::lanes(isa, &v[0]), T::lanes(isa, &v[1]));
+                for h in 0..Q {
+                    let w = isa.splat(weights[h][p]);
+                    sums[0][h] = isa.add(sums[0][h], isa.mul(v0, w));
+                    sums[1][h] = isa.add(sums[1][h], isa.mul(v1, w));
+                }
             }
-        }
-    }
-}
-
-#[inline(always)]
-fn float_scores<I: Isa, T: Element, const Q: usize, const B: usize>(
-    isa: I,
-    keys: &[[T; 16]],
-    queries: &[f32],
-    s: &Segment<'_>,
-    first_block: usize,
-    weights: &mut [[f32; PAGE]; Q],
-) {
-    let n = s.head_dim;
-    let (mut k, mut q) = ([&keys[..0]; B], [&queries[..0]; Q]);
-    for b in 0..B {
-        k[b] = &keys[(first_block + b) * n..][..n];
-    }
-    for h in 0..Q {
-        q[h] = &queries[h * n..][..n];
-    }
-    let mut sums = [[isa.splat(0.0); Q]; B];
-    let values = (PAGE / 16 + first_block) * n * size_of::<[T; 16]>();
-    for d in 0..n {
-        // The values of this page are fetched while its keys are summed.
-        for b in 0..B {
-            let at = values + (b * n + d) * size_of::<[T; 16]>();
-            isa.prefetch(s.page.as_ptr().wrapping_add(at));
-        }
-        let mut lanes = [isa.splat(0.0); B];
-        for b in 0..B {
-            lanes[b] = T::lanes(isa, &k[b][d]);
-        }
-        for h in 0..Q {
-            let q = isa.splat(q[h][d]);
-            for b in 0..B {
-                sums[b][h] = isa.add(sums[b][h], isa.mul(lanes[b], q));
+            for b in 0..2 {
+                let d = 32 * pair + 16 * b;
+                for h in 0..Q {
+                    let n = s.head_dim.saturating_sub(d).min(16);
+                    let out = &mut out[h * s.head_dim..][..s.head_dim];
+                    if n > 0 {
+                        join_lanes(isa, sums[b][h], own[h], old[h], s.first, &mut out[d..d + n]);
+                    }
+                }
             }
-        }
-    }
-    for b in 0..B {
-        for h in 0..Q {
-            let out = &mut weights[h].as_chunks_mut::<16>().0[first_block + b];
-            isa.store(isa.mul(sums[b][h], isa.splat(s.scale)), out);
-        }
-    }
-}
-
-#[inline(always)]
-fn float_values<I: Isa, T: Element, const Q: usize, const B: usize>(
-    isa: I,
-    values: &[[T; 16]],
-    s: &Segment<'_>,
-    first_block: usize,
-    weights: &[[f32; PAGE]; Q],
-    own: [f32; Q],
-    old: [f32; Q],
-    out: &mut [f32],
-) {
-    let count = s.count.min(PAGE);
-    let mut v = [&values[..0]; B];
-    for b in 0..B {
-        v[b] = &values[(first_block + b) * PAGE..][..count];
-    }
-    let mut sums = [[isa.splat(0.0); Q]; B];
-    for p in 0..count {
-        for b in 0..B {
-            let at = ((first_block + b) * PAGE + p) * size_of::<[T; 16]>();
-            isa.prefetch(s.next.as_ptr().wrapping_add(at));
-        }
-        let mut lanes = [isa.splat(0.0); B];
-        for b in 0..B {
-            lanes[b] = T::lanes(isa, &v[b][p]);
-        }
-        for h in 0..Q {
-            let w = isa.splat(weights[h][p]);
-            for b in 0..B {
-                sums[b][h] = isa.add(sums[b][h], isa.mul(lanes[b], w));
-            }
-        }
-    }
-    for b in 0..B {
-        let d = (first_block + b) * 16;
-        for h in 0..Q {
-            let n = (s.head_dim - d).min(16);
-            join_lanes(isa, sums[b][h], own[h], old[h], s.first, &mut out[h * s.head_dim + d..][..n]);
         }
     }
 }
@@ -360,30 +337,43 @@ fn float_values<I: Isa, T: Element, const Q: usize, const B: usize>(
 /// The largest integer that [`split`] takes: a high part of 127 and a low part of 0.
 const LARGEST: f32 = 127.0 * 128.0;
 
-/// Splits lanes of at most ±[`LARGEST`] into integers: x ≈ 128 * high + low, the low part at most ±64.
+/// Splits lanes of at most ±[`LARGEST`] into integers: x ≈ 128 * high + low, the low part at most ±64. Adds the parts to
+/// `sums`.
 #[inline(always)]
-fn split<I: Isa>(isa: I, x: I::F, high: &mut [i8; 16], low: &mut [i8; 16]) {
-    let rounded = isa.round(isa.mul(x, isa.splat(1.0 / 128.0)));
-    isa.to_i8(rounded, high);
-    isa.to_i8(isa.sub(x, isa.mul(rounded, isa.splat(128.0))), low);
+fn split<I: Isa>(isa: I, x: I::F, parts: [&mut [i8; 16]; 2], sums: &mut [I::F; 2]) {
+    let high = isa.round(isa.mul(x, isa.splat(1.0 / 128.0)));
+    let low = isa.round(isa.sub(x, isa.mul(high, isa.splat(128.0))));
+    isa.to_i8(high, parts[0]);
+    isa.to_i8(low, parts[1]);
+    *sums = [isa.add(sums[0], high), isa.add(sums[1], low)];
 }
 
-/// The largest of the absolute lanes, at least 1e-30.
+/// The largest of non-negative lanes, at least 1e-30.
 #[inline(always)]
 fn largest<I: Isa>(isa: I, top: I::F) -> f32 {
-    let mut lanes = [0.0; 16];
-    isa.store(top, &mut lanes);
-    lanes.into_iter().fold(1e-30, |a: f32, b| if b > a { b } else { a })
+    fold_max(isa, isa.max(top, isa.splat(1e-30)))
 }
 
-/// Stored codes are the integer plus 128: this many of them times `parts` are too much in a sum.
+/// The largest lane.
 #[inline(always)]
-fn start(parts: &[i8]) -> i32 {
-    let mut sum = 0i32;
-    for &part in parts {
-        sum += i32::from(part);
+fn fold_max<I: Isa>(isa: I, top: I::F) -> f32 {
+    let mut lanes = [0.0; 16];
+    isa.store(top, &mut lanes);
+    let mut width = 8;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = if lanes[i + width] > lanes[i] { lanes[i + width] } else { lanes[i] };
+        }
+        width /= 2;
     }
-    -128 * sum
+    lanes[0]
+}
+
+/// What the sums of products with stored codes begin with: a code is the integer plus 128. `sums` are those of the
+/// parts, which float32 holds exactly.
+#[inline(always)]
+fn starts<I: Isa>(isa: I, sums: [I::F; 2]) -> [i32; 2] {
+    [-128 * fold(isa, sums[0]) as i32, -128 * fold(isa, sums[1]) as i32]
 }
 
 /// Makes queries (`[heads][head_dim]`) integers, as [`Codes`] has them: q ≈ (128 * high + low) * scale, the parts filled
@@ -405,15 +395,16 @@ pub(crate) fn code_queries<I: Isa>(
         }
         let top = largest(isa, top);
         let inverse = isa.splat(LARGEST / top);
+        let mut sums = [isa.splat(0.0); 2];
         let (highs, lows) = parts[h * 2 * width..][..2 * width].split_at_mut(width);
         for ((block, high), low) in q.chunks(16).zip(highs.chunks_mut(16)).zip(lows.chunks_mut(16)) {
             let (mut h, mut l) = ([0; 16], [0; 16]);
-            split(isa, isa.mul(isa.load(&padded(block)), inverse), &mut h, &mut l);
+            split(isa, isa.mul(isa.load(&padded(block)), inverse), [&mut h, &mut l], &mut sums);
             high.copy_from_slice(&h[..high.len()]);
             low.copy_from_slice(&l[..low.len()]);
         }
         scales[h] = top / LARGEST;
-        starts[h] = [start(highs), start(lows)];
+        starts[h] = self::starts(isa, sums);
     }
 }
 
@@ -443,8 +434,8 @@ impl Cache for Bytes8 {
             starts[i] = s.codes.starts[h + i];
         }
         for block in 0..s.count.div_ceil(16) {
-            fetch(isa, s.page, value_bytes + block * n * 64, n * 64);
-            let sums = isa.dot_split(&keys[block * n..][..n], parts, starts);
+            let far = ahead(s, block * n * 64);
+            let sums = isa.dot_split(&keys[block * n..][..n], parts, starts, far);
             let position_scales = isa.load(&scales[block]);
             for i in 0..Q {
                 let factor = isa.splat(s.codes.scales[h + i] * s.scale);
@@ -484,20 +475,22 @@ impl Cache for Bytes8 {
             let top = largest(isa, top);
             let inverse = isa.splat(LARGEST / top);
             factors[h] = top / LARGEST;
+            let mut sums = [isa.splat(0.0); 2];
             let [high, low] = &mut codes[h];
             let (highs, lows) = (high.as_chunks_mut::<16>().0, low.as_chunks_mut::<16>().0);
             for i in 0..PAGE / 16 {
-                split(isa, isa.mul(isa.load(&blocks[i]), inverse), &mut highs[i], &mut lows[i]);
+                let parts = [&mut highs[i], &mut lows[i]];
+                split(isa, isa.mul(isa.load(&blocks[i]), inverse), parts, &mut sums);
             }
-            starts[h] = [start(&codes[h][0]), start(&codes[h][1])];
+            starts[h] = self::starts(isa, sums);
         }
         let mut parts = [[&codes[0][0][..0]; 2]; Q];
         for h in 0..Q {
             parts[h] = [&codes[h][0][..4 * quads], &codes[h][1][..4 * quads]];
         }
         for block in 0..s.head_dim.div_ceil(16) {
-            fetch(isa, s.next, block * PAGE * 16, quads * 64);
-            let sums = isa.dot_split(&values[block * (PAGE / 4)..][..quads], parts, starts);
+            let far = ahead(s, value_bytes + block * PAGE * 16);
+            let sums = isa.dot_split(&values[block * (PAGE / 4)..][..quads], parts, starts, far);
             let n = (s.head_dim - 16 * block).min(16);
             for h in 0..Q {
                 let out = &mut out[h * s.head_dim + 16 * block..][..n];

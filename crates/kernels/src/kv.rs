@@ -43,22 +43,26 @@ impl KvShape {
 
     /// Bytes of one page of one head of one layer:
     ///
-    /// - floats: keys `[PAGE / 16][head_dim][16]`, sixteen positions side by side; values `[head_dim / 16][PAGE][16]`,
-    ///   sixteen dimensions side by side.
+    /// - floats: keys `[PAGE / 32][head_dim][32]`, two registers of positions side by side; values
+    ///   `[head_dim / 32][PAGE][32]`, two registers of dimensions.
     /// - q8: codes plus 128, keys `[PAGE / 16][head_dim / 4][16][4]`, values `[head_dim / 16][PAGE / 4][16][4]`: what an
     ///   integer dot product of four takes. Then the scales of the keys and of the values, `[PAGE]` each.
     fn head_bytes(&self) -> Option<usize> {
-        let padded = self.head_dim.checked_next_multiple_of(16)?;
+        let values = self.head_dim.checked_next_multiple_of(if self.ty == KvType::Q8 { 16 } else { 32 })?;
         match self.ty {
-            KvType::F32 => self.head_dim.checked_add(padded)?.checked_mul(4 * PAGE),
-            KvType::F16 => self.head_dim.checked_add(padded)?.checked_mul(2 * PAGE),
-            KvType::Q8 => quads(self.head_dim).checked_mul(4)?.checked_add(padded)?.checked_add(8)?.checked_mul(PAGE),
+            KvType::F32 => self.head_dim.checked_add(values)?.checked_mul(4 * PAGE),
+            KvType::F16 => self.head_dim.checked_add(values)?.checked_mul(2 * PAGE),
+            KvType::Q8 => {
+                quads(self.head_dim).checked_mul(4)?.checked_add(values)?.checked_add(8)?.checked_mul(PAGE)
+            }
         }
     }
 
     /// Floats that one segment of one key/value head gives: see [`crate::attention::join`].
     fn part_floats(&self) -> Option<usize> {
-        (self.query_heads / self.heads.max(1)).checked_mul(self.head_dim.checked_add(2)?)?.checked_next_multiple_of(16)
+        (self.query_heads / self.heads.max(1))
+            .checked_mul(self.head_dim.checked_add(2)?)?
+            .checked_next_multiple_of(16)
     }
 }
 
@@ -147,12 +151,12 @@ fn store(shape: &KvShape, page: &mut [u8], slot: usize, keys: &[f32], values: &[
 
 fn store_floats<T: Copy>(page: &mut [T], slot: usize, keys: &[f32], values: &[f32], to: impl Fn(f32) -> T) {
     let (k_page, v_page) = page.split_at_mut(keys.len() * PAGE);
-    let block = &mut k_page[slot / 16 * 16 * keys.len()..][..16 * keys.len()];
-    for (lanes, &x) in block.as_chunks_mut::<16>().0.iter_mut().zip(keys) {
-        lanes[slot % 16] = to(x);
+    let block = &mut k_page[slot / 32 * 32 * keys.len()..][..32 * keys.len()];
+    for (lanes, &x) in block.as_chunks_mut::<32>().0.iter_mut().zip(keys) {
+        lanes[slot % 32] = to(x);
     }
-    for (block, x) in v_page.as_chunks_mut::<{ 16 * PAGE }>().0.iter_mut().zip(values.chunks(16)) {
-        for (lane, &x) in block[16 * slot..].iter_mut().zip(x) {
+    for (block, x) in v_page.as_chunks_mut::<{ 32 * PAGE }>().0.iter_mut().zip(values.chunks(32)) {
+        for (lane, &x) in block[32 * slot..].iter_mut().zip(x) {
             *lane = to(x);
         }
     }

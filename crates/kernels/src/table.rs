@@ -1,9 +1,9 @@
 //! The kernels of one instruction set as a plain struct of functions, chosen once.
 
+use crate::attention::{self, Segment};
 use crate::isa::scalar::Scalar;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{avx2::Avx2, avx512::Avx512};
-use crate::attention::{self, Segment};
 use crate::ops::{self, FloatType};
 use crate::ternary::{self, Activations, OutPtr};
 

@@ -196,7 +196,13 @@ fn attention_is_the_same_everywhere_and_right() {
                 let some = everywhere(|compute| {
                     let mut out = vec![f32::NAN; range.len() * width];
                     let q = &q[range.start * width..range.end * width];
-                    compute.attention(&mut filled(compute), 1, q, |t| (&pages, range.start + t + 1), &mut out);
+                    compute.attention(
+                        &mut filled(compute),
+                        1,
+                        q,
+                        |t| (&pages, range.start + t + 1),
+                        &mut out,
+                    );
                     bits(&out)
                 });
                 assert!(some == out[range.start * width..range.end * width], "{shape:?} {range:?}");

@@ -125,12 +125,9 @@ impl Model {
             );
             compute.rope(q, config.head_dim, cos, sin, n);
             compute.rope(k, config.head_dim, cos, sin, n);
-            for (i, row) in rows.iter().enumerate() {
-                let range = i * config.kv_width()..(i + 1) * config.kv_width();
-                kv.store(index, pages(row.sequence), row.position as usize, &k[range.clone()], &v[range]);
-            }
             let sees = |row: usize| (pages(rows[row].sequence), rows[row].position as usize + 1);
-            compute.attention(kv, index, q, n, sees, attended);
+            compute.store(kv, index, k, v, sees);
+            compute.attention(kv, index, q, sees, attended);
             compute.norm_quantize(attended, &layer.attn_sub_norm, eps, workers, codes);
             compute.linear(codes, [(&layer.attn_output, &mut *delta)]);
             compute.add(x, delta);

@@ -7,7 +7,7 @@ use super::{Config, Layer, Weights};
 use crate::Error;
 use crate::text::{Specials, Tokenizer, Vocab};
 use bitnet_gguf::Gguf;
-use bitnet_kernels::{Compute, KvStore, PAGE, TernaryMatrix};
+use bitnet_kernels::{Compute, TernaryMatrix};
 use std::sync::OnceLock;
 
 /// An immutable model: many sequences share it.
@@ -45,15 +45,6 @@ pub struct ModelInfo<'a> {
     vocab: Option<Vocab<'a>>,
 }
 
-/// The memory a model takes, in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ModelBytes {
-    /// All weights, in the engine's layout.
-    pub weights: usize,
-    /// Key/value cache of one position, all layers.
-    pub kv_per_token: usize,
-}
-
 impl<'a> ModelInfo<'a> {
     /// Reads and checks the metadata and the shape of every tensor of `gguf`.
     ///
@@ -70,15 +61,10 @@ impl<'a> ModelInfo<'a> {
         Ok(Self { config, repairs, special, plan, vocab })
     }
 
-    /// The memory the model will take.
-    pub fn bytes(&self) -> ModelBytes {
-        model_bytes(&self.config, self.plan.byte_len())
+    /// Bytes of all weights, in the engine's layout.
+    pub fn weight_bytes(&self) -> usize {
+        self.plan.byte_len()
     }
-}
-
-fn model_bytes(config: &Config, weights: usize) -> ModelBytes {
-    let page = KvStore::page_bytes(config.n_layers, config.n_kv_heads, config.head_dim).unwrap_or(usize::MAX);
-    ModelBytes { weights, kv_per_token: page / PAGE }
 }
 
 impl Model {
@@ -170,9 +156,9 @@ impl Model {
     pub fn repairs(&self) -> &[Repair] {
         &self.repairs
     }
-    /// The memory the model takes.
-    pub fn bytes(&self) -> ModelBytes {
-        model_bytes(&self.config, self.weight_bytes)
+    /// Bytes of all weights, in the engine's layout.
+    pub fn weight_bytes(&self) -> usize {
+        self.weight_bytes
     }
 }
 

@@ -8,5 +8,5 @@ mod weights;
 
 pub use config::{Config, Repair};
 pub use forward::{Row, Scratch};
-pub use load::{Model, ModelBytes, ModelInfo, SpecialTokens};
+pub use load::{Model, ModelInfo, SpecialTokens};
 pub use weights::{Layer, Weights};

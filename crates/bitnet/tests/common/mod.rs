@@ -4,7 +4,7 @@
 
 use bitnet::convert::{HeadType, hf_to_gguf};
 use bitnet::gguf::Gguf;
-use bitnet::kernels::{Compute, Kernels};
+use bitnet::kernels::{Compute, Kernels, KvType};
 use bitnet::model::Model;
 use bitnet::{Engine, EngineOptions};
 use std::collections::HashMap;
@@ -35,9 +35,20 @@ pub(crate) fn engine(
     max_rows: usize,
     sequences: usize,
 ) -> Engine {
+    engine_with(gguf, kernels, threads, max_rows, sequences, KvType::F32)
+}
+
+pub(crate) fn engine_with(
+    gguf: &Gguf,
+    kernels: &'static Kernels,
+    threads: usize,
+    max_rows: usize,
+    sequences: usize,
+    cache_type: KvType,
+) -> Engine {
     let compute = Compute::new(kernels, threads);
     let model = Model::load(gguf, &compute).unwrap();
-    Engine::new(model, compute, EngineOptions { context: 640, sequences, max_rows }).unwrap()
+    Engine::new(model, compute, EngineOptions { context: 640, sequences, max_rows, cache_type }).unwrap()
 }
 
 /// The tensors of a safetensors file.

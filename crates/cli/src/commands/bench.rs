@@ -74,7 +74,8 @@ pub fn run(args: &Args) -> Result<()> {
     let bytes_per_step = bytes_per_step(&model);
     let batch = args.batch as usize;
     let context = args.n_depth.saturating_add(args.n_prompt.max(args.n_gen + 1));
-    let options = EngineOptions { context, sequences: batch, max_rows: 512 };
+    let options =
+        EngineOptions { context, sequences: batch, max_rows: 512, cache_type: args.model.cache.ty() };
     let mut engine = Engine::new(model, compute, options)?;
     let sequences: Vec<SequenceId> = (0..batch).map(|_| engine.open()).collect();
 

@@ -18,6 +18,8 @@ pub struct Args {
     /// [default: the same, at most 4096]
     #[arg(short = 'c', long, value_name = "CTX", value_parser = source::context_range())]
     ctx_size: Option<u32>,
+    #[command(flatten)]
+    cache: source::CacheArgs,
     /// List every tensor
     #[arg(long)]
     tensors: bool,
@@ -46,13 +48,13 @@ struct Memory {
 }
 
 impl Memory {
-    fn plan(info: &ModelInfo<'_>, asked: Option<u32>) -> Self {
-        let context = source::context(asked, &info.config);
-        let bytes = info.bytes();
+    fn plan(info: &ModelInfo<'_>, args: &Args) -> Self {
+        let context = source::context(args.ctx_size, &info.config);
+        let page = info.config.kv_shape(args.cache.ty()).page_bytes().unwrap_or(usize::MAX);
         Self {
             context,
-            weights: bytes.weights,
-            kv_cache: bytes.kv_per_token.saturating_mul(context.next_multiple_of(PAGE)),
+            weights: info.weight_bytes(),
+            kv_cache: page.saturating_mul(context.div_ceil(PAGE)),
             buffers: buffers(&info.config, MAX_ROWS.min(context)),
         }
     }
@@ -125,7 +127,7 @@ fn as_text(args: &Args, gguf: &Gguf, info: Option<&ModelInfo<'_>>) -> String {
             for repair in &info.repairs {
                 line("repair", &format!("{}: {}", repair.name, repair.message));
             }
-            let memory = Memory::plan(info, args.ctx_size);
+            let memory = Memory::plan(info, args);
             let size = |bytes: usize| output::bytes(bytes as u64);
             line(
                 "memory",
@@ -197,7 +199,7 @@ fn as_json(args: &Args, gguf: &Gguf, info: Result<&ModelInfo<'_>, &bitnet::Error
     all["special_tokens"] = json!({ "bos": special.bos, "add_bos": special.add_bos, "stop": special.stop });
     let repairs = info.repairs.iter().map(|r| json!({ "name": r.name, "message": r.message }));
     all["repairs"] = repairs.collect();
-    let memory = Memory::plan(info, args.ctx_size);
+    let memory = Memory::plan(info, args);
     all["memory"] = json!({
         "context": memory.context,
         "weights_bytes": memory.weights,

@@ -103,7 +103,11 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         strings: args.stop.clone(),
         max_tokens: usize::try_from(args.n_predict).ok(),
     };
-    let mut engine = Engine::new(model, compute, EngineOptions { context, sequences: 1, max_rows: 512 })?;
+    let mut engine = Engine::new(
+        model,
+        compute,
+        EngineOptions { context, sequences: 1, max_rows: 512, cache_type: args.model.cache.ty() },
+    )?;
     let sequence = engine.open();
     let load_time = start.elapsed();
 

@@ -191,6 +191,7 @@ impl Isa for Avx2 {
         codes: &[[u8; 64]],
         rows: [[&[i8]; 2]; Q],
         start: [[i32; 2]; Q],
+        far: *const u8,
     ) -> [Self::F; Q] {
         check_split(codes, rows);
         let mut out = [self.splat(0.0); Q];
@@ -200,6 +201,9 @@ impl Isa for Avx2 {
                 let mut sums = [[_mm256_set1_epi32(start[q][0]); 2], [_mm256_set1_epi32(start[q][1]); 2]];
                 let bytes = _mm256_set1_epi16(0xff);
                 for c in 0..codes.len() {
+                    if q == 0 {
+                        self.prefetch(far.wrapping_add(64 * c));
+                    }
                     for half in 0..2 {
                         let v = _mm256_loadu_si256(codes[c].as_ptr().add(32 * half).cast());
                         let (even, odd) = (_mm256_and_si256(v, bytes), _mm256_srli_epi16::<8>(v));
@@ -208,8 +212,10 @@ impl Isa for Avx2 {
                             let four = _mm256_set1_epi32(four);
                             let b_even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(four));
                             let b_odd = _mm256_srai_epi16::<8>(four);
-                            let products =
-                                _mm256_add_epi32(_mm256_madd_epi16(even, b_even), _mm256_madd_epi16(odd, b_odd));
+                            let products = _mm256_add_epi32(
+                                _mm256_madd_epi16(even, b_even),
+                                _mm256_madd_epi16(odd, b_odd),
+                            );
                             sums[part][half] = _mm256_add_epi32(sums[part][half], products);
                         }
                     }

@@ -143,6 +143,7 @@ impl<const VNNI: bool> Isa for Avx512<VNNI> {
         codes: &[[u8; 64]],
         rows: [[&[i8]; 2]; Q],
         start: [[i32; 2]; Q],
+        far: *const u8,
     ) -> [__m512; Q] {
         check_split(codes, rows);
         // SAFETY: `self` proves AVX-512 F and BW, and VNNI where it is used; block c reads its 64 codes and the parts
@@ -156,6 +157,7 @@ impl<const VNNI: bool> Isa for Avx512<VNNI> {
             }
             let bytes = _mm512_set1_epi16(0xff);
             for c in 0..codes.len() {
+                self.prefetch(far.wrapping_add(64 * c));
                 let v = _mm512_loadu_si512(codes[c].as_ptr().cast());
                 let (even, odd) = (_mm512_and_si512(v, bytes), _mm512_srli_epi16::<8>(v));
                 for q in 0..Q {

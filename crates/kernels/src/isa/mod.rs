@@ -50,7 +50,14 @@ pub(crate) trait Isa: Copy {
     /// having four of each for a block of 64 bytes. With H and L the sum over blocks c and i < 4 of `codes[c][4 j + i]`
     /// times the part at `4 c + i`, begun with `start`, lane j is 128 · H + L: H and L exact in 32 bits (which must hold
     /// them), then made float32 and summed, each step rounded.
-    fn dot_split<const Q: usize>(self, codes: &[[u8; 64]], rows: [[&[i8]; 2]; Q], start: [[i32; 2]; Q]) -> [Self::F; Q];
+    /// Meanwhile it asks for as many bytes as it reads codes, at `far`, which need not be readable.
+    fn dot_split<const Q: usize>(
+        self,
+        codes: &[[u8; 64]],
+        rows: [[&[i8]; 2]; Q],
+        start: [[i32; 2]; Q],
+        far: *const u8,
+    ) -> [Self::F; Q];
 }
 
 /// Checks the lengths that [`Isa::dot_tile`] relies on. Returns the number of 64-byte chunks of a weight row.

@@ -93,6 +93,7 @@ impl Isa for Scalar {
         codes: &[[u8; 64]],
         rows: [[&[i8]; 2]; Q],
         start: [[i32; 2]; Q],
+        _: *const u8,
     ) -> [[f32; 16]; Q] {
         let mut out = [[0.0; 16]; Q];
         for q in 0..Q {
