@@ -1,7 +1,7 @@
 //! The engine: one model, its threads, its cache, and the sequences that share them.
 
 use crate::Error;
-use crate::model::{Config, Model, Row, Scratch};
+use crate::model::{Config, Model, Profile, Row, Scratch};
 use bitnet_kernels::{Compute, KvStore, KvType, PAGE};
 
 /// Sizes that an engine is built with.
@@ -106,6 +106,10 @@ impl Engine {
     /// The model.
     pub fn model(&self) -> &Model {
         &self.model
+    }
+    /// Where the time of the steps went.
+    pub fn profile(&mut self) -> &mut Profile {
+        self.scratch.profile()
     }
     /// The kernels and threads.
     pub fn compute(&self) -> &Compute {

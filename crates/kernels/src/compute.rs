@@ -7,12 +7,14 @@ use crate::memory::{Aligned, Bytes};
 use crate::ops::FloatType;
 use crate::pool::Pool;
 use crate::table::Kernels;
-use crate::ternary::{self, Activations, OutPtr};
+use crate::ternary::panel::{BLOCK, PanelSource};
+use crate::ternary::{self, Activations, Layout, OutPtr, Which, columns};
 use std::marker::PhantomData;
 
-/// A ternary matrix `[rows][columns]` in the layout of [`crate::ternary`], with one scale.
+/// A ternary matrix `[rows][columns]` in one of the layouts of [`crate::ternary`], with one scale.
 pub struct TernaryMatrix {
     bytes: Bytes,
+    layout: Layout,
     rows: usize,
     columns: usize,
     scale: f32,
@@ -22,14 +24,19 @@ impl TernaryMatrix {
     /// Widest row: keeps every intermediate sum of every kernel inside 32 bits, with room.
     pub const MAX_COLUMNS: usize = 1 << 20;
 
-    /// A matrix over `rows` stored rows of [`ternary::row_bytes`]`(columns)` bytes.
+    /// A matrix stored in [`Layout::bytes`].
     ///
     /// # Panics
-    /// If the bytes are not exactly that many, or a row is empty or wider than [`Self::MAX_COLUMNS`].
-    pub fn new(bytes: Bytes, rows: usize, columns: usize, scale: f32) -> Self {
-        assert!((1..=Self::MAX_COLUMNS).contains(&columns), "{columns} columns");
-        assert_eq!(bytes.len(), rows * ternary::row_bytes(columns), "stored bytes");
-        Self { bytes, rows, columns, scale }
+    /// If the bytes are not exactly that many, or a row is empty or wider than [`Self::MAX_COLUMNS`], or than
+    /// [`columns::MAX_COLUMNS`] where it is stored by columns.
+    pub fn new(bytes: Bytes, layout: Layout, rows: usize, columns: usize, scale: f32) -> Self {
+        let widest = match layout {
+            Layout::Rows => Self::MAX_COLUMNS,
+            Layout::Columns => columns::MAX_COLUMNS,
+        };
+        assert!((1..=widest).contains(&columns), "{columns} columns");
+        assert_eq!(bytes.len(), layout.bytes(rows, columns), "stored bytes");
+        Self { bytes, layout, rows, columns, scale }
     }
     /// Output width.
     pub fn rows(&self) -> usize {
@@ -39,7 +46,11 @@ impl TernaryMatrix {
     pub fn columns(&self) -> usize {
         self.columns
     }
-    /// Stored bytes, all of which a decoded token reads.
+    /// How it is stored.
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+    /// Stored bytes.
     pub fn byte_len(&self) -> usize {
         self.bytes.len()
     }
@@ -84,9 +95,16 @@ pub struct QuantizedRows {
     sums: Vec<i32>,
     tokens: usize,
     columns: usize,
+    layout: Layout,
+    /// The columns in which some token has a code other than 0, where that pays, and their codes, token after token.
+    live: Vec<u32>,
+    packed: Aligned<i8>,
 }
 
 impl QuantizedRows {
+    /// Most tokens for which zero columns are looked for: of more, hardly a column is zero in all.
+    const SPARSE_TOKENS: usize = 8;
+
     /// Room for `tokens` rows of at most `columns`.
     pub fn new(tokens: usize, columns: usize) -> Self {
         let width = ternary::row_bytes(columns) * 4;
@@ -96,21 +114,80 @@ impl QuantizedRows {
             sums: vec![0; tokens],
             tokens: 0,
             columns: 0,
+            layout: Layout::Rows,
+            live: Vec::with_capacity(width),
+            packed: Aligned::zeroed(tokens.min(Self::SPARSE_TOKENS) * width),
         }
     }
     /// The codes of one token in natural order, and the scale s = 127 / max|x| they were made with.
     pub fn row(&self, token: usize) -> (Vec<i8>, f32) {
         let width = ternary::row_bytes(self.columns) * 4;
         let codes = &self.codes[token * width..][..width];
-        ((0..self.columns).map(|i| codes[ternary::position(i)]).collect(), self.scales[token])
+        let at = |i| if self.layout == Layout::Rows { ternary::position(i) } else { i };
+        ((0..self.columns).map(|i| codes[at(i)]).collect(), self.scales[token])
+    }
+    /// Columns whose code is not 0 in every token, where they were counted.
+    pub fn live_columns(&self) -> Option<usize> {
+        (self.layout == Layout::Columns && self.tokens <= Self::SPARSE_TOKENS).then_some(self.live.len())
     }
     fn view(&self) -> Activations<'_> {
         let width = ternary::row_bytes(self.columns) * 4;
-        Activations {
-            codes: &self.codes[..self.tokens * width],
-            scales: &self.scales[..self.tokens],
-            sums: &self.sums[..self.tokens],
+        self.activations(&self.codes[..self.tokens * width])
+    }
+    fn activations<'a>(&'a self, codes: &'a [i8]) -> Activations<'a> {
+        Activations { codes, scales: &self.scales[..self.tokens], sums: &self.sums[..self.tokens] }
+    }
+
+    fn find_live_columns(&mut self) {
+        let (width, tokens) = (ternary::row_bytes(self.columns) * 4, self.tokens);
+        self.live.clear();
+        let mut any = [0i8; 64];
+        for first in (0..self.columns).step_by(64) {
+            any.fill(0);
+            for t in 0..tokens {
+                for (any, q) in any.iter_mut().zip(&self.codes[t * width + first..][..64]) {
+                    *any |= q;
+                }
+            }
+            self.live.extend((0..64).filter(|&i| any[i] != 0).map(|i| (first + i) as u32));
         }
+        let stride = self.live.len().next_multiple_of(4);
+        for t in 0..tokens {
+            let codes = &self.codes[t * width..][..width];
+            let packed = &mut self.packed[t * stride..][..stride];
+            packed[self.live.len()..].fill(0);
+            for (packed, &c) in packed.iter_mut().zip(&self.live) {
+                *packed = codes[c as usize];
+            }
+        }
+    }
+}
+
+/// What the threads need beside inputs and outputs.
+pub struct Workspace {
+    columns: usize,
+    /// Two rows of floats for each thread.
+    floats: Aligned<f32>,
+    /// A block of unpacked weights for each thread.
+    panels: Aligned<u8>,
+    /// Sums of a product by columns, for each thread.
+    sums: Aligned<i32>,
+}
+
+impl Workspace {
+    /// For rows of at most `columns` on `threads` threads.
+    pub fn new(columns: usize, threads: usize) -> Self {
+        let width = ternary::row_bytes(columns) * 4;
+        Self {
+            columns: width,
+            floats: Aligned::zeroed(threads * 2 * width),
+            panels: Aligned::zeroed(threads * BLOCK * width),
+            sums: Aligned::zeroed(threads * width),
+        }
+    }
+    /// Its size in bytes.
+    pub const fn bytes(columns: usize, threads: usize) -> usize {
+        threads * ternary::row_bytes(columns) * 4 * (2 * 4 + BLOCK + 4)
     }
 }
 
@@ -121,6 +198,11 @@ pub enum Activation {
     Relu2,
     /// SiLU (swish).
     Silu,
+}
+
+fn check(matrix: &TernaryMatrix, q: &QuantizedRows, out: &[f32]) {
+    assert_eq!((matrix.columns, matrix.layout), (q.columns, q.layout), "width and layout of the activations");
+    assert_eq!(out.len(), matrix.rows * q.tokens, "length of the output");
 }
 
 /// Kernels and the threads that run them.
@@ -182,22 +264,23 @@ impl Compute {
         Ok(())
     }
 
-    /// Makes `q` the int8 codes of rmsnorm(x), for every row of x (`[tokens][columns]`).
+    /// Makes `q` the int8 codes of rmsnorm(x), for every row of x (`[tokens][columns]`), for a matrix of `layout`.
     pub fn norm_quantize(
         &self,
         x: &[f32],
         weight: &[f32],
         eps: f32,
-        scratch: &mut [f32],
+        layout: Layout,
+        work: &mut Workspace,
         q: &mut QuantizedRows,
     ) {
-        self.fill_quantized(weight.len(), x.len() / weight.len(), scratch, q, |token, row, _| {
+        self.fill_quantized(weight.len(), x.len() / weight.len(), layout, work, q, |token, row, _| {
             self.kernels.rmsnorm(&x[token * weight.len()..][..weight.len()], weight, eps, row);
         });
     }
 
-    /// Makes `q` the int8 codes of rmsnorm(activation(gate) * up), row by row (`[tokens][columns]` each). Without a norm
-    /// weight the product is quantised as it is.
+    /// Makes `q` the int8 codes of rmsnorm(activation(gate) * up), row by row (`[tokens][columns]` each), for a matrix of
+    /// `layout`. Without a norm weight the product is quantised as it is.
     pub fn activate_quantize(
         &self,
         activation: Activation,
@@ -205,10 +288,11 @@ impl Compute {
         up: &[f32],
         columns: usize,
         norm: Option<(&[f32], f32)>,
-        scratch: &mut [f32],
+        layout: Layout,
+        work: &mut Workspace,
         q: &mut QuantizedRows,
     ) {
-        self.fill_quantized(columns, gate.len() / columns, scratch, q, |token, row, spare| {
+        self.fill_quantized(columns, gate.len() / columns, layout, work, q, |token, row, spare| {
             let (gate, up) = (&gate[token * columns..][..columns], &up[token * columns..][..columns]);
             let product: &mut [f32] = if norm.is_some() { &mut *spare } else { &mut *row };
             match activation {
@@ -221,65 +305,137 @@ impl Compute {
         });
     }
 
-    /// Floats of scratch that the quantising phases need for rows of at most `columns`.
-    pub fn scratch_floats(&self, columns: usize) -> usize {
-        2 * columns * self.pool.threads()
-    }
-
     fn fill_quantized(
         &self,
         columns: usize,
         tokens: usize,
-        scratch: &mut [f32],
+        layout: Layout,
+        work: &mut Workspace,
         q: &mut QuantizedRows,
         fill: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
     ) {
         let width = ternary::row_bytes(columns) * 4;
-        (q.tokens, q.columns) = (tokens, columns);
-        let codes = Rows::new(&mut q.codes[..tokens * width], width);
-        let scales = Rows::new(&mut q.scales[..tokens], 1);
-        let sums = Rows::new(&mut q.sums[..tokens], 1);
-        let scratch = Rows::new(scratch, 2 * columns);
-        self.pool.run(tokens, |token, worker| {
-            // SAFETY: each token is one task, each worker runs one task at a time.
-            let (codes, scale, sum, scratch) =
-                unsafe { (codes.row(token), scales.row(token), sums.row(token), scratch.row(worker)) };
-            let (row, spare) = scratch.split_at_mut(columns);
-            fill(token, row, spare);
-            (scale[0], sum[0]) = self.kernels.quantize(row, codes);
-        });
+        (q.tokens, q.columns, q.layout) = (tokens, columns, layout);
+        {
+            let codes = Rows::new(&mut q.codes[..tokens * width], width);
+            let scales = Rows::new(&mut q.scales[..tokens], 1);
+            let sums = Rows::new(&mut q.sums[..tokens], 1);
+            let scratch = Rows::new(&mut work.floats, 2 * work.columns);
+            self.pool.run(tokens, |token, worker| {
+                // SAFETY: each token is one task, each worker runs one task at a time.
+                let (codes, scale, sum, scratch) =
+                    unsafe { (codes.row(token), scales.row(token), sums.row(token), scratch.row(worker)) };
+                let (row, spare) = scratch.split_at_mut(work.columns);
+                let (row, spare) = (&mut row[..columns], &mut spare[..columns]);
+                fill(token, row, spare);
+                (scale[0], sum[0]) = self.kernels.quantize(row, layout, codes);
+            });
+        }
+        if layout == Layout::Columns && tokens <= QuantizedRows::SPARSE_TOKENS {
+            q.find_live_columns();
+        }
     }
 
     /// BitLinear: out (`[tokens][rows]`) = q · matrixᵀ, for several matrices that share their input, in one region.
     ///
     /// # Panics
-    /// If a matrix is not as wide as `q`, or an output has the wrong length.
-    pub fn linear<const N: usize>(&self, q: &QuantizedRows, jobs: [(&TernaryMatrix, &mut [f32]); N]) {
-        let mut tiles = 0;
+    /// If a matrix has not the width and layout of `q`, or an output has the wrong length.
+    pub fn linear<const N: usize>(
+        &self,
+        q: &QuantizedRows,
+        work: &mut Workspace,
+        jobs: [(&TernaryMatrix, &mut [f32]); N],
+    ) {
+        if let (Layout::Columns, 1) = (q.layout, q.tokens) {
+            jobs.into_iter().for_each(|(matrix, out)| self.gemv_columns(q, work, matrix, out));
+            return;
+        }
+        // Several tokens take a panel of rows at a time; one takes some 16 KiB of rows.
+        let row_bytes = ternary::row_bytes(q.columns);
+        let grain = if q.tokens > 1 { BLOCK } else { ((16 << 10) / row_bytes).max(4) & !3 };
+        let mut end = 0;
         let plan = jobs.map(|(matrix, out)| {
-            assert_eq!(matrix.columns, q.columns, "width of the activations");
-            assert_eq!(out.len(), matrix.rows * q.tokens, "length of the output");
-            // With several tokens, tiles of some 48 KiB stay in the second-level cache while every token passes over them.
-            // With one, the weights are a stream from memory, the less interrupted the better.
-            let row_bytes = ternary::row_bytes(matrix.columns);
-            let tile = match q.tokens {
-                1 => (matrix.byte_len() / (8 * self.pool.threads())).clamp(48 << 10, 512 << 10),
-                _ => 48 << 10,
+            check(matrix, q, out);
+            let first = end;
+            end += matrix.rows.next_multiple_of(grain);
+            (matrix, OutPtr { ptr: out.as_mut_ptr(), stride: matrix.rows }, first)
+        });
+        let job = |at: usize| {
+            let (matrix, out, first) = plan[plan.iter().rposition(|job| job.2 <= at).unwrap_or(0)];
+            (matrix, out, at - first, grain.min(matrix.rows - (at - first)))
+        };
+        if q.tokens == 1 {
+            self.pool.run_ranges(end, grain, |range, _| {
+                let (matrix, out, first, count) = job(range.start);
+                let (w, which) = (&matrix.bytes, Which::All { first, count });
+                // SAFETY: these rows are this task's alone and lie in the output, whose length was checked.
+                unsafe { self.kernels.gemv_rows(w, row_bytes, which, matrix.scale, q.view(), out) }
+            });
+            return;
+        }
+        let panels = Rows::new(&mut work.panels, work.columns * BLOCK);
+        let live = q.live_columns();
+        self.pool.run(end / BLOCK, |task, worker| {
+            let (matrix, out, first, count) = job(task * BLOCK);
+            let (source, a) = match (matrix.layout, live) {
+                (Layout::Rows, _) => {
+                    let w = &matrix.bytes[first * row_bytes..][..count * row_bytes];
+                    (PanelSource::Rows { w, row_bytes }, q.view())
+                }
+                (Layout::Columns, live) => {
+                    let (w, column_bytes) = (&matrix.bytes[..], columns::column_bytes(matrix.rows));
+                    let packed = |n: usize| &q.packed[..q.tokens * n.next_multiple_of(4)];
+                    let list = live.map(|_| &q.live[..]);
+                    let a = live.map_or_else(|| q.view(), |n| q.activations(packed(n)));
+                    (PanelSource::Columns { w, column_bytes, list }, a)
+                }
             };
-            let tile_rows = (tile / row_bytes).max(4) & !3;
-            let first = tiles;
-            tiles += matrix.rows.div_ceil(tile_rows);
-            (matrix, OutPtr { ptr: out.as_mut_ptr(), stride: matrix.rows }, first, tile_rows, row_bytes)
+            // SAFETY: each worker runs one task at a time; these rows of every token are this task's alone and lie in the
+            // output, whose length was checked.
+            unsafe {
+                self.kernels.matmul_block(source, matrix.scale, a, panels.row(worker), first, count, out);
+            }
         });
-        self.pool.run(tiles, |task, _| {
-            let index = plan.iter().rposition(|job| job.2 <= task).unwrap_or(0);
-            let (matrix, out, first, tile_rows, row_bytes) = plan[index];
-            let begin = (task - first) * tile_rows;
-            let end = (begin + tile_rows).min(matrix.rows);
-            let w = &matrix.bytes[begin * row_bytes..end * row_bytes];
-            // SAFETY: rows begin..end of every token are this task's alone and lie in the output, whose length was checked.
-            unsafe { self.kernels.matmul_rows(w, row_bytes, matrix.scale, q.view(), begin, out) }
+    }
+
+    /// As [`Compute::linear`] with one token, for the rows `list` of a matrix stored by rows. Other outputs are left alone.
+    ///
+    /// # Panics
+    /// As there, and if a row is not in the matrix.
+    pub fn linear_listed(&self, q: &QuantizedRows, matrix: &TernaryMatrix, list: &[u32], out: &mut [f32]) {
+        check(matrix, q, out);
+        assert_eq!((q.layout, q.tokens), (Layout::Rows, 1));
+        assert!(list.iter().all(|&r| (r as usize) < matrix.rows));
+        let row_bytes = ternary::row_bytes(q.columns);
+        let out = OutPtr { ptr: out.as_mut_ptr(), stride: matrix.rows };
+        self.pool.run_ranges(list.len(), ((16 << 10) / row_bytes).max(4) & !3, |range, _| {
+            let which = Which::Listed(&list[range]);
+            // SAFETY: the rows were checked; no row is listed twice, so nobody else writes its output.
+            unsafe { self.kernels.gemv_rows(&matrix.bytes, row_bytes, which, matrix.scale, q.view(), out) }
         });
+    }
+
+    /// One token times a matrix stored by columns: each thread adds up some of the columns.
+    fn gemv_columns(&self, q: &QuantizedRows, work: &mut Workspace, matrix: &TernaryMatrix, out: &mut [f32]) {
+        check(matrix, q, out);
+        let column_bytes = columns::column_bytes(matrix.rows);
+        let width = column_bytes * 4;
+        let sums = &mut work.sums[..self.pool.threads() * width];
+        sums.fill(0);
+        let parts = Rows::new(sums, width);
+        let grain = ((16 << 10) / column_bytes).next_multiple_of(columns::GROUP);
+        self.pool.run_ranges(q.live.len(), grain, |range, worker| {
+            // SAFETY: each worker runs one task at a time.
+            let sums = unsafe { parts.row(worker) };
+            let codes = &q.packed[range.clone()];
+            self.kernels.add_columns(&matrix.bytes, column_bytes, &q.live[range], codes, sums);
+        });
+        self.kernels.finish_columns(
+            &work.sums[..self.pool.threads() * width],
+            q.sums[0],
+            matrix.scale / q.scales[0],
+            out,
+        );
     }
 
     /// Rotates every head of every row of x (`[tokens][heads * head_dim]`). `cos`, `sin`: `[tokens][half]`.

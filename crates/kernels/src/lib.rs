@@ -15,7 +15,7 @@ mod pool;
 mod table;
 pub mod ternary;
 
-pub use compute::{Activation, Compute, FloatMatrix, QuantizedRows, TernaryMatrix};
+pub use compute::{Activation, Compute, FloatMatrix, QuantizedRows, TernaryMatrix, Workspace};
 pub use kv::{KvShape, KvStore, KvType};
 pub use memory::{Aligned, Bytes, HugeBuffer, Plain};
 pub use ops::{FloatType, PAGE};

@@ -108,11 +108,15 @@ struct Line([u8; 64]);
 pub trait Plain: Copy + sealed::Sealed {}
 impl Plain for f32 {}
 impl Plain for i8 {}
+impl Plain for u8 {}
+impl Plain for i32 {}
 impl Plain for u16 {}
 mod sealed {
     pub trait Sealed {}
     impl Sealed for f32 {}
     impl Sealed for i8 {}
+    impl Sealed for u8 {}
+    impl Sealed for i32 {}
     impl Sealed for u16 {}
 }
 

@@ -4,6 +4,7 @@
 //! register is padded with zeros; lanes are folded 8, 4, 2, 1.
 
 use crate::isa::Isa;
+use crate::ternary::Layout;
 
 /// Positions in a key/value page, and in a segment of the attention sum.
 pub const PAGE: usize = 64;
@@ -79,9 +80,9 @@ pub(crate) fn rmsnorm<I: Isa>(isa: I, x: &[f32], weight: &[f32], eps: f32, out: 
 }
 
 /// Quantises a row to int8 with absmax scaling: q = round_half_even(x * s), s = (1 / max(max|x|, 1e-5)) * 127. The codes are
-/// written in the order of [`crate::ternary::position`], the padding with zeros. Returns s and the sum of the codes.
+/// written in the order that a matrix of this layout takes, the padding with zeros. Returns s and the sum of the codes.
 #[inline(always)]
-pub(crate) fn quantize<I: Isa>(isa: I, x: &[f32], codes: &mut [i8]) -> (f32, i32) {
+pub(crate) fn quantize<I: Isa>(isa: I, x: &[f32], layout: Layout, codes: &mut [i8]) -> (f32, i32) {
     let (blocks, tail) = x.as_chunks::<16>();
     let mut top = isa.splat(1e-5);
     for block in blocks {
@@ -99,7 +100,10 @@ pub(crate) fn quantize<I: Isa>(isa: I, x: &[f32], codes: &mut [i8]) -> (f32, i32
         let out = &mut codes.as_chunks_mut::<256>().0[chunk];
         for half_run in 0..16 {
             let i = 256 * chunk + 16 * half_run;
-            let at = crate::ternary::position(16 * half_run);
+            let at = match layout {
+                Layout::Rows => crate::ternary::position(16 * half_run),
+                Layout::Columns => 16 * half_run,
+            };
             let out = &mut out[at..].as_chunks_mut::<16>().0[0];
             match x.len().saturating_sub(i) {
                 0 => *out = [0; 16],

@@ -5,6 +5,7 @@
 //! for one that has not yet joined: it closes the region when all tasks are taken and waits only for those inside.
 
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -121,6 +122,29 @@ impl Pool {
             drop(_turn);
             resume_unwind(panic);
         }
+    }
+
+    /// Calls `f(range, worker)` for ranges of at most `grain` items that together make up `0..items`, on all threads. Each
+    /// thread has a run of items of its own and goes through it in order, so that it reads memory as one stream; when
+    /// it has done it helps the others.
+    pub fn run_ranges(&self, items: usize, grain: usize, f: impl Fn(Range<usize>, usize) + Sync) {
+        const SLOTS: usize = 64;
+        let slots = self.threads().min(SLOTS).min(items.div_ceil(grain)).max(1);
+        let start = |slot: usize| (items * slot / slots).next_multiple_of(grain).min(items);
+        let next: [AtomicUsize; SLOTS] =
+            std::array::from_fn(|slot| AtomicUsize::new(if slot < slots { start(slot) } else { items }));
+        self.run(slots, |slot, worker| {
+            for slot in (slot..slots).chain(0..slot) {
+                let end = if slot + 1 < slots { start(slot + 1) } else { items };
+                loop {
+                    let begin = next[slot].fetch_add(grain, Relaxed);
+                    if begin >= end {
+                        break;
+                    }
+                    f(begin..(begin + grain).min(end), worker);
+                }
+            }
+        });
     }
 }
 
@@ -265,6 +289,21 @@ mod tests {
                     // Long enough for the workers to fall asleep.
                     std::thread::sleep(SPIN * 5);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn ranges_cover_every_item_once() {
+        for threads in [1, 2, 3] {
+            let pool = Pool::new(threads);
+            for (items, grain) in [(0, 4), (1, 4), (7, 4), (64, 4), (65, 16), (1000, 1)] {
+                let counts: Vec<AtomicUsize> = (0..items).map(|_| AtomicUsize::new(0)).collect();
+                pool.run_ranges(items, grain, |range, worker| {
+                    assert!(worker < threads && range.len() <= grain);
+                    range.for_each(|i| _ = counts[i].fetch_add(1, Relaxed));
+                });
+                assert!(counts.iter().all(|c| c.load(Relaxed) == 1), "{threads} threads, {items} by {grain}");
             }
         }
     }

@@ -5,13 +5,14 @@ use crate::isa::scalar::Scalar;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{avx2::Avx2, avx512::Avx512};
 use crate::ops::{self, FloatType};
-use crate::ternary::{self, Activations, OutPtr};
+use crate::ternary::panel::{self, PanelSource};
+use crate::ternary::{self, Activations, Layout, OutPtr, Which, columns};
 
 /// The kernels of one instruction set. One is only to be had where the CPU can run it: [`supported`], [`best`].
 pub struct Kernels {
     name: &'static str,
     rmsnorm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
-    quantize: unsafe fn(&[f32], &mut [i8]) -> (f32, i32),
+    quantize: unsafe fn(&[f32], Layout, &mut [i8]) -> (f32, i32),
     add: unsafe fn(&mut [f32], &[f32]),
     relu2_mul: unsafe fn(&[f32], &[f32], &mut [f32]),
     silu_mul: unsafe fn(&[f32], &[f32], &mut [f32]),
@@ -20,7 +21,10 @@ pub struct Kernels {
     join: unsafe fn(&[f32], bool, &mut [f32], &mut [f32]),
     code_queries: unsafe fn(&[f32], usize, &mut [i8], &mut [f32], &mut [[i32; 2]]),
     decode_row: unsafe fn(FloatType, &[u8], &mut [f32]) -> bool,
-    matmul_rows: unsafe fn(&[u8], usize, f32, Activations<'_>, usize, OutPtr),
+    gemv_rows: unsafe fn(&[u8], usize, Which<'_>, f32, Activations<'_>, OutPtr),
+    matmul_block: unsafe fn(PanelSource<'_>, f32, Activations<'_>, &mut [u8], usize, usize, OutPtr),
+    add_columns: unsafe fn(&[u8], usize, &[u32], &[i8], &mut [i32]),
+    finish_columns: unsafe fn(&[i32], i32, f32, &mut [f32]),
     head_rows: unsafe fn(FloatType, &[u8], &[f32], usize, usize, OutPtr),
     stream_read: unsafe fn(&[f32]) -> f32,
 }
@@ -33,15 +37,15 @@ macro_rules! kernels {
             use super::*;
             pub(super) static KERNELS: Kernels = Kernels {
                 name: $name, rmsnorm, quantize, add, relu2_mul, silu_mul, rope, attend, join, code_queries, decode_row,
-                matmul_rows, head_rows, stream_read,
+                gemv_rows, matmul_block, add_columns, finish_columns, head_rows, stream_read,
             };
             $(#[target_feature(enable = $features)])?
             unsafe fn rmsnorm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
                 ops::rmsnorm($isa, x, weight, eps, out);
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn quantize(x: &[f32], codes: &mut [i8]) -> (f32, i32) {
-                ops::quantize($isa, x, codes)
+            unsafe fn quantize(x: &[f32], layout: Layout, codes: &mut [i8]) -> (f32, i32) {
+                ops::quantize($isa, x, layout, codes)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn add(x: &mut [f32], y: &[f32]) {
@@ -78,12 +82,29 @@ macro_rules! kernels {
                 ops::decode_row($isa, ty, row, out)
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn matmul_rows(
-                w: &[u8], row_bytes: usize, weight_scale: f32, a: Activations<'_>, first_row: usize, out: OutPtr,
+            unsafe fn gemv_rows(
+                w: &[u8], row_bytes: usize, which: Which<'_>, weight_scale: f32, a: Activations<'_>, out: OutPtr,
             ) {
                 let isa = $isa;
                 // SAFETY: the caller's contract, handed on.
-                unsafe { ternary::matmul_rows(isa, w, row_bytes, weight_scale, a, first_row, out) }
+                unsafe { ternary::gemv_rows(isa, w, row_bytes, which, weight_scale, a, out) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn matmul_block(
+                source: PanelSource<'_>, weight_scale: f32, a: Activations<'_>, panels: &mut [u8], first: usize,
+                count: usize, out: OutPtr,
+            ) {
+                let isa = $isa;
+                // SAFETY: the caller's contract, handed on.
+                unsafe { panel::matmul_block(isa, source, weight_scale, a, panels, first, count, out) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn add_columns(w: &[u8], column_bytes: usize, list: &[u32], q: &[i8], sums: &mut [i32]) {
+                columns::add_columns($isa, w, column_bytes, list, q, sums);
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn finish_columns(sums: &[i32], bias: i32, factor: f32, out: &mut [f32]) {
+                columns::finish(sums, bias, factor, out);
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn head_rows(
@@ -107,8 +128,16 @@ kernels!(
     avx2,
     "avx2",
     // SAFETY: the functions of this table are only called where `supported` detected these features.
-    unsafe { Avx2::assume() },
+    unsafe { Avx2::<false>::assume() },
     "avx2,f16c"
+);
+#[cfg(target_arch = "x86_64")]
+kernels!(
+    avxvnni,
+    "avxvnni",
+    // SAFETY: as above.
+    unsafe { Avx2::<true>::assume() },
+    "avx2,f16c,avxvnni"
 );
 #[cfg(target_arch = "x86_64")]
 kernels!(
@@ -133,7 +162,8 @@ pub fn supported() -> Vec<&'static Kernels> {
     let mut list = vec![&scalar::KERNELS];
     #[cfg(target_arch = "x86_64")]
     {
-        list.extend(Avx2::detect().map(|_| &avx2::KERNELS));
+        list.extend(Avx2::<false>::detect().map(|_| &avx2::KERNELS));
+        list.extend(Avx2::<true>::detect().map(|_| &avxvnni::KERNELS));
         list.extend(Avx512::<false>::detect().map(|_| &avx512::KERNELS));
         list.extend(Avx512::<true>::detect().map(|_| &avx512vnni::KERNELS));
     }
@@ -146,7 +176,7 @@ pub fn best() -> &'static Kernels {
 }
 
 impl Kernels {
-    /// The instruction set: `scalar`, `avx2`, `avx512` or `avx512vnni`.
+    /// The instruction set: `scalar`, `avx2`, `avxvnni`, `avx512` or `avx512vnni`.
     pub fn name(&self) -> &'static str {
         self.name
     }
@@ -154,9 +184,9 @@ impl Kernels {
         // SAFETY: `self` exists only where its features were detected.
         unsafe { (self.rmsnorm)(x, weight, eps, out) }
     }
-    pub(crate) fn quantize(&self, x: &[f32], codes: &mut [i8]) -> (f32, i32) {
+    pub(crate) fn quantize(&self, x: &[f32], layout: Layout, codes: &mut [i8]) -> (f32, i32) {
         // SAFETY: as above.
-        unsafe { (self.quantize)(x, codes) }
+        unsafe { (self.quantize)(x, layout, codes) }
     }
     pub(crate) fn add(&self, x: &mut [f32], y: &[f32]) {
         // SAFETY: as above.
@@ -198,18 +228,48 @@ impl Kernels {
         unsafe { (self.decode_row)(ty, row, out) }
     }
     /// # Safety
-    /// As [`ternary::matmul_rows`].
-    pub(crate) unsafe fn matmul_rows(
+    /// As [`ternary::gemv_rows`].
+    pub(crate) unsafe fn gemv_rows(
         &self,
         w: &[u8],
         row_bytes: usize,
+        which: Which<'_>,
         weight_scale: f32,
         a: Activations<'_>,
-        first_row: usize,
         out: OutPtr,
     ) {
         // SAFETY: as above, and the caller's contract.
-        unsafe { (self.matmul_rows)(w, row_bytes, weight_scale, a, first_row, out) }
+        unsafe { (self.gemv_rows)(w, row_bytes, which, weight_scale, a, out) }
+    }
+    /// # Safety
+    /// As [`panel::matmul_block`].
+    pub(crate) unsafe fn matmul_block(
+        &self,
+        source: PanelSource<'_>,
+        weight_scale: f32,
+        a: Activations<'_>,
+        panels: &mut [u8],
+        first: usize,
+        count: usize,
+        out: OutPtr,
+    ) {
+        // SAFETY: as above, and the caller's contract.
+        unsafe { (self.matmul_block)(source, weight_scale, a, panels, first, count, out) }
+    }
+    pub(crate) fn add_columns(
+        &self,
+        w: &[u8],
+        column_bytes: usize,
+        list: &[u32],
+        q: &[i8],
+        sums: &mut [i32],
+    ) {
+        // SAFETY: as above.
+        unsafe { (self.add_columns)(w, column_bytes, list, q, sums) }
+    }
+    pub(crate) fn finish_columns(&self, sums: &[i32], bias: i32, factor: f32, out: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { (self.finish_columns)(sums, bias, factor, out) }
     }
     /// # Safety
     /// As [`ops::head_rows`].

@@ -1,10 +1,10 @@
 //! Every instruction set and every number of threads computes what the scalar kernels compute on one thread, to the bit,
 //! and those compute the formulas.
 
-use bitnet_kernels::ternary::{position, row_bytes};
+use bitnet_kernels::ternary::{Layout, columns, position, row_bytes};
 use bitnet_kernels::{
     Activation, Bytes, Compute, FloatMatrix, FloatType, Kernels, KvShape, KvStore, KvType, QuantizedRows,
-    TernaryMatrix, supported,
+    TernaryMatrix, Workspace, supported,
 };
 use std::sync::Arc;
 
@@ -29,7 +29,7 @@ impl Random {
     }
 }
 
-fn matrix(trits: &[i8], columns: usize, scale: f32) -> TernaryMatrix {
+fn rows_of(trits: &[i8], columns: usize) -> Vec<u8> {
     let rows = trits.len() / columns;
     let mut bytes = vec![0x55u8; rows * row_bytes(columns)];
     for (row, stored) in trits.chunks(columns).zip(bytes.chunks_mut(row_bytes(columns))) {
@@ -38,8 +38,25 @@ fn matrix(trits: &[i8], columns: usize, scale: f32) -> TernaryMatrix {
             stored[byte] = stored[byte] & !(3 << shift) | ((trit + 1) as u8) << shift;
         }
     }
+    bytes
+}
+
+fn matrix(trits: &[i8], columns: usize, scale: f32) -> TernaryMatrix {
+    let (rows, bytes) = (trits.len() / columns, rows_of(trits, columns));
     let n = bytes.len();
-    TernaryMatrix::new(Bytes::new(Arc::new(bytes), 0..n), rows, columns, scale)
+    TernaryMatrix::new(Bytes::new(Arc::new(bytes), 0..n), Layout::Rows, rows, columns, scale)
+}
+
+fn by_columns(trits: &[i8], columns: usize, scale: f32) -> TernaryMatrix {
+    let (rows, stored) = (trits.len() / columns, rows_of(trits, columns));
+    let mut bytes = vec![0; Layout::Columns.bytes(rows, columns)];
+    for (chunk, out) in bytes.chunks_mut(256 * columns::column_bytes(rows)).enumerate() {
+        let strip: Vec<u8> =
+            stored.chunks(row_bytes(columns)).flat_map(|row| row[64 * chunk..][..64].to_vec()).collect();
+        columns::transpose(&strip, out);
+    }
+    let n = bytes.len();
+    TernaryMatrix::new(Bytes::new(Arc::new(bytes), 0..n), Layout::Columns, rows, columns, scale)
 }
 
 /// What `f` gives for each kernel set and thread count; all must be equal, and one of them is returned.
@@ -78,10 +95,10 @@ fn linear_is_exact_everywhere() {
         let norm = random.floats(columns);
         let (codes, out) = everywhere(|compute| {
             let mut q = QuantizedRows::new(tokens, columns);
-            let mut scratch = vec![0.0; compute.scratch_floats(columns)];
-            compute.norm_quantize(&x, &norm, 1e-5, &mut scratch, &mut q);
+            let mut work = Workspace::new(columns, compute.pool().threads());
+            compute.norm_quantize(&x, &norm, 1e-5, Layout::Rows, &mut work, &mut q);
             let (mut out, mut out2) = (vec![f32::NAN; tokens * rows], vec![f32::NAN; tokens * 3]);
-            compute.linear(&q, [(&w, &mut out), (&v, &mut out2)]);
+            compute.linear(&q, &mut work, [(&w, &mut out), (&v, &mut out2)]);
             out.extend(out2);
             let codes: Vec<_> = (0..tokens).map(|t| (q.row(t).0, q.row(t).1.to_bits())).collect();
             (codes, bits(&out))
@@ -110,18 +127,79 @@ fn linear_is_exact_everywhere() {
 }
 
 #[test]
+fn columns_and_listed_rows_equal_rows() {
+    let mut random = Random(7);
+    for (tokens, columns, rows, live) in [
+        (1, 256, 64, 1.0),
+        (1, 2560, 129, 0.3),
+        (1, 100, 700, 0.02),
+        (1, 333, 1000, 0.0),
+        (2, 192, 33, 0.5),
+        (5, 1000, 300, 0.1),
+        (8, 640, 257, 0.7),
+        (9, 640, 257, 0.1),
+        (31, 700, 70, 1.0),
+    ] {
+        let trits = random.trits(rows * columns);
+        let (by_rows, by_columns) = (matrix(&trits, columns, 0.7), by_columns(&trits, columns, 0.7));
+        let mut x = random.floats(tokens * columns);
+        for x in &mut x {
+            if f64::from(random.float()) > 2.0 * live - 1.0 {
+                *x = 0.0;
+            }
+        }
+        let list: Vec<u32> = (0..rows as u32).filter(|_| random.next() & 1 == 0).collect();
+        everywhere(|compute| {
+            let mut q = QuantizedRows::new(tokens, columns);
+            let mut work = Workspace::new(columns.max(rows), compute.pool().threads());
+            let (mut out, mut out2) = (vec![f32::NAN; tokens * rows], vec![f32::NAN; tokens * rows]);
+            let norm = vec![1.0; columns];
+            compute.norm_quantize(&x, &norm, 1e-5, Layout::Rows, &mut work, &mut q);
+            compute.linear(&q, &mut work, [(&by_rows, &mut out)]);
+            if tokens == 1 {
+                compute.linear_listed(&q, &by_rows, &list, &mut out2);
+                for r in 0..rows {
+                    let wanted = list.contains(&(r as u32));
+                    assert_eq!(out2[r].to_bits(), if wanted { out[r] } else { f32::NAN }.to_bits());
+                }
+            }
+            let codes: Vec<_> = (0..tokens).map(|t| q.row(t).0).collect();
+            compute.norm_quantize(&x, &norm, 1e-5, Layout::Columns, &mut work, &mut q);
+            assert_eq!((0..tokens).map(|t| q.row(t).0).collect::<Vec<_>>(), codes);
+            compute.linear(&q, &mut work, [(&by_columns, &mut out2)]);
+            assert_eq!(bits(&out), bits(&out2));
+            bits(&out)
+        });
+    }
+}
+
+#[test]
 fn extreme_codes_do_not_overflow() {
     // All weights +1 and all activations equal: every partial sum is as large as it can be.
     for columns in [256 * 40, 256 * 41 + 128] {
-        let w = matrix(&vec![1; 2 * columns], columns, 1.0);
+        let ones = vec![1; 2 * columns];
+        let (w, v) = (matrix(&ones, columns, 1.0), by_columns(&ones, columns, 1.0));
         for sign in [1.0, -1.0] {
             let x = vec![sign; 9 * columns];
             let out = everywhere(|compute| {
                 let mut q = QuantizedRows::new(9, columns);
-                let mut scratch = vec![0.0; compute.scratch_floats(columns)];
-                compute.norm_quantize(&x, &vec![1.0; columns], 1e-5, &mut scratch, &mut q);
-                let mut out = vec![0.0; 18];
-                compute.linear(&q, [(&w, &mut out)]);
+                let mut work = Workspace::new(columns, compute.pool().threads());
+                compute.norm_quantize(&x, &vec![1.0; columns], 1e-5, Layout::Rows, &mut work, &mut q);
+                let (mut out, mut out2) = (vec![0.0; 18], vec![0.0; 18]);
+                compute.linear(&q, &mut work, [(&w, &mut out)]);
+                compute.norm_quantize(&x, &vec![1.0; columns], 1e-5, Layout::Columns, &mut work, &mut q);
+                compute.linear(&q, &mut work, [(&v, &mut out2)]);
+                assert_eq!(bits(&out), bits(&out2));
+                compute.norm_quantize(
+                    &x[..columns],
+                    &vec![1.0; columns],
+                    1e-5,
+                    Layout::Columns,
+                    &mut work,
+                    &mut q,
+                );
+                compute.linear(&q, &mut work, [(&v, &mut out2[..2])]);
+                assert_eq!(bits(&out), bits(&out2));
                 bits(&out)
             });
             assert!(out.iter().all(|&y| (f32::from_bits(y) - sign * columns as f32).abs() < 0.1));
@@ -139,11 +217,12 @@ fn activations_are_the_same_everywhere() {
         }
         let (up, norm) = (random.floats(3 * columns), random.floats(columns));
         for activation in [Activation::Relu2, Activation::Silu] {
-            for norm in [None, Some((&norm[..], 1e-5))] {
+            for (norm, layout) in [(None, Layout::Rows), (Some((&norm[..], 1e-5)), Layout::Columns)] {
                 let rows = everywhere(|compute| {
                     let mut q = QuantizedRows::new(3, columns);
-                    let mut scratch = vec![0.0; compute.scratch_floats(columns)];
-                    compute.activate_quantize(activation, &gate, &up, columns, norm, &mut scratch, &mut q);
+                    let mut work = Workspace::new(columns, compute.pool().threads());
+                    compute
+                        .activate_quantize(activation, &gate, &up, columns, norm, layout, &mut work, &mut q);
                     (0..3).map(|t| (q.row(t).0, q.row(t).1.to_bits())).collect::<Vec<_>>()
                 });
                 if norm.is_none() {

@@ -1,7 +1,8 @@
 //! The forward pass of BitNet b1.58 (arXiv:2402.17764; the shapes are those of Hugging Face's `BitNetForCausalLM`).
 
-use super::Model;
-use bitnet_kernels::{Aligned, Compute, KvStore, QuantizedRows};
+use super::{Model, Phase, Profile};
+use bitnet_kernels::ternary::Layout;
+use bitnet_kernels::{Activation, Aligned, Compute, KvStore, QuantizedRows, Workspace};
 
 /// One token of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,7 +35,10 @@ pub struct Scratch {
     /// `[rows][hidden_size]`: what a block adds to the residual stream.
     delta: Aligned<f32>,
     codes: QuantizedRows,
-    workers: Aligned<f32>,
+    /// Rows of the up projection that squared ReLU leaves alive.
+    live: Vec<u32>,
+    work: Workspace,
+    profile: Profile,
     /// `[rows][rope_dim / 2]`.
     cos: Aligned<f32>,
     sin: Aligned<f32>,
@@ -58,7 +62,9 @@ impl Scratch {
             up: floats(config.intermediate_size),
             delta: floats(config.hidden_size),
             codes: QuantizedRows::new(max_rows, widest),
-            workers: Aligned::zeroed(compute.scratch_floats(widest)),
+            live: Vec::with_capacity(config.intermediate_size),
+            work: Workspace::new(widest, compute.pool().threads()),
+            profile: Profile::default(),
             cos: floats(config.rope_dim / 2),
             sin: floats(config.rope_dim / 2),
         }
@@ -69,6 +75,11 @@ impl Scratch {
         self.max_rows
     }
 
+    /// Where the time went.
+    pub fn profile(&mut self) -> &mut Profile {
+        &mut self.profile
+    }
+
     /// Bytes of the buffers for `max_rows` rows on `threads` threads.
     pub fn bytes(config: &super::Config, max_rows: usize, threads: usize) -> usize {
         let widest = config.hidden_size.max(config.q_width()).max(config.intermediate_size);
@@ -77,7 +88,7 @@ impl Scratch {
             + 2 * config.kv_width()
             + 2 * config.intermediate_size
             + config.rope_dim;
-        4 * row * max_rows + widest * max_rows + 8 * widest * threads
+        4 * row * max_rows + widest * max_rows + Workspace::bytes(widest, threads)
     }
 }
 
@@ -101,7 +112,9 @@ impl Model {
     ) -> Result<(), usize> {
         let (config, weights, n) = (self.config(), self.weights(), rows.len());
         let eps = config.rms_norm_eps;
-        let Scratch { ids, x, q, attended, k, v, gate, up, delta, codes, workers, cos, sin, .. } = scratch;
+        let Scratch {
+            ids, x, q, attended, k, v, gate, up, delta, codes, live, work, profile, cos, sin, ..
+        } = scratch;
         let x = &mut x[..n * config.hidden_size];
         let (q, attended) = (&mut q[..n * config.q_width()], &mut attended[..n * config.q_width()]);
         let (k, v) = (&mut k[..n * config.kv_width()], &mut v[..n * config.kv_width()]);
@@ -110,6 +123,7 @@ impl Model {
         let half = config.rope_dim / 2;
         let (cos, sin) = (&mut cos[..n * half], &mut sin[..n * half]);
 
+        profile.begin();
         ids.clear();
         ids.extend(rows.iter().map(|row| row.token));
         compute.embed(&weights.embedding, ids, x)?;
@@ -117,27 +131,50 @@ impl Model {
             let range = i * half..(i + 1) * half;
             self.rope_angles(row.position as usize, &mut cos[range.clone()], &mut sin[range]);
         }
+        profile.lap(Phase::Embed, 0);
         for (index, layer) in weights.layers.iter().enumerate() {
-            compute.norm_quantize(x, &layer.attn_norm, eps, workers, codes);
+            compute.norm_quantize(x, &layer.attn_norm, eps, Layout::Rows, work, codes);
+            profile.lap(Phase::Norm, 0);
             compute.linear(
                 codes,
+                work,
                 [(&layer.attn_q, &mut *q), (&layer.attn_k, &mut *k), (&layer.attn_v, &mut *v)],
             );
+            let bytes = layer.attn_q.byte_len() + layer.attn_k.byte_len() + layer.attn_v.byte_len();
+            profile.lap(Phase::Qkv, bytes);
             compute.rope(q, config.head_dim, cos, sin, n);
             compute.rope(k, config.head_dim, cos, sin, n);
             let sees = |row: usize| (pages(rows[row].sequence), rows[row].position as usize + 1);
             compute.store(kv, index, k, v, sees);
+            profile.lap(Phase::Rope, 0);
             compute.attention(kv, index, q, sees, attended);
-            compute.norm_quantize(attended, &layer.attn_sub_norm, eps, workers, codes);
-            compute.linear(codes, [(&layer.attn_output, &mut *delta)]);
+            profile.lap(Phase::Attention, 0);
+            compute.norm_quantize(attended, &layer.attn_sub_norm, eps, Layout::Rows, work, codes);
+            compute.linear(codes, work, [(&layer.attn_output, &mut *delta)]);
             compute.add(x, delta);
+            profile.lap(Phase::Output, layer.attn_output.byte_len());
 
-            compute.norm_quantize(x, &layer.ffn_norm, eps, workers, codes);
-            compute.linear(codes, [(&layer.ffn_gate, &mut *gate), (&layer.ffn_up, &mut *up)]);
+            compute.norm_quantize(x, &layer.ffn_norm, eps, Layout::Rows, work, codes);
+            profile.lap(Phase::Norm, 0);
+            if n == 1 && config.activation == Activation::Relu2 {
+                compute.linear(codes, work, [(&layer.ffn_gate, &mut *gate)]);
+                live.clear();
+                live.extend((0u32..).zip(&*gate).filter(|(_, gate)| **gate > 0.0).map(|(row, _)| row));
+                profile.lap(Phase::Gate, layer.ffn_gate.byte_len());
+                compute.linear_listed(codes, &layer.ffn_up, live, up);
+                profile.lap(Phase::Up, layer.ffn_up.byte_len() / config.intermediate_size * live.len());
+            } else {
+                compute.linear(codes, work, [(&layer.ffn_gate, &mut *gate), (&layer.ffn_up, &mut *up)]);
+                profile.lap(Phase::Gate, layer.ffn_gate.byte_len() + layer.ffn_up.byte_len());
+            }
             let (width, norm) = (config.intermediate_size, Some((&layer.ffn_sub_norm[..], eps)));
-            compute.activate_quantize(config.activation, gate, up, width, norm, workers, codes);
-            compute.linear(codes, [(&layer.ffn_down, &mut *delta)]);
+            let layout = layer.ffn_down.layout();
+            compute.activate_quantize(config.activation, gate, up, width, norm, layout, work, codes);
+            profile.lap(Phase::Activate, 0);
+            compute.linear(codes, work, [(&layer.ffn_down, &mut *delta)]);
             compute.add(x, delta);
+            let columns = codes.live_columns().unwrap_or(config.intermediate_size);
+            profile.lap(Phase::Down, layer.ffn_down.byte_len() / config.intermediate_size * columns);
         }
         let mut wanted = 0;
         for (i, row) in rows.iter().enumerate() {
@@ -152,6 +189,7 @@ impl Model {
             &delta[..wanted * config.hidden_size],
             &mut logits[..wanted * config.vocab_size],
         );
+        profile.lap(Phase::Head, if wanted > 0 { weights.head.byte_len() } else { 0 });
         Ok(())
     }
 }

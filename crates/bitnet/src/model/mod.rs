@@ -3,10 +3,12 @@
 pub mod config;
 mod forward;
 mod load;
+mod profile;
 mod rope;
 mod weights;
 
 pub use config::{Config, Repair};
 pub use forward::{Row, Scratch};
 pub use load::{Model, ModelInfo, SpecialTokens};
+pub use profile::{Phase, Profile};
 pub use weights::{Layer, Weights};

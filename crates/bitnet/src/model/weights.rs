@@ -3,8 +3,8 @@
 use super::config::{Config, Keys, require};
 use crate::Error;
 use bitnet_gguf::{Gguf, TensorInfo, TensorType};
-use bitnet_kernels::ternary::{pack, row_bytes};
-use bitnet_kernels::{Bytes, Compute, FloatMatrix, FloatType, HugeBuffer, TernaryMatrix};
+use bitnet_kernels::ternary::{CHUNK, Layout, columns, pack, row_bytes};
+use bitnet_kernels::{Activation, Bytes, Compute, FloatMatrix, FloatType, HugeBuffer, TernaryMatrix};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -64,10 +64,21 @@ impl Layer {
 /// Where a tensor of the file goes in the engine's one buffer.
 struct Placed<'a> {
     tensor: &'a TensorInfo,
-    /// Rows and columns of an I2_S tensor that must be laid out anew; None where the bytes are copied as they are.
-    relayout: Option<(usize, usize)>,
-    ternary: bool,
+    store: Store,
     range: Range<usize>,
+}
+
+/// How a tensor is brought into the engine's layout.
+#[derive(Clone, Copy)]
+enum Store {
+    /// Floats, as they are.
+    Floats,
+    /// I2_S whose rows are whole chunks, as it is.
+    Ternary,
+    /// I2_S whose rows must be padded.
+    Padded { columns: usize },
+    /// I2_S to be stored by columns.
+    Columns { rows: usize, columns: usize },
 }
 
 /// Checks tensors against the configuration and assigns them places.
@@ -78,12 +89,20 @@ struct Planner<'a> {
 }
 
 /// A place in the buffer, shape and scale, to become a matrix when the buffer is filled.
-type TernaryPlace = (Range<usize>, usize, usize, f32);
+type TernaryPlace = (Range<usize>, Layout, usize, usize, f32);
 type FloatPlace = (Range<usize>, FloatType);
 
 struct LayerPlan {
     norms: [Vec<f32>; 4],
     matrices: [TernaryPlace; 7],
+}
+
+/// Squared ReLU leaves most inputs of the down projection zero, and by columns those weights are never read.
+fn down_layout(config: &Config) -> Layout {
+    match config.activation {
+        Activation::Relu2 if config.intermediate_size <= columns::MAX_COLUMNS => Layout::Columns,
+        _ => Layout::Rows,
+    }
 }
 
 /// Where every tensor of a model goes.
@@ -109,16 +128,10 @@ impl<'a> Planner<'a> {
         self.keys.error(format!("tensor {:?} at byte {}", tensor.name, tensor.offset), problem)
     }
 
-    fn place(
-        &mut self,
-        tensor: &'a TensorInfo,
-        bytes: usize,
-        relayout: Option<(usize, usize)>,
-    ) -> Range<usize> {
+    fn place(&mut self, tensor: &'a TensorInfo, bytes: usize, store: Store) -> Range<usize> {
         let start = self.end.next_multiple_of(64);
         self.end = start + bytes;
-        let ternary = tensor.ty == TensorType::I2S;
-        self.placed.push(Placed { tensor, relayout, ternary, range: start..self.end });
+        self.placed.push(Placed { tensor, store, range: start..self.end });
         start..self.end
     }
 
@@ -149,10 +162,16 @@ impl<'a> Planner<'a> {
                 );
             }
         };
-        Ok((self.place(tensor, tensor.byte_len as usize, None), ty))
+        Ok((self.place(tensor, tensor.byte_len as usize, Store::Floats), ty))
     }
 
-    fn ternary(&mut self, name: &str, columns: usize, rows: usize) -> Result<TernaryPlace, Error> {
+    fn ternary(
+        &mut self,
+        name: &str,
+        layout: Layout,
+        columns: usize,
+        rows: usize,
+    ) -> Result<TernaryPlace, Error> {
         let tensor = self.shaped(name, &[columns, rows])?;
         if tensor.ty != TensorType::I2S {
             let problem = match tensor.ty {
@@ -182,9 +201,12 @@ impl<'a> Planner<'a> {
             );
             return Err(self.error(tensor, problem));
         }
-        let stored = rows * row_bytes(columns);
-        let relayout = (stored != weights / 4).then_some((rows, columns));
-        Ok((self.place(tensor, stored, relayout), rows, columns, scale))
+        let store = match layout {
+            Layout::Columns => Store::Columns { rows, columns },
+            Layout::Rows if columns.is_multiple_of(CHUNK) => Store::Ternary,
+            Layout::Rows => Store::Padded { columns },
+        };
+        Ok((self.place(tensor, layout.bytes(rows, columns), store), layout, rows, columns, scale))
     }
 }
 
@@ -251,13 +273,13 @@ impl<'a> WeightPlan<'a> {
                     planner.norm(&name("ffn_sub_norm"), ff)?,
                 ],
                 matrices: [
-                    planner.ternary(&name("attn_q"), hidden, q)?,
-                    planner.ternary(&name("attn_k"), hidden, kv)?,
-                    planner.ternary(&name("attn_v"), hidden, kv)?,
-                    planner.ternary(&name("attn_output"), q, hidden)?,
-                    planner.ternary(&name("ffn_gate"), hidden, ff)?,
-                    planner.ternary(&name("ffn_up"), hidden, ff)?,
-                    planner.ternary(&name("ffn_down"), ff, hidden)?,
+                    planner.ternary(&name("attn_q"), Layout::Rows, hidden, q)?,
+                    planner.ternary(&name("attn_k"), Layout::Rows, hidden, kv)?,
+                    planner.ternary(&name("attn_v"), Layout::Rows, hidden, kv)?,
+                    planner.ternary(&name("attn_output"), Layout::Rows, q, hidden)?,
+                    planner.ternary(&name("ffn_gate"), Layout::Rows, hidden, ff)?,
+                    planner.ternary(&name("ffn_up"), Layout::Rows, hidden, ff)?,
+                    planner.ternary(&name("ffn_down"), down_layout(config), ff, hidden)?,
                 ],
             });
         }
@@ -289,7 +311,9 @@ impl<'a> WeightPlan<'a> {
         fill(&planner, &mut buffer, compute, &beside)?;
         let buffer = Arc::new(buffer);
         let take = |range| Bytes::new(buffer.clone(), range);
-        let matrix = |(range, rows, columns, scale)| TernaryMatrix::new(take(range), rows, columns, scale);
+        let matrix = |(range, layout, rows, columns, scale)| {
+            TernaryMatrix::new(take(range), layout, rows, columns, scale)
+        };
         let float = |(range, ty)| FloatMatrix::new(take(range), ty, config.vocab_size, config.hidden_size);
         let layers = layers.into_iter().map(|LayerPlan { norms, matrices }| {
             let [attn_norm, attn_sub_norm, ffn_norm, ffn_sub_norm] = norms;
@@ -327,7 +351,9 @@ impl Weights {
         let shapes =
             [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (ff, hidden), (ff, hidden), (hidden, ff)];
         let head = config.vocab_size * hidden * 2;
-        let layer: usize = shapes.iter().map(|&(rows, columns)| rows * row_bytes(columns)).sum();
+        let layout = |index: usize| if index == 6 { down_layout(config) } else { Layout::Rows };
+        let size = |index: usize| layout(index).bytes(shapes[index].0, shapes[index].1);
+        let layer: usize = (0..shapes.len()).map(size).sum();
         let bytes = head + layer * config.n_layers;
         let mut buffer = HugeBuffer::new(bytes).ok_or(Error::NoMemory { what: "weights", bytes })?;
         let (head_bytes, ternary) = buffer.split_at_mut(head);
@@ -343,9 +369,15 @@ impl Weights {
             let mut place = |index: usize| {
                 let (rows, columns) = shapes[index];
                 let start = end;
-                end += rows * row_bytes(columns);
+                end += size(index);
                 let scale = (2.0 / columns as f32).sqrt();
-                TernaryMatrix::new(Bytes::new(buffer.clone(), start..end), rows, columns, scale)
+                TernaryMatrix::new(
+                    Bytes::new(buffer.clone(), start..end),
+                    layout(index),
+                    rows,
+                    columns,
+                    scale,
+                )
             };
             Layer {
                 attn_norm: vec![1.0; hidden],
@@ -407,9 +439,10 @@ fn fill(
         let (_, tail) = std::mem::take(&mut rest).split_at_mut(placed.range.start - done);
         let (mut place, tail) = tail.split_at_mut(placed.range.len());
         (rest, done) = (tail, placed.range.end);
-        let part = match placed.relayout {
-            Some((_, columns)) => row_bytes(columns) * (PART / row_bytes(columns)).max(1),
-            None => PART,
+        let part = match placed.store {
+            Store::Floats | Store::Ternary => PART,
+            Store::Padded { columns } => row_bytes(columns) * (PART / row_bytes(columns)).max(1),
+            Store::Columns { rows, .. } => CHUNK * columns::column_bytes(rows),
         };
         let mut at = 0;
         while !place.is_empty() {
@@ -434,15 +467,24 @@ fn fill(
         let mut part = parts[task].lock().unwrap_or_else(PoisonError::into_inner);
         let Part { placed, at, target } = &mut *part;
         let source = gguf.tensor_bytes(placed.tensor);
-        match placed.relayout {
-            None => {
+        match placed.store {
+            Store::Floats | Store::Ternary => {
                 target.copy_from_slice(&source[*at..*at + target.len()]);
                 let start = placed.tensor.offset + *at as u64;
                 gguf.advise_dontneed(start..start + target.len() as u64);
             }
-            Some((_, columns)) => relayout(source, columns, *at / row_bytes(columns), target),
+            Store::Padded { columns } => pad(source, columns, *at / row_bytes(columns), target),
+            Store::Columns { rows, columns } => {
+                let chunk = *at / (CHUNK * columns::column_bytes(rows));
+                columns::transpose(&strip(source, rows, columns, chunk), target);
+                if (chunk + 1) * CHUNK >= columns {
+                    let start = placed.tensor.offset;
+                    gguf.advise_dontneed(start..start + source.len() as u64);
+                }
+            }
         }
-        if let Some(byte) = code_three(target).filter(|_| placed.ternary) {
+        let ternary = !matches!(placed.store, Store::Floats);
+        if let Some(byte) = code_three(target).filter(|_| ternary) {
             let problem = format!("code 3 near stored byte {}: no ternary weight", *at + byte);
             fail(planner.error(placed.tensor, problem));
         }
@@ -460,8 +502,22 @@ fn code_three(bytes: &[u8]) -> Option<usize> {
     bytes[piece * 4096..].iter().position(|b| bad(b) != 0).map(|i| piece * 4096 + i)
 }
 
+/// A chunk of every row, padded with zero weights.
+fn strip(source: &[u8], rows: usize, columns: usize, chunk: usize) -> Vec<u8> {
+    let row = |r: usize| {
+        let at = CHUNK / 4 * chunk;
+        if columns.is_multiple_of(CHUNK) {
+            return source[r * columns / 4 + at..].first_chunk::<{ CHUNK / 4 }>().copied();
+        }
+        let mut row = vec![0; row_bytes(columns)];
+        pad(source, columns, r, &mut row);
+        row[at..].first_chunk().copied()
+    };
+    (0..rows).filter_map(row).flatten().collect()
+}
+
 /// Writes rows from `first_row` on, whose weights lie flat in the file, as padded rows.
-fn relayout(source: &[u8], columns: usize, first_row: usize, target: &mut [u8]) {
+fn pad(source: &[u8], columns: usize, first_row: usize, target: &mut [u8]) {
     const ZERO: u8 = 0x55;
     target.fill(ZERO);
     let place = |i: usize| (i / 128 * 32 + i % 32, 6 - 2 * (i % 128 / 32));

@@ -3,7 +3,7 @@
 use crate::{output, source};
 use anyhow::{Context, Result};
 use bitnet::kernels::{HugeBuffer, TernaryMatrix};
-use bitnet::model::{Config, Model};
+use bitnet::model::{Config, Model, Phase};
 use bitnet::{Engine, EngineOptions, Feed, SequenceId, Wanted};
 use serde::Serialize;
 use std::fmt::Write;
@@ -32,6 +32,9 @@ pub struct Args {
     /// Times each test is repeated
     #[arg(short = 'r', long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     reps: u32,
+    /// Print where the time goes, phase by phase, to stderr
+    #[arg(long)]
+    profile: bool,
     /// How the result is printed
     #[arg(short = 'o', long, default_value = "md")]
     output: Format,
@@ -87,10 +90,12 @@ pub fn run(args: &Args) -> Result<()> {
     fill(&mut engine, &sequences, args)?;
     if args.n_prompt > 0 {
         tests.push((format!("pp{}{at}", args.n_prompt), 1, prefill(&mut engine, sequences[0], args)?));
+        profile(&mut engine, args, args.n_prompt * args.reps as usize);
         stream(&engine, &mut streams)?;
     }
     if args.n_gen > 0 {
         tests.push((format!("tg{}{at}", args.n_gen), args.batch, decode(&mut engine, &sequences, args)?));
+        profile(&mut engine, args, args.n_gen * batch * args.reps as usize);
         stream(&engine, &mut streams)?;
     }
     streams.sort_by(f64::total_cmp);
@@ -116,6 +121,26 @@ pub fn run(args: &Args) -> Result<()> {
         }
     });
     print(args.output, &rows.collect::<Vec<_>>())
+}
+
+/// Prints the time and bytes of each phase, for each of `tokens` tokens.
+fn profile(engine: &mut Engine, args: &Args, tokens: usize) {
+    if !args.profile {
+        return;
+    }
+    eprintln!("{:<10} {:>10} {:>10} {:>8}", "phase", "ms/token", "MB/token", "GB/s");
+    let (mut time, mut bytes) = (0.0, 0.0);
+    let line = |name: &str, s: f64, b: f64| {
+        let (ms, mb) = (s * 1e3 / tokens as f64, b / 1e6 / tokens as f64);
+        eprintln!("{name:<10} {ms:>10.3} {mb:>10.2} {:>8.1}", if s > 0.0 { b / s / 1e9 } else { 0.0 });
+    };
+    for phase in Phase::ALL {
+        let (t, b) = engine.profile().get(phase);
+        line(&format!("{phase:?}").to_lowercase(), t.as_secs_f64(), b as f64);
+        time += t.as_secs_f64();
+        bytes += b as f64;
+    }
+    line("sum", time, bytes);
 }
 
 /// Bytes of weights that one decoded step reads: every ternary matrix and the head.
@@ -156,6 +181,9 @@ fn prefill(engine: &mut Engine, sequence: SequenceId, args: &Args) -> Result<Vec
     let mut rates = Vec::new();
     for rep in 0..=args.reps {
         engine.truncate(sequence, args.n_depth);
+        if rep == 1 {
+            engine.profile().clear();
+        }
         let start = Instant::now();
         engine.feed(&[Feed { sequence, tokens: &tokens, wanted: Wanted::Last }])?;
         // The first round takes the memory from the system.
@@ -172,6 +200,9 @@ fn decode(engine: &mut Engine, sequences: &[SequenceId], args: &Args) -> Result<
     for rep in 0..=args.reps {
         for sequence in sequences {
             engine.truncate(*sequence, args.n_depth);
+        }
+        if rep == 1 {
+            engine.profile().clear();
         }
         let steps = if rep == 0 { args.n_gen.min(4) } else { args.n_gen };
         let start = Instant::now();

@@ -2,19 +2,20 @@
 //!
 //! Every intrinsic below needs only AVX2 or F16C, which the existence of an [`Avx2`] value proves.
 
-use super::{Isa, check_split, tile_chunks};
+use super::{GROUP, Isa, PANEL, check_split, column_chunks, panel_quads, row_chunks};
 use std::arch::x86_64::*;
 
-/// Proof that the CPU has AVX2 and F16C.
+/// Proof that the CPU has AVX2 and F16C, and AVX-VNNI where `VNNI` is true.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx2(());
+pub(crate) struct Avx2<const VNNI: bool>(());
 
-impl Avx2 {
+impl<const VNNI: bool> Avx2<VNNI> {
     pub(crate) fn detect() -> Option<Self> {
-        (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c")).then_some(Self(()))
+        let base = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c");
+        (base && (!VNNI || is_x86_feature_detected!("avxvnni"))).then_some(Self(()))
     }
     /// # Safety
-    /// The CPU must have AVX2 and F16C.
+    /// The CPU must have AVX2 and F16C, and AVX-VNNI where `VNNI` is true.
     pub(crate) unsafe fn assume() -> Self {
         Self(())
     }
@@ -28,9 +29,9 @@ macro_rules! both {
     }};
 }
 
-impl Isa for Avx2 {
+impl<const VNNI: bool> Isa for Avx2<VNNI> {
     type F = [__m256; 2];
-    const TILE_TOKENS: usize = 4;
+    const PANEL_TOKENS: usize = if VNNI { 6 } else { 4 };
 
     #[inline(always)]
     fn prefetch(self, p: *const u8) {
@@ -132,55 +133,49 @@ impl Isa for Avx2 {
         }
     }
     #[inline(always)]
-    fn dot_tile<const R: usize, const T: usize>(self, w: [&[u8]; R], a: [&[i8]; T]) -> [[i32; T]; R] {
-        let chunks = tile_chunks(w, a);
-        // SAFETY: `self` proves AVX2; chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256, the lengths
-        // checked above.
+    fn dot_rows<const R: usize>(self, w: [&[u8]; R], a: &[i8]) -> [i32; R] {
+        let chunks = row_chunks(w, a);
+        // SAFETY: `self` proves AVX2, and AVX-VNNI where it is used; chunk c < chunks reads weights below 64 c + 64 and codes
+        // below 256 c + 256, the lengths checked above.
         unsafe {
             let three = _mm256_set1_epi8(3);
             let ones = _mm256_set1_epi16(1);
-            let mut wide = [[_mm256_setzero_si256(); T]; R];
-            let mut start = 0;
-            while start < chunks {
-                // One product pair is at most 2 * 2 * 128 = 512 and a chunk adds eight of them to a lane, so seven
-                // chunks stay below 2^15.
-                let end = (start + 7).min(chunks);
-                let mut narrow = [[_mm256_setzero_si256(); T]; R];
-                for c in start..end {
-                    for block in 0..2 {
-                        let mut v = [_mm256_setzero_si256(); R];
-                        for r in 0..R {
-                            v[r] = _mm256_loadu_si256(w[r].as_ptr().add(64 * c + 32 * block).cast());
-                        }
-                        for field in (0..4).rev() {
-                            let mut codes = [_mm256_setzero_si256(); R];
-                            for r in 0..R {
-                                codes[r] = _mm256_and_si256(v[r], three);
-                                v[r] = _mm256_srli_epi16::<2>(v[r]);
-                            }
-                            for t in 0..T {
+            let mut dots = [0; R];
+            // Row after row, so that memory is read as one stream.
+            for r in 0..R {
+                let mut wide = [_mm256_setzero_si256(); 2];
+                let mut start = 0;
+                while start < chunks {
+                    // One product pair is at most 2 * 2 * 128 = 512 and a chunk adds four of them to a lane, so fifteen
+                    // chunks stay below 2^15.
+                    let end = (start + 15).min(chunks);
+                    let mut narrow = [_mm256_setzero_si256(); 2];
+                    for c in start..end {
+                        for block in 0..2 {
+                            let mut v = _mm256_loadu_si256(w[r].as_ptr().add(64 * c + 32 * block).cast());
+                            for field in (0..4).rev() {
+                                let codes = _mm256_and_si256(v, three);
+                                v = _mm256_srli_epi16::<2>(v);
                                 let at = 256 * c + 64 * field + 32 * block;
-                                let q = _mm256_loadu_si256(a[t].as_ptr().add(at).cast());
-                                for r in 0..R {
-                                    narrow[r][t] =
-                                        _mm256_add_epi16(narrow[r][t], _mm256_maddubs_epi16(codes[r], q));
+                                let q = _mm256_loadu_si256(a.as_ptr().add(at).cast());
+                                if VNNI {
+                                    wide[block] = _mm256_dpbusd_avx_epi32(wide[block], codes, q);
+                                } else {
+                                    let pairs = _mm256_maddubs_epi16(codes, q);
+                                    narrow[block] = _mm256_add_epi16(narrow[block], pairs);
                                 }
                             }
                         }
                     }
-                }
-                for r in 0..R {
-                    for t in 0..T {
-                        wide[r][t] = _mm256_add_epi32(wide[r][t], _mm256_madd_epi16(narrow[r][t], ones));
+                    if !VNNI {
+                        for block in 0..2 {
+                            let pairs = _mm256_madd_epi16(narrow[block], ones);
+                            wide[block] = _mm256_add_epi32(wide[block], pairs);
+                        }
                     }
+                    start = end;
                 }
-                start = end;
-            }
-            let mut dots = [[0; T]; R];
-            for r in 0..R {
-                for t in 0..T {
-                    dots[r][t] = sum_lanes(wide[r][t]);
-                }
+                dots[r] = sum_lanes(_mm256_add_epi32(wide[0], wide[1]));
             }
             dots
         }
@@ -227,6 +222,191 @@ impl Isa for Avx2 {
             }
         }
         out
+    }
+    #[inline(always)]
+    fn panel_rows(self, rows: [&[u8]; 16], panel: &mut [u8], half: usize) {
+        let bytes = rows[0].len();
+        for row in rows {
+            assert_eq!(row.len(), bytes);
+        }
+        assert!(panel.len() == 4 * bytes * PANEL && bytes.is_multiple_of(64) && half < PANEL / 16);
+        // SAFETY: `self` proves AVX2; the loads are 32 bytes of a row, the stores 32 bytes of one of the 64 quads of a chunk,
+        // each 4 * PANEL bytes, as the lengths just checked allow.
+        unsafe {
+            let three = _mm256_set1_epi8(3);
+            for block in 0..bytes / 32 {
+                for eight in 0..2 {
+                    let mut v = [_mm256_setzero_si256(); 8];
+                    for r in 0..8 {
+                        v[r] = _mm256_loadu_si256(rows[8 * eight + r].as_ptr().add(32 * block).cast());
+                    }
+                    let v = transpose(v);
+                    for d in 0..8 {
+                        let quad = 64 * (block / 2) + 8 * (block % 2) + d;
+                        let out = panel.as_mut_ptr().add(quad * 4 * PANEL + 64 * half + 32 * eight);
+                        let field = |f: usize| out.add(16 * f * 4 * PANEL).cast();
+                        _mm256_storeu_si256(field(0), _mm256_and_si256(_mm256_srli_epi16::<6>(v[d]), three));
+                        _mm256_storeu_si256(field(1), _mm256_and_si256(_mm256_srli_epi16::<4>(v[d]), three));
+                        _mm256_storeu_si256(field(2), _mm256_and_si256(_mm256_srli_epi16::<2>(v[d]), three));
+                        _mm256_storeu_si256(field(3), _mm256_and_si256(v[d], three));
+                    }
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    fn panel_columns(self, columns: [&[u8; 64]; 4], part: usize, codes: &mut [u8]) {
+        assert_eq!(codes.len(), 4 * PANEL);
+        // SAFETY: `self` proves AVX2; each column has 64 bytes, `codes` room for the four stores.
+        unsafe {
+            let shift = _mm_cvtsi32_si128(6 - 2 * (part as i32 / 2));
+            let three = _mm256_set1_epi8(3);
+            for half in 0..2 {
+                let mut v = [_mm256_setzero_si256(); 4];
+                for i in 0..4 {
+                    v[i] = _mm256_loadu_si256(columns[i].as_ptr().add(32 * half).cast());
+                }
+                let v = interleave(v);
+                for k in 0..2 {
+                    let out = codes.as_mut_ptr().add(64 * k + 32 * half).cast();
+                    let word = _mm256_srl_epi16(v[part % 2 * 2 + k], shift);
+                    _mm256_storeu_si256(out, _mm256_and_si256(word, three));
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    fn panel_tile<const T: usize>(self, panel: &[u8], a: [&[i8]; T], dots: &mut [[i32; PANEL]; T]) {
+        let quads = panel_quads(panel, a);
+        // A product pair is at most 2 * 2 * 128 = 512, so 63 of them stay below 2^15.
+        let run = if VNNI { quads.max(1) } else { 63 };
+        // SAFETY: the CPU has the instructions, as `self` proves; quad i < quads reads panel bytes below 128 i + 128 and
+        // codes below 4 i + 4.
+        unsafe {
+            let ones = _mm256_set1_epi16(1);
+            for half in 0..2 {
+                let mut start = 0;
+                while start < quads {
+                    let end = (start + run).min(quads);
+                    let mut sums = [[_mm256_setzero_si256(); 2]; T];
+                    for i in start..end {
+                        let at = panel.as_ptr().add(128 * i + 64 * half);
+                        let w0 = _mm256_loadu_si256(at.cast());
+                        let w1 = _mm256_loadu_si256(at.add(32).cast());
+                        for t in 0..T {
+                            let q =
+                                _mm256_set1_epi32(a[t].as_ptr().add(4 * i).cast::<i32>().read_unaligned());
+                            if VNNI {
+                                sums[t][0] = _mm256_dpbusd_avx_epi32(sums[t][0], w0, q);
+                                sums[t][1] = _mm256_dpbusd_avx_epi32(sums[t][1], w1, q);
+                            } else {
+                                sums[t][0] = _mm256_add_epi16(sums[t][0], _mm256_maddubs_epi16(w0, q));
+                                sums[t][1] = _mm256_add_epi16(sums[t][1], _mm256_maddubs_epi16(w1, q));
+                            }
+                        }
+                    }
+                    for t in 0..T {
+                        for k in 0..2 {
+                            let out = dots[t].as_mut_ptr().add(16 * half + 8 * k).cast();
+                            let sum = if VNNI { sums[t][k] } else { _mm256_madd_epi16(sums[t][k], ones) };
+                            _mm256_storeu_si256(out, _mm256_add_epi32(_mm256_loadu_si256(out), sum));
+                        }
+                    }
+                    start = end;
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    fn add_columns(self, columns: [&[u8]; GROUP], q: [i8; GROUP], sums: &mut [i32]) {
+        let chunks = column_chunks(columns, sums);
+        // SAFETY: `self` proves AVX2; chunk c < chunks reads bytes below 64 c + 64 of a column and sums below 256 c + 256.
+        unsafe {
+            let three = _mm256_set1_epi8(3);
+            let scales =
+                [_mm256_set1_epi16(64), _mm256_set1_epi16(16), _mm256_set1_epi16(4), _mm256_set1_epi16(1)];
+            let factor = |i: usize| {
+                _mm256_set1_epi32(i32::from_le_bytes([
+                    q[i] as u8,
+                    q[i + 1] as u8,
+                    q[i + 2] as u8,
+                    q[i + 3] as u8,
+                ]))
+            };
+            let (q0, q1) = (factor(0), factor(4));
+            for half in 0..2 * chunks {
+                let mut v = [_mm256_setzero_si256(); 4];
+                let mut u = [_mm256_setzero_si256(); 4];
+                for i in 0..4 {
+                    v[i] = _mm256_loadu_si256(columns[i].as_ptr().add(32 * half).cast());
+                    u[i] = _mm256_loadu_si256(columns[i + 4].as_ptr().add(32 * half).cast());
+                }
+                let (mut v, mut u) = (interleave(v), interleave(u));
+                for field in (0..4).rev() {
+                    for k in 0..4 {
+                        // At most 2 * 512.
+                        let pairs = _mm256_add_epi16(
+                            _mm256_maddubs_epi16(_mm256_and_si256(v[k], three), q0),
+                            _mm256_maddubs_epi16(_mm256_and_si256(u[k], three), q1),
+                        );
+                        let at = 256 * (half / 2) + 64 * field + 16 * k + 8 * (half % 2);
+                        let out = sums.as_mut_ptr().add(at).cast();
+                        let sum = _mm256_madd_epi16(pairs, scales[field]);
+                        _mm256_storeu_si256(out, _mm256_add_epi32(_mm256_loadu_si256(out), sum));
+                        v[k] = _mm256_srli_epi16::<2>(v[k]);
+                        u[k] = _mm256_srli_epi16::<2>(u[k]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Transposes eight registers of eight 32-bit lanes.
+///
+/// # Safety
+/// Needs AVX2.
+#[inline(always)]
+unsafe fn transpose(v: [__m256i; 8]) -> [__m256i; 8] {
+    // SAFETY: the caller has AVX2; no memory is touched.
+    unsafe {
+        let zero = _mm256_setzero_si256();
+        let (mut a, mut b, mut out) = ([zero; 8], [zero; 8], [zero; 8]);
+        for i in 0..4 {
+            a[2 * i] = _mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+            a[2 * i + 1] = _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+        }
+        // b[4 i + j]: column j of each 128-bit lane, of rows 4 i to 4 i + 3.
+        for i in 0..2 {
+            b[4 * i] = _mm256_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
+            b[4 * i + 1] = _mm256_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
+            b[4 * i + 2] = _mm256_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
+            b[4 * i + 3] = _mm256_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
+        }
+        for j in 0..4 {
+            out[j] = _mm256_permute2x128_si256::<0x20>(b[j], b[4 + j]);
+            out[4 + j] = _mm256_permute2x128_si256::<0x31>(b[j], b[4 + j]);
+        }
+        out
+    }
+}
+
+/// Interleaves the bytes of four registers: lane l of part k holds the bytes 4 k to 4 k + 3 of their 128-bit lanes l.
+///
+/// # Safety
+/// Needs AVX2.
+#[inline(always)]
+unsafe fn interleave([a, b, c, d]: [__m256i; 4]) -> [__m256i; 4] {
+    // SAFETY: the caller has AVX2; no memory is touched.
+    unsafe {
+        let (ab, ab2) = (_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b));
+        let (cd, cd2) = (_mm256_unpacklo_epi8(c, d), _mm256_unpackhi_epi8(c, d));
+        [
+            _mm256_unpacklo_epi16(ab, cd),
+            _mm256_unpackhi_epi16(ab, cd),
+            _mm256_unpacklo_epi16(ab2, cd2),
+            _mm256_unpackhi_epi16(ab2, cd2),
+        ]
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Every intrinsic below needs only those sets, which the existence of an [`Avx512`] value proves.
 
-use super::{Isa, check_split, tile_chunks};
+use super::{GROUP, Isa, PANEL, check_split, column_chunks, panel_quads, row_chunks};
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX-512 F and BW, and VNNI where `VNNI` is true.
@@ -23,7 +23,7 @@ impl<const VNNI: bool> Avx512<VNNI> {
 
 impl<const VNNI: bool> Isa for Avx512<VNNI> {
     type F = __m512;
-    const TILE_TOKENS: usize = 8;
+    const PANEL_TOKENS: usize = if VNNI { 12 } else { 6 };
 
     #[inline(always)]
     fn prefetch(self, p: *const u8) {
@@ -112,30 +112,87 @@ impl<const VNNI: bool> Isa for Avx512<VNNI> {
         }
     }
     #[inline(always)]
-    fn dot_tile<const R: usize, const T: usize>(self, w: [&[u8]; R], a: [&[i8]; T]) -> [[i32; T]; R] {
-        let chunks = tile_chunks(w, a);
-        // SAFETY: the CPU has the instructions, as `self` proves, and the lengths were checked above.
-        let sums =
-            unsafe { if VNNI { dot_vnni::<R, T>(w, a, chunks) } else { dot_maddubs::<R, T>(w, a, chunks) } };
-        let mut dots = [[0; T]; R];
-        if T == 1 {
-            // The lanes of different rows are folded together: a row of 2560 weights is only ten steps long.
-            let mut column = [sums[0][0]; R];
-            for r in 1..R {
-                column[r] = sums[r][0];
-            }
-            // SAFETY: `self` proves AVX-512F.
-            let column = unsafe { sum_lanes(column) };
-            for r in 0..R {
-                dots[r][0] = column[r];
-            }
-            return dots;
-        }
+    fn dot_rows<const R: usize>(self, w: [&[u8]; R], a: &[i8]) -> [i32; R] {
+        let chunks = row_chunks(w, a);
+        // SAFETY: `self` proves AVX-512F.
+        let mut sums = [unsafe { _mm512_setzero_si512() }; R];
+        // Row after row, so that memory is read as one stream; the hardware's prefetch of it is better than ours.
         for r in 0..R {
-            // SAFETY: `self` proves AVX-512F.
-            dots[r] = unsafe { sum_lanes(sums[r]) };
+            // SAFETY: the CPU has the instructions, as `self` proves, and the lengths were checked above.
+            sums[r] = unsafe { if VNNI { dot_vnni(w[r], a, chunks) } else { dot_maddubs(w[r], a, chunks) } };
         }
-        dots
+        // The lanes of different rows are folded together: a row of 2560 weights is only ten steps long.
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { sum_lanes(sums) }
+    }
+    #[inline(always)]
+    fn panel_rows(self, rows: [&[u8]; 16], panel: &mut [u8], half: usize) {
+        let bytes = rows[0].len();
+        for row in rows {
+            assert_eq!(row.len(), bytes);
+        }
+        assert!(panel.len() == 4 * bytes * PANEL && bytes.is_multiple_of(64) && half < PANEL / 16);
+        // SAFETY: `self` proves AVX-512F and BW; the loads are 64 bytes of a row, the stores 64 bytes of one of the 64 quads
+        // of a chunk, each 4 * PANEL bytes, as the lengths just checked allow.
+        unsafe {
+            let three = _mm512_set1_epi8(3);
+            for chunk in 0..bytes / 64 {
+                let mut v = [_mm512_setzero_si512(); 16];
+                for r in 0..16 {
+                    v[r] = _mm512_loadu_si512(rows[r].as_ptr().add(64 * chunk).cast());
+                }
+                let v = transpose(v);
+                for d in 0..16 {
+                    let out = panel.as_mut_ptr().add((64 * chunk + d) * 4 * PANEL + 64 * half);
+                    let field = |f: usize| out.add(16 * f * 4 * PANEL).cast();
+                    _mm512_storeu_si512(field(0), _mm512_and_si512(_mm512_srli_epi16::<6>(v[d]), three));
+                    _mm512_storeu_si512(field(1), _mm512_and_si512(_mm512_srli_epi16::<4>(v[d]), three));
+                    _mm512_storeu_si512(field(2), _mm512_and_si512(_mm512_srli_epi16::<2>(v[d]), three));
+                    _mm512_storeu_si512(field(3), _mm512_and_si512(v[d], three));
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    fn panel_columns(self, columns: [&[u8; 64]; 4], part: usize, codes: &mut [u8]) {
+        assert_eq!(codes.len(), 4 * PANEL);
+        // SAFETY: `self` proves AVX-512F and BW; each column has 64 bytes, `codes` room for both stores.
+        unsafe {
+            let [a, b, c, d] = [
+                _mm512_loadu_si512(columns[0].as_ptr().cast()),
+                _mm512_loadu_si512(columns[1].as_ptr().cast()),
+                _mm512_loadu_si512(columns[2].as_ptr().cast()),
+                _mm512_loadu_si512(columns[3].as_ptr().cast()),
+            ];
+            let (ab, cd) = match part % 2 {
+                0 => (_mm512_unpacklo_epi8(a, b), _mm512_unpacklo_epi8(c, d)),
+                _ => (_mm512_unpackhi_epi8(a, b), _mm512_unpackhi_epi8(c, d)),
+            };
+            let shift = _mm_cvtsi32_si128(6 - 2 * (part as i32 / 2));
+            let three = _mm512_set1_epi8(3);
+            let (lo, hi) = (_mm512_unpacklo_epi16(ab, cd), _mm512_unpackhi_epi16(ab, cd));
+            let out = codes.as_mut_ptr();
+            _mm512_storeu_si512(out.cast(), _mm512_and_si512(_mm512_srl_epi16(lo, shift), three));
+            _mm512_storeu_si512(out.add(64).cast(), _mm512_and_si512(_mm512_srl_epi16(hi, shift), three));
+        }
+    }
+    #[inline(always)]
+    fn panel_tile<const T: usize>(self, panel: &[u8], a: [&[i8]; T], dots: &mut [[i32; PANEL]; T]) {
+        let quads = panel_quads(panel, a);
+        // SAFETY: the CPU has the instructions, as `self` proves, and the lengths were checked above.
+        unsafe { if VNNI { panel_vnni(panel, a, quads, dots) } else { panel_maddubs(panel, a, quads, dots) } }
+    }
+    #[inline(always)]
+    fn add_columns(self, columns: [&[u8]; GROUP], q: [i8; GROUP], sums: &mut [i32]) {
+        let chunks = column_chunks(columns, sums);
+        // SAFETY: as above.
+        unsafe {
+            if VNNI {
+                columns_vnni(columns, q, chunks, sums)
+            } else {
+                columns_maddubs(columns, q, chunks, sums)
+            }
+        }
     }
     #[inline(always)]
     fn dot_split<const Q: usize>(
@@ -188,110 +245,269 @@ impl<const VNNI: bool> Isa for Avx512<VNNI> {
     }
 }
 
+/// Transposes sixteen registers of sixteen 32-bit lanes.
+///
 /// # Safety
-/// Needs AVX-512 F, BW and VNNI, 64 `chunks` bytes in each `w` and 256 `chunks` codes in each `a`.
+/// Needs AVX-512F.
 #[inline(always)]
-unsafe fn dot_vnni<const R: usize, const T: usize>(
-    w: [&[u8]; R],
-    a: [&[i8]; T],
-    chunks: usize,
-) -> [[__m512i; T]; R] {
-    // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256.
+unsafe fn transpose(v: [__m512i; 16]) -> [__m512i; 16] {
+    // SAFETY: the caller has AVX-512F; no memory is touched.
     unsafe {
-        let mut sums = [[_mm512_setzero_si512(); T]; R];
-        if T == 1 {
-            // One token: the fields are multiplied where they stand in the byte (as 1, 4, 16 or 64 times the code), each
-            // into an accumulator of its own, and only the accumulators are shifted. A field's sum is at most
-            // 64 * 2 * 128 * 4 a step, so int32 holds more than 2^15 chunks: rows of eight million weights.
-            let masks = [
-                _mm512_set1_epi8(0xc0u8 as i8),
-                _mm512_set1_epi8(0x30),
-                _mm512_set1_epi8(0x0c),
-                _mm512_set1_epi8(0x03),
-            ];
-            // Row after row, so that memory is read as one stream; the hardware's prefetch of it is better than ours.
-            for r in 0..R {
-                let mut fields = [_mm512_setzero_si512(); 4];
-                for c in 0..chunks {
-                    let v = _mm512_loadu_si512(w[r].as_ptr().add(64 * c).cast());
-                    for field in 0..4 {
-                        let q = _mm512_loadu_si512(a[0].as_ptr().add(256 * c + 64 * field).cast());
-                        let codes = _mm512_and_si512(v, masks[field]);
-                        fields[field] = _mm512_dpbusd_epi32(fields[field], codes, q);
-                    }
-                }
-                let [f0, f1, f2, f3] = fields;
-                let high = _mm512_add_epi32(_mm512_srai_epi32::<6>(f0), _mm512_srai_epi32::<4>(f1));
-                sums[r][0] = _mm512_add_epi32(high, _mm512_add_epi32(_mm512_srai_epi32::<2>(f2), f3));
-            }
-            return sums;
+        let zero = _mm512_setzero_si512();
+        let (mut a, mut b) = ([zero; 16], [zero; 16]);
+        for i in 0..8 {
+            a[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+            a[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
         }
-        let three = _mm512_set1_epi8(3);
-        for c in 0..chunks {
-            let mut v = [_mm512_setzero_si512(); R];
-            for r in 0..R {
-                v[r] = _mm512_loadu_si512(w[r].as_ptr().add(64 * c).cast());
-            }
-            for field in (0..4).rev() {
-                let mut codes = [_mm512_setzero_si512(); R];
-                for r in 0..R {
-                    codes[r] = _mm512_and_si512(v[r], three);
-                    v[r] = _mm512_srli_epi16::<2>(v[r]);
-                }
-                for t in 0..T {
-                    let q = _mm512_loadu_si512(a[t].as_ptr().add(256 * c + 64 * field).cast());
-                    for r in 0..R {
-                        sums[r][t] = _mm512_dpbusd_epi32(sums[r][t], codes[r], q);
-                    }
-                }
-            }
+        // b[4 i + j]: column j of each 128-bit lane, of rows 4 i to 4 i + 3.
+        for i in 0..4 {
+            b[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
+            b[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
+            b[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
+            b[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
         }
-        sums
+        let mut out = [zero; 16];
+        for j in 0..4 {
+            let low = _mm512_shuffle_i32x4::<0x88>(b[j], b[4 + j]);
+            let high = _mm512_shuffle_i32x4::<0xdd>(b[j], b[4 + j]);
+            let low2 = _mm512_shuffle_i32x4::<0x88>(b[8 + j], b[12 + j]);
+            let high2 = _mm512_shuffle_i32x4::<0xdd>(b[8 + j], b[12 + j]);
+            out[j] = _mm512_shuffle_i32x4::<0x88>(low, low2);
+            out[8 + j] = _mm512_shuffle_i32x4::<0xdd>(low, low2);
+            out[4 + j] = _mm512_shuffle_i32x4::<0x88>(high, high2);
+            out[12 + j] = _mm512_shuffle_i32x4::<0xdd>(high, high2);
+        }
+        out
     }
 }
 
 /// # Safety
-/// Needs AVX-512 F and BW, 64 `chunks` bytes in each `w` and 256 `chunks` codes in each `a`.
+/// Needs AVX-512 F, BW and VNNI, `quads` quads in the panel and 4 `quads` codes in each `a`.
 #[inline(always)]
-unsafe fn dot_maddubs<const R: usize, const T: usize>(
-    w: [&[u8]; R],
+unsafe fn panel_vnni<const T: usize>(
+    panel: &[u8],
     a: [&[i8]; T],
-    chunks: usize,
-) -> [[__m512i; T]; R] {
+    quads: usize,
+    dots: &mut [[i32; PANEL]; T],
+) {
+    // SAFETY: quad i < quads reads panel bytes below 128 i + 128 and codes below 4 i + 4.
+    unsafe {
+        let mut sums = [[_mm512_setzero_si512(); 2]; T];
+        for i in 0..quads {
+            let w0 = _mm512_loadu_si512(panel.as_ptr().add(128 * i).cast());
+            let w1 = _mm512_loadu_si512(panel.as_ptr().add(128 * i + 64).cast());
+            for t in 0..T {
+                let q = _mm512_set1_epi32(a[t].as_ptr().add(4 * i).cast::<i32>().read_unaligned());
+                sums[t][0] = _mm512_dpbusd_epi32(sums[t][0], w0, q);
+                sums[t][1] = _mm512_dpbusd_epi32(sums[t][1], w1, q);
+            }
+        }
+        for t in 0..T {
+            for half in 0..2 {
+                let out = dots[t].as_mut_ptr().add(16 * half).cast();
+                _mm512_storeu_si512(out, _mm512_add_epi32(_mm512_loadu_si512(out), sums[t][half]));
+            }
+        }
+    }
+}
+
+/// # Safety
+/// Needs AVX-512 F and BW, `quads` quads in the panel and 4 `quads` codes in each `a`.
+#[inline(always)]
+unsafe fn panel_maddubs<const T: usize>(
+    panel: &[u8],
+    a: [&[i8]; T],
+    quads: usize,
+    dots: &mut [[i32; PANEL]; T],
+) {
+    // SAFETY: quad i < quads reads panel bytes below 128 i + 128 and codes below 4 i + 4.
+    unsafe {
+        let ones = _mm512_set1_epi16(1);
+        let mut start = 0;
+        while start < quads {
+            // A product pair is at most 2 * 2 * 128 = 512, so 63 of them stay below 2^15.
+            let end = (start + 63).min(quads);
+            let mut sums = [[_mm512_setzero_si512(); 2]; T];
+            for i in start..end {
+                let w0 = _mm512_loadu_si512(panel.as_ptr().add(128 * i).cast());
+                let w1 = _mm512_loadu_si512(panel.as_ptr().add(128 * i + 64).cast());
+                for t in 0..T {
+                    let q = _mm512_set1_epi32(a[t].as_ptr().add(4 * i).cast::<i32>().read_unaligned());
+                    sums[t][0] = _mm512_add_epi16(sums[t][0], _mm512_maddubs_epi16(w0, q));
+                    sums[t][1] = _mm512_add_epi16(sums[t][1], _mm512_maddubs_epi16(w1, q));
+                }
+            }
+            for t in 0..T {
+                for half in 0..2 {
+                    let out = dots[t].as_mut_ptr().add(16 * half).cast();
+                    let sum = _mm512_madd_epi16(sums[t][half], ones);
+                    _mm512_storeu_si512(out, _mm512_add_epi32(_mm512_loadu_si512(out), sum));
+                }
+            }
+            start = end;
+        }
+    }
+}
+
+/// Interleaves the bytes of four registers: lane l of part k holds the bytes 4 k to 4 k + 3 of their 128-bit lanes l.
+///
+/// # Safety
+/// Needs AVX-512BW.
+#[inline(always)]
+unsafe fn interleave([a, b, c, d]: [__m512i; 4]) -> [__m512i; 4] {
+    // SAFETY: the caller has AVX-512BW; no memory is touched.
+    unsafe {
+        let (ab, ab2) = (_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b));
+        let (cd, cd2) = (_mm512_unpacklo_epi8(c, d), _mm512_unpackhi_epi8(c, d));
+        [
+            _mm512_unpacklo_epi16(ab, cd),
+            _mm512_unpackhi_epi16(ab, cd),
+            _mm512_unpacklo_epi16(ab2, cd2),
+            _mm512_unpackhi_epi16(ab2, cd2),
+        ]
+    }
+}
+
+/// The interleaved bytes of columns `4 quad..4 quad + 4` in `chunk`, and their four factors in every lane.
+///
+/// # Safety
+/// Needs AVX-512 F and BW, and more than `chunk` chunks in each column.
+#[inline(always)]
+unsafe fn column_quad(
+    columns: [&[u8]; GROUP],
+    q: [i8; GROUP],
+    quad: usize,
+    chunk: usize,
+) -> ([__m512i; 4], __m512i) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let mut v = [_mm512_setzero_si512(); 4];
+        for i in 0..4 {
+            v[i] = _mm512_loadu_si512(columns[4 * quad + i].as_ptr().add(64 * chunk).cast());
+        }
+        let factors = i32::from_le_bytes([
+            q[4 * quad] as u8,
+            q[4 * quad + 1] as u8,
+            q[4 * quad + 2] as u8,
+            q[4 * quad + 3] as u8,
+        ]);
+        (interleave(v), _mm512_set1_epi32(factors))
+    }
+}
+
+/// # Safety
+/// Needs AVX-512 F, BW and VNNI, `chunks` chunks in each column and 256 `chunks` sums.
+#[inline(always)]
+unsafe fn columns_vnni(columns: [&[u8]; GROUP], q: [i8; GROUP], chunks: usize, sums: &mut [i32]) {
+    // SAFETY: chunk c < chunks reads bytes below 64 c + 64 of a column and sums below 256 c + 256.
+    unsafe {
+        let masks = [
+            _mm512_set1_epi8(0xc0u8 as i8),
+            _mm512_set1_epi8(0x30),
+            _mm512_set1_epi8(0x0c),
+            _mm512_set1_epi8(0x03),
+        ];
+        for c in 0..chunks {
+            let (v, q0) = column_quad(columns, q, 0, c);
+            let (u, q1) = column_quad(columns, q, 1, c);
+            for field in 0..4 {
+                for k in 0..4 {
+                    let out = sums.as_mut_ptr().add(256 * c + 64 * field + 16 * k).cast();
+                    let sum = _mm512_loadu_si512(out);
+                    let sum = _mm512_dpbusd_epi32(sum, _mm512_and_si512(v[k], masks[field]), q0);
+                    let sum = _mm512_dpbusd_epi32(sum, _mm512_and_si512(u[k], masks[field]), q1);
+                    _mm512_storeu_si512(out, sum);
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// Needs AVX-512 F and BW, `chunks` chunks in each column and 256 `chunks` sums.
+#[inline(always)]
+unsafe fn columns_maddubs(columns: [&[u8]; GROUP], q: [i8; GROUP], chunks: usize, sums: &mut [i32]) {
+    // SAFETY: chunk c < chunks reads bytes below 64 c + 64 of a column and sums below 256 c + 256.
+    unsafe {
+        let three = _mm512_set1_epi8(3);
+        let scales =
+            [_mm512_set1_epi16(64), _mm512_set1_epi16(16), _mm512_set1_epi16(4), _mm512_set1_epi16(1)];
+        for c in 0..chunks {
+            let (mut v, q0) = column_quad(columns, q, 0, c);
+            let (mut u, q1) = column_quad(columns, q, 1, c);
+            for field in (0..4).rev() {
+                for k in 0..4 {
+                    // At most 2 * 512.
+                    let pairs = _mm512_add_epi16(
+                        _mm512_maddubs_epi16(_mm512_and_si512(v[k], three), q0),
+                        _mm512_maddubs_epi16(_mm512_and_si512(u[k], three), q1),
+                    );
+                    let out = sums.as_mut_ptr().add(256 * c + 64 * field + 16 * k).cast();
+                    let sum = _mm512_madd_epi16(pairs, scales[field]);
+                    _mm512_storeu_si512(out, _mm512_add_epi32(_mm512_loadu_si512(out), sum));
+                    v[k] = _mm512_srli_epi16::<2>(v[k]);
+                    u[k] = _mm512_srli_epi16::<2>(u[k]);
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// Needs AVX-512 F, BW and VNNI, 64 `chunks` bytes in `w` and 256 `chunks` codes in `a`.
+#[inline(always)]
+unsafe fn dot_vnni(w: &[u8], a: &[i8], chunks: usize) -> __m512i {
+    // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256.
+    unsafe {
+        // The fields are multiplied where they stand in the byte (as 1, 4, 16 or 64 times the code), each into an
+        // accumulator of its own, and only the accumulators are shifted. A field's sum is at most 64 * 2 * 128 * 4 a
+        // step, so int32 holds more than 2^15 chunks: rows of eight million weights.
+        let masks = [
+            _mm512_set1_epi8(0xc0u8 as i8),
+            _mm512_set1_epi8(0x30),
+            _mm512_set1_epi8(0x0c),
+            _mm512_set1_epi8(0x03),
+        ];
+        let mut fields = [_mm512_setzero_si512(); 4];
+        for c in 0..chunks {
+            let v = _mm512_loadu_si512(w.as_ptr().add(64 * c).cast());
+            for field in 0..4 {
+                let q = _mm512_loadu_si512(a.as_ptr().add(256 * c + 64 * field).cast());
+                fields[field] = _mm512_dpbusd_epi32(fields[field], _mm512_and_si512(v, masks[field]), q);
+            }
+        }
+        let [f0, f1, f2, f3] = fields;
+        let high = _mm512_add_epi32(_mm512_srai_epi32::<6>(f0), _mm512_srai_epi32::<4>(f1));
+        _mm512_add_epi32(high, _mm512_add_epi32(_mm512_srai_epi32::<2>(f2), f3))
+    }
+}
+
+/// # Safety
+/// Needs AVX-512 F and BW, 64 `chunks` bytes in `w` and 256 `chunks` codes in `a`.
+#[inline(always)]
+unsafe fn dot_maddubs(w: &[u8], a: &[i8], chunks: usize) -> __m512i {
     // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256.
     unsafe {
         let three = _mm512_set1_epi8(3);
         let ones = _mm512_set1_epi16(1);
-        let mut wide = [[_mm512_setzero_si512(); T]; R];
+        let mut wide = _mm512_setzero_si512();
         let mut start = 0;
         while start < chunks {
-            // One product pair is at most 2 * 2 * 128 = 512 and a chunk adds four of them to a lane, so fifteen chunks
-            // stay below 2^15.
-            let end = (start + 15).min(chunks);
-            let mut narrow = [[_mm512_setzero_si512(); T]; R];
+            // One product pair is at most 2 * 2 * 128 = 512 and a chunk adds two of them to a lane, so thirty chunks stay
+            // below 2^15.
+            let end = (start + 30).min(chunks);
+            let mut narrow = [_mm512_setzero_si512(); 2];
             for c in start..end {
-                let mut v = [_mm512_setzero_si512(); R];
-                for r in 0..R {
-                    v[r] = _mm512_loadu_si512(w[r].as_ptr().add(64 * c).cast());
-                }
+                let mut v = _mm512_loadu_si512(w.as_ptr().add(64 * c).cast());
                 for field in (0..4).rev() {
-                    let mut codes = [_mm512_setzero_si512(); R];
-                    for r in 0..R {
-                        codes[r] = _mm512_and_si512(v[r], three);
-                        v[r] = _mm512_srli_epi16::<2>(v[r]);
-                    }
-                    for t in 0..T {
-                        let q = _mm512_loadu_si512(a[t].as_ptr().add(256 * c + 64 * field).cast());
-                        for r in 0..R {
-                            narrow[r][t] = _mm512_add_epi16(narrow[r][t], _mm512_maddubs_epi16(codes[r], q));
-                        }
-                    }
+                    let q = _mm512_loadu_si512(a.as_ptr().add(256 * c + 64 * field).cast());
+                    let pairs = _mm512_maddubs_epi16(_mm512_and_si512(v, three), q);
+                    narrow[field % 2] = _mm512_add_epi16(narrow[field % 2], pairs);
+                    v = _mm512_srli_epi16::<2>(v);
                 }
             }
-            for r in 0..R {
-                for t in 0..T {
-                    wide[r][t] = _mm512_add_epi32(wide[r][t], _mm512_madd_epi16(narrow[r][t], ones));
-                }
+            for narrow in narrow {
+                wide = _mm512_add_epi32(wide, _mm512_madd_epi16(narrow, ones));
             }
             start = end;
         }

@@ -11,6 +11,9 @@ pub(crate) mod avx2;
 pub(crate) mod avx512;
 pub(crate) mod scalar;
 
+use crate::ternary::columns::{self, GROUP};
+use crate::ternary::panel::{self, PANEL};
+
 /// Primitives over sixteen float32 lanes, and the exact integer dot product.
 ///
 /// Float operations are IEEE-754 single, each rounded once (no fused multiply-add). `max` is `if a > b { a } else
@@ -18,8 +21,8 @@ pub(crate) mod scalar;
 pub(crate) trait Isa: Copy {
     /// Sixteen float32 lanes.
     type F: Copy;
-    /// Most tokens of an integer tile whose sums fit the registers.
-    const TILE_TOKENS: usize;
+    /// Most tokens of a panel's tile whose sums fit the registers: one of 1, 2, 4, 6, 8, 12.
+    const PANEL_TOKENS: usize;
 
     /// Asks for the cache line at `p`, which need not be readable.
     fn prefetch(self, p: *const u8);
@@ -42,10 +45,30 @@ pub(crate) trait Isa: Copy {
     fn bf16_lanes(self, x: &[u16; 16]) -> Self::F;
     /// Rounds to the nearest integer, halves to even, and clamps to int8. NaN becomes -128.
     fn to_i8(self, v: Self::F, out: &mut [i8; 16]);
-    /// Exact dot products of R ternary rows with T rows of int8 codes: `Σ code · q` with the codes 0, 1, 2 as
-    /// stored (not yet less one). Every weight row has the same multiple of 64 bytes, every activation row four
-    /// times as many codes in the order of [`crate::ternary::position`].
-    fn dot_tile<const R: usize, const T: usize>(self, w: [&[u8]; R], a: [&[i8]; T]) -> [[i32; T]; R];
+    /// Exact dot products of R stored rows with int8 codes: `Σ code · q` with the codes 0, 1, 2 as stored (not yet less
+    /// one). Every row has the same multiple of 64 bytes, `a` four times as many codes in the order of
+    /// [`crate::ternary::position`].
+    fn dot_rows<const R: usize>(self, w: [&[u8]; R], a: &[i8]) -> [i32; R];
+    /// Unpacks sixteen stored rows, of equal length, into outputs `16 half..` of a panel as long as they are.
+    #[inline(always)]
+    fn panel_rows(self, rows: [&[u8]; 16], panel: &mut [u8], half: usize) {
+        panel::panel_rows(rows, panel, half);
+    }
+    /// Unpacks 32 outputs, the `part`-th of eight, from a chunk of four stored columns to `codes[4 * output + column]`.
+    #[inline(always)]
+    fn panel_columns(self, columns: [&[u8; 64]; 4], part: usize, codes: &mut [u8]) {
+        panel::panel_columns(columns, part, codes);
+    }
+    /// Adds the exact dot products of a panel's outputs with T rows of codes, in the panel's order of inputs, to `dots`.
+    #[inline(always)]
+    fn panel_tile<const T: usize>(self, panel: &[u8], a: [&[i8]; T], dots: &mut [[i32; PANEL]; T]) {
+        panel::panel_tile(panel, a, dots);
+    }
+    /// Adds eight stored columns, each times its factor, to `sums` as [`columns::add_columns`] says.
+    #[inline(always)]
+    fn add_columns(self, columns: [&[u8]; GROUP], q: [i8; GROUP], sums: &mut [i32]) {
+        columns::add_group(columns, q, sums);
+    }
     /// Integer dot products of stored bytes, unsigned, with Q rows of numbers that have a high and a low part, every row
     /// having four of each for a block of 64 bytes. With H and L the sum over blocks c and i < 4 of `codes[c][4 j + i]`
     /// times the part at `4 c + i`, begun with `start`, lane j is 128 · H + L: H and L exact in 32 bits (which must hold
@@ -60,17 +83,15 @@ pub(crate) trait Isa: Copy {
     ) -> [Self::F; Q];
 }
 
-/// Checks the lengths that [`Isa::dot_tile`] relies on. Returns the number of 64-byte chunks of a weight row.
+/// Checks the lengths that [`Isa::dot_rows`] relies on. Returns the number of 64-byte chunks of a row.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-fn tile_chunks<const R: usize, const T: usize>(w: [&[u8]; R], a: [&[i8]; T]) -> usize {
+fn row_chunks<const R: usize>(w: [&[u8]; R], a: &[i8]) -> usize {
     let bytes = w[0].len();
     for w in w {
         assert_eq!(w.len(), bytes);
     }
-    for a in a {
-        assert_eq!(a.len(), bytes * 4);
-    }
+    assert_eq!(a.len(), bytes * 4);
     assert_eq!(bytes % 64, 0);
     bytes / 64
 }
@@ -82,4 +103,26 @@ fn check_split<const Q: usize>(codes: &[[u8; 64]], rows: [[&[i8]; 2]; Q]) {
     for [high, low] in rows {
         assert!(high.len() == 4 * codes.len() && low.len() == 4 * codes.len());
     }
+}
+
+/// Checks the lengths that [`Isa::panel_tile`] relies on. Returns the number of quads of inputs.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn panel_quads<const T: usize>(panel: &[u8], a: [&[i8]; T]) -> usize {
+    let quads = panel.len() / (4 * PANEL);
+    for a in a {
+        assert_eq!(a.len(), 4 * quads);
+    }
+    quads
+}
+
+/// Checks the lengths that [`Isa::add_columns`] relies on. Returns the number of chunks of a column.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn column_chunks(columns: [&[u8]; GROUP], sums: &[i32]) -> usize {
+    let chunks = sums.len() / 256;
+    for column in columns {
+        assert_eq!(column.len(), 64 * chunks);
+    }
+    chunks
 }

@@ -9,7 +9,7 @@ pub(crate) struct Scalar;
 
 impl Isa for Scalar {
     type F = [f32; 16];
-    const TILE_TOKENS: usize = 4;
+    const PANEL_TOKENS: usize = 1;
 
     #[inline(always)]
     fn prefetch(self, _: *const u8) {}
@@ -71,20 +71,18 @@ impl Isa for Scalar {
         *out = v.map(|x| if x.is_nan() { -128 } else { x.round_ties_even().clamp(-128.0, 127.0) as i8 });
     }
     #[inline(always)]
-    fn dot_tile<const R: usize, const T: usize>(self, w: [&[u8]; R], a: [&[i8]; T]) -> [[i32; T]; R] {
+    fn dot_rows<const R: usize>(self, w: [&[u8]; R], a: &[i8]) -> [i32; R] {
         w.map(|w| {
-            a.map(|a| {
-                let mut sum = 0;
-                for (bytes, codes) in w.as_chunks::<64>().0.iter().zip(a.as_chunks::<256>().0) {
-                    for field in 0..4 {
-                        for j in 0..64 {
-                            let code = i32::from(bytes[j] >> (6 - 2 * field) & 3);
-                            sum += code * i32::from(codes[64 * field + j]);
-                        }
+            let mut sum = 0;
+            for (bytes, codes) in w.as_chunks::<64>().0.iter().zip(a.as_chunks::<256>().0) {
+                for field in 0..4 {
+                    for j in 0..64 {
+                        let code = i32::from(bytes[j] >> (6 - 2 * field) & 3);
+                        sum += code * i32::from(codes[64 * field + j]);
                     }
                 }
-                sum
-            })
+            }
+            sum
         })
     }
     #[inline(always)]

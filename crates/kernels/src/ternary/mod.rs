@@ -4,13 +4,36 @@
 //! 6 - 2 (j / 32), as -1, 0, +1 -> 0, 1, 2. Rows are padded with zero weights to a multiple of 256, two blocks, which
 //! is one 64-byte register. The activations are permuted once, when they are quantised, to the order in which
 //! those registers meet them ([`position`]), and the weights stay as they are in the file.
+//!
+//! A matrix whose input is mostly zeros is stored by [`columns`] instead, and its activations stay in order.
 
+pub mod columns;
 pub mod pack;
+pub(crate) mod panel;
 
 use crate::isa::Isa;
 
 /// Weights in a chunk: what 64 bytes hold. Rows are padded to a multiple of it.
 pub const CHUNK: usize = 256;
+
+/// How a matrix is stored, and in which order it takes its activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// Row after row; activations in the order of [`position`].
+    Rows,
+    /// Column after column, as [`columns`] says; activations in their own order.
+    Columns,
+}
+
+impl Layout {
+    /// Bytes of a stored matrix.
+    pub const fn bytes(self, rows: usize, columns: usize) -> usize {
+        match self {
+            Self::Rows => rows * row_bytes(columns),
+            Self::Columns => columns * columns::column_bytes(rows),
+        }
+    }
+}
 
 /// Bytes of a stored row of `columns` weights.
 pub const fn row_bytes(columns: usize) -> usize {
@@ -48,6 +71,16 @@ unsafe impl Sync for OutPtr {}
 
 impl OutPtr {
     /// # Safety
+    /// The elements from `row` on must be in bounds of the output and written by no one else meanwhile.
+    #[inline(always)]
+    pub(crate) unsafe fn write_all(self, token: usize, row: usize, values: &[f32]) {
+        // SAFETY: the caller's; `values` is a shared borrow and cannot be part of the output.
+        unsafe {
+            let to = self.ptr.add(token * self.stride + row);
+            std::ptr::copy_nonoverlapping(values.as_ptr(), to, values.len());
+        }
+    }
+    /// # Safety
     /// The element must be in bounds of the output and written by no one else meanwhile.
     #[inline(always)]
     pub(crate) unsafe fn write(self, token: usize, row: usize, value: f32) {
@@ -56,90 +89,92 @@ impl OutPtr {
     }
 }
 
-/// Multiplies the stored rows `w` (each `row_bytes`) with every token of `a` and writes row r of token t to `out`
-/// at (t, first_row + r), as `(Σ w q) * (weight_scale / s)`.
+/// Which rows of a matrix are multiplied.
+#[derive(Clone, Copy)]
+pub(crate) enum Which<'a> {
+    /// A run of rows, from the first.
+    All { first: usize, count: usize },
+    /// These rows.
+    Listed(&'a [u32]),
+}
+
+/// Multiplies rows of the stored matrix `w` (each `row_bytes`) with one token and writes row r to `out` at (0, r), as
+/// `(Σ w q) * (weight_scale / s)`.
 ///
 /// # Safety
 /// `out` must have room for all those elements, and nobody else may touch them meanwhile.
 #[inline(always)]
-pub(crate) unsafe fn matmul_rows<I: Isa>(
+pub(crate) unsafe fn gemv_rows<I: Isa>(
     isa: I,
     w: &[u8],
     row_bytes: usize,
+    which: Which<'_>,
     weight_scale: f32,
     a: Activations<'_>,
-    first_row: usize,
     out: OutPtr,
 ) {
-    let tokens = a.scales.len();
-    let mut t = 0;
-    while t < tokens {
-        let left = tokens - t;
-        let step = if left >= 8 && I::TILE_TOKENS >= 8 {
-            8
-        } else if left >= 4 {
-            4
-        } else if left >= 2 {
-            2
-        } else {
-            1
-        };
-        // SAFETY: the caller's contract, handed on.
-        unsafe {
-            match step {
-                8 => token_tile::<I, 8>(isa, w, row_bytes, weight_scale, a, t, first_row, out),
-                4 => token_tile::<I, 4>(isa, w, row_bytes, weight_scale, a, t, first_row, out),
-                2 => token_tile::<I, 2>(isa, w, row_bytes, weight_scale, a, t, first_row, out),
-                _ => token_tile::<I, 1>(isa, w, row_bytes, weight_scale, a, t, first_row, out),
+    // SAFETY: the caller's contract, handed on.
+    unsafe {
+        match which {
+            Which::All { first, count } => {
+                let w = &w[first * row_bytes..][..count * row_bytes];
+                let row = |i: usize| (&w[i * row_bytes..][..row_bytes], first + i);
+                gemv(isa, count, row, |_| (), weight_scale, a, out);
+            }
+            Which::Listed(list) => {
+                let row = |i: usize| (&w[list[i] as usize * row_bytes..][..row_bytes], list[i] as usize);
+                // The next rows are anywhere: ask for them while these are multiplied.
+                let ask = |i: usize| {
+                    let Some(&r) = list.get(i) else { return };
+                    let at = w.as_ptr().wrapping_add(r as usize * row_bytes);
+                    let mut line = 0;
+                    while line < row_bytes {
+                        isa.prefetch(at.wrapping_add(line));
+                        line += 64;
+                    }
+                };
+                gemv(isa, list.len(), row, ask, weight_scale, a, out);
             }
         }
-        t += step;
     }
 }
 
-/// All rows of `w` against T tokens from `t0`, two rows at a time, or four where there is one token.
-///
 /// # Safety
-/// As [`matmul_rows`].
+/// As [`gemv_rows`], for the rows and places that `row` gives.
 #[inline(always)]
-unsafe fn token_tile<I: Isa, const T: usize>(
+unsafe fn gemv<'a, I: Isa>(
     isa: I,
-    w: &[u8],
-    row_bytes: usize,
+    count: usize,
+    row: impl Fn(usize) -> (&'a [u8], usize),
+    ask: impl Fn(usize),
     weight_scale: f32,
     a: Activations<'_>,
-    t0: usize,
-    first_row: usize,
     out: OutPtr,
 ) {
-    let width = row_bytes * 4;
-    let codes: [&[i8]; T] = std::array::from_fn(|t| &a.codes[(t0 + t) * width..][..width]);
-    let factors: [f32; T] = std::array::from_fn(|t| weight_scale / a.scales[t0 + t]);
-    let sums: [i32; T] = std::array::from_fn(|t| a.sums[t0 + t]);
-    let rows = w.len() / row_bytes;
-    let row = |r: usize| &w[r * row_bytes..][..row_bytes];
-    let put = |r: usize, dots: [i32; T]| {
-        for t in 0..T {
-            // SAFETY: the caller's contract: (t0 + t, first_row + r) is ours and in bounds.
-            unsafe { out.write(t0 + t, first_row + r, (dots[t] - sums[t]) as f32 * factors[t]) }
-        }
+    let (factor, sum) = (weight_scale / a.scales[0], a.sums[0]);
+    let put = |r: usize, dot: i32| {
+        // SAFETY: the caller's contract.
+        unsafe { out.write(0, r, (dot - sum) as f32 * factor) }
     };
-    let mut r = 0;
-    while T == 1 && r + 4 <= rows {
-        let dots = isa.dot_tile::<4, T>([row(r), row(r + 1), row(r + 2), row(r + 3)], codes);
-        for i in 0..4 {
-            put(r + i, dots[i]);
+    const AHEAD: usize = 8;
+    for i in 0..AHEAD {
+        ask(i);
+    }
+    let mut i = 0;
+    while i + 4 <= count {
+        for k in 0..4 {
+            ask(i + AHEAD + k);
         }
-        r += 4;
+        let rows = [row(i), row(i + 1), row(i + 2), row(i + 3)];
+        let dots = isa.dot_rows([rows[0].0, rows[1].0, rows[2].0, rows[3].0], a.codes);
+        for k in 0..4 {
+            put(rows[k].1, dots[k]);
+        }
+        i += 4;
     }
-    while r + 2 <= rows {
-        let [d0, d1] = isa.dot_tile::<2, T>([row(r), row(r + 1)], codes);
-        put(r, d0);
-        put(r + 1, d1);
-        r += 2;
-    }
-    if r < rows {
-        let [d0] = isa.dot_tile::<1, T>([row(r)], codes);
-        put(r, d0);
+    while i < count {
+        let (w, r) = row(i);
+        put(r, isa.dot_rows([w], a.codes)[0]);
+        i += 1;
     }
 }
