@@ -6,7 +6,8 @@
 
 mod common;
 
-use bitnet::kernels::{Compute, KvStore, KvType, PAGE, QuantizedRows, TernaryMatrix, best, ternary::pack};
+use bitnet::kernels::ternary::{Layout, pack};
+use bitnet::kernels::{Compute, KvStore, KvType, PAGE, QuantizedRows, TernaryMatrix, Workspace, best};
 use bitnet::model::Model;
 use bitnet::{Feed, Wanted};
 use common::{MODELS, Tensors, engine, engine_with, fixture, gguf, ids};
@@ -175,7 +176,7 @@ fn every_layer_agrees_on_the_references_own_inputs() {
             }
         }
         let widest = config.hidden_size.max(config.q_width()).max(config.intermediate_size);
-        let mut scratch = vec![0.0; compute.scratch_floats(widest)];
+        let work = std::cell::RefCell::new(Workspace::new(widest, compute.pool().threads()));
         let mut q = QuantizedRows::new(n, widest);
         for l in golden.ints("trace.layers") {
             let layer = &model.weights().layers[l as usize];
@@ -191,7 +192,7 @@ fn every_layer_agrees_on_the_references_own_inputs() {
             let linear =
                 |q: &QuantizedRows, equal: &[bool], matrix: &TernaryMatrix, output: &str, rows: &[usize]| {
                     let mut out = vec![0.0; n * matrix.rows()];
-                    compute.linear(q, [(matrix, &mut out)]);
+                    compute.linear(q, &mut work.borrow_mut(), [(matrix, &mut out)]);
                     let want = get(output);
                     let picked: Vec<f32> = rows
                         .iter()
@@ -202,7 +203,14 @@ fn every_layer_agrees_on_the_references_own_inputs() {
             let rows: Vec<usize> = (0..n).collect();
 
             norm("x", &layer.attn_norm, "attn_norm");
-            compute.norm_quantize(&get("x"), &layer.attn_norm, eps, &mut scratch, &mut q);
+            compute.norm_quantize(
+                &get("x"),
+                &layer.attn_norm,
+                eps,
+                Layout::Rows,
+                &mut work.borrow_mut(),
+                &mut q,
+            );
             let equal = codes.compare(&what, &q, &golden, &part("attn_norm"));
             linear(&q, &equal, &layer.attn_q, "q", &rows);
             linear(&q, &equal, &layer.attn_k, "k", &positions);
@@ -237,7 +245,14 @@ fn every_layer_agrees_on_the_references_own_inputs() {
             close(&format!("{what} attn"), &attended, &get("attn"), &all);
 
             norm("attn", &layer.attn_sub_norm, "attn_sub_norm");
-            compute.norm_quantize(&get("attn"), &layer.attn_sub_norm, eps, &mut scratch, &mut q);
+            compute.norm_quantize(
+                &get("attn"),
+                &layer.attn_sub_norm,
+                eps,
+                Layout::Rows,
+                &mut work.borrow_mut(),
+                &mut q,
+            );
             let equal = codes.compare(&what, &q, &golden, &part("attn_sub_norm"));
             linear(&q, &equal, &layer.attn_output, "o", &rows);
             let mut x = get("x");
@@ -245,7 +260,14 @@ fn every_layer_agrees_on_the_references_own_inputs() {
             close(&format!("{what} x_mid"), &x, &get("x_mid"), &all);
 
             norm("x_mid", &layer.ffn_norm, "ffn_norm");
-            compute.norm_quantize(&get("x_mid"), &layer.ffn_norm, eps, &mut scratch, &mut q);
+            compute.norm_quantize(
+                &get("x_mid"),
+                &layer.ffn_norm,
+                eps,
+                Layout::Rows,
+                &mut work.borrow_mut(),
+                &mut q,
+            );
             let equal = codes.compare(&what, &q, &golden, &part("ffn_norm"));
             linear(&q, &equal, &layer.ffn_gate, "gate", &rows);
             linear(&q, &equal, &layer.ffn_up, "up", &rows);
@@ -259,7 +281,8 @@ fn every_layer_agrees_on_the_references_own_inputs() {
                 &get("up"),
                 width,
                 sub_norm,
-                &mut scratch,
+                layer.ffn_down.layout(),
+                &mut work.borrow_mut(),
                 &mut q,
             );
             let equal = codes.compare(&what, &q, &golden, &part("ffn_sub_norm"));
