@@ -3,6 +3,7 @@
 //! Every intrinsic below needs only AVX2 or F16C, which the existence of an [`Avx2`] value proves.
 
 use super::{GROUP, Isa, PANEL, check_split, column_chunks, panel_quads, row_chunks};
+use crate::attention::FETCH;
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX2 and F16C, and AVX-VNNI where `VNNI` is true.
@@ -197,7 +198,7 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
                 let bytes = _mm256_set1_epi16(0xff);
                 for c in 0..codes.len() {
                     if q == 0 {
-                        self.prefetch(far.wrapping_add(64 * c));
+                        self.prefetch(far.wrapping_add(FETCH * c));
                     }
                     for half in 0..2 {
                         let v = _mm256_loadu_si256(codes[c].as_ptr().add(32 * half).cast());

@@ -3,6 +3,7 @@
 //! Every intrinsic below needs only those sets, which the existence of an [`Avx512`] value proves.
 
 use super::{GROUP, Isa, PANEL, check_split, column_chunks, panel_quads, row_chunks};
+use crate::attention::FETCH;
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX-512 F and BW, and VNNI where `VNNI` is true.
@@ -214,7 +215,7 @@ impl<const VNNI: bool> Isa for Avx512<VNNI> {
             }
             let bytes = _mm512_set1_epi16(0xff);
             for c in 0..codes.len() {
-                self.prefetch(far.wrapping_add(64 * c));
+                self.prefetch(far.wrapping_add(FETCH * c));
                 let v = _mm512_loadu_si512(codes[c].as_ptr().cast());
                 let (even, odd) = (_mm512_and_si512(v, bytes), _mm512_srli_epi16::<8>(v));
                 for q in 0..Q {

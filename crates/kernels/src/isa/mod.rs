@@ -73,7 +73,7 @@ pub(crate) trait Isa: Copy {
     /// having four of each for a block of 64 bytes. With H and L the sum over blocks c and i < 4 of `codes[c][4 j + i]`
     /// times the part at `4 c + i`, begun with `start`, lane j is 128 · H + L: H and L exact in 32 bits (which must hold
     /// them), then made float32 and summed, each step rounded.
-    /// Meanwhile it asks for as many bytes as it reads codes, at `far`, which need not be readable.
+    /// Meanwhile it asks for the bytes from `far` on, which need not be readable, [`crate::attention::FETCH`] a block.
     fn dot_split<const Q: usize>(
         self,
         codes: &[[u8; 64]],
