@@ -104,10 +104,15 @@ fn logits_agree_within_the_references_own_noise() {
             kl / floor,
             ids.len()
         );
-        // A cache of eight bits is not exact, and its error is not rounding: it is only kept from growing.
-        let limit = if ty == KvType::Q8 { 9.0 } else { 2.0 };
+        // A smaller cache is less exact than the reference's noise: here it is only kept from growing worse.
+        let limit = match ty {
+            KvType::F32 => 2.0,
+            KvType::F16 => 4.0,
+            KvType::Q8 => 12.0,
+        };
         assert!(kl <= limit * floor, "{name} {ty:?}: KL {kl:.3e} is more than {limit} times {floor:.3e}");
-        assert!(same * 100 >= ids.len() * 96, "{name}: top-1 {same}");
+        let least = if ty == KvType::F32 { 96 } else { 94 };
+        assert!(same * 100 >= ids.len() * least, "{name}: top-1 {same}");
     }
 }
 
