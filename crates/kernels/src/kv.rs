@@ -7,6 +7,10 @@ use crate::memory::{Aligned, HugeBuffer, cast_mut};
 use crate::ops::PAGE;
 
 /// How the cache stores a number. Each type is a definition of its own, the same bits on every machine.
+///
+/// KL divergence from the reference in float64, over that of the reference in float32, on the five golden models
+/// (`tests/goldens.rs`; the first is a trained one): f32 1.0, 1.1, 0.8, 0.6, 0.7; f16 1.4, 1.8, 1.9, 2.8, 2.1;
+/// q8 2.3, 4.1, 3.1, 7.1, 4.1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum KvType {
     /// IEEE single precision: what the model computed.
