@@ -2,7 +2,7 @@
 
 use crate::Error;
 use crate::model::{Config, Model, Profile, Row, Scratch, Unfinished};
-use bitnet_kernels::{Compute, KvStore, Logits, PAGE};
+use bitnet_kernels::{Compute, KvStore, KvType, Logits, PAGE};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -15,12 +15,15 @@ pub struct EngineOptions {
     pub sequences: usize,
     /// Rows of a step: longer prompts are cut into steps of this size.
     pub max_rows: usize,
+    /// How the cache stores keys and values. Each type gives logits of its own; see [`KvType`].
+    pub cache_type: KvType,
 }
 
 impl EngineOptions {
-    /// One sequence over the model's own context (at most 4096 tokens), steps of up to 512 rows.
+    /// One sequence over the model's own context (at most 4096 tokens), steps of up to 512 rows, an exact cache.
     pub fn for_model(config: &Config) -> Self {
-        Self { context: config.context_length.min(4096), sequences: 1, max_rows: 512 }
+        let context = config.context_length.min(4096);
+        Self { context, sequences: 1, max_rows: 512, cache_type: KvType::F32 }
     }
 
     /// The memory that an engine of these sizes takes for a model of the shape of `config`, without its weights.
@@ -37,7 +40,7 @@ impl EngineOptions {
     }
 
     fn kv_bytes(&self, config: &Config) -> usize {
-        let page = KvStore::page_bytes(config.n_layers, config.n_kv_heads, config.head_dim);
+        let page = config.kv_shape(self.cache_type).page_bytes();
         page.unwrap_or(usize::MAX).saturating_mul(self.pages())
     }
 
@@ -116,7 +119,7 @@ impl Engine {
         let options = EngineOptions { max_rows: options.rows(), ..options };
         let pages = options.pages();
         let bytes = options.kv_bytes(config);
-        let kv = KvStore::new(pages, config.n_layers, config.n_kv_heads, config.head_dim)
+        let kv = KvStore::new(config.kv_shape(options.cache_type), pages, options.max_rows)
             .filter(|_| u32::try_from(pages).is_ok())
             .ok_or(Error::NoMemory { what: "the key/value cache", bytes })?;
         Ok(Self {

@@ -36,7 +36,7 @@ fn an_engine_takes_what_it_says_and_a_decoded_token_nothing() {
     let threads = 2;
     let compute = Compute::new(best(), threads);
     let model = Model::load(&common::gguf("demo"), &compute, Strategy::Sparse).unwrap();
-    let options = EngineOptions { context: 640, sequences: 1, max_rows: 512 };
+    let options = EngineOptions { context: 640, ..EngineOptions::for_model(model.config()) };
     let planned = options.bytes(model.config(), threads).buffers;
     let before = BYTES.load(Ordering::Relaxed);
     let mut engine = Engine::new(model, compute, options).unwrap();

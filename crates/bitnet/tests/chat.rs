@@ -288,7 +288,7 @@ impl Talk {
         let compute = Compute::new(best(), 2);
         let model = Model::load(&gguf, &compute, bitnet::model::Strategy::default()).unwrap();
         let template = model.chat_template(None).unwrap();
-        let options = EngineOptions { context, sequences: 1, max_rows: 64 };
+        let options = EngineOptions { context, max_rows: 64, ..EngineOptions::for_model(model.config()) };
         let mut engine = Engine::new(model, compute, options).unwrap();
         let chat = Chat::new(&mut engine, template);
         let logit_bias = [4089, 4092].map(|id| (id, f32::NEG_INFINITY)).to_vec();

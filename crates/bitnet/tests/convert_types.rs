@@ -312,8 +312,8 @@ fn packed_checkpoints_keep_their_weights_and_scales() {
 fn logits(path: &Path) -> Vec<u32> {
     let compute = Compute::new(best(), 2);
     let model = Model::load(&Arc::new(Gguf::open(path).unwrap()), &compute, Strategy::default()).unwrap();
-    let mut engine =
-        Engine::new(model, compute, EngineOptions { context: 64, sequences: 1, max_rows: 64 }).unwrap();
+    let options = EngineOptions { context: 64, max_rows: 64, ..EngineOptions::for_model(model.config()) };
+    let mut engine = Engine::new(model, compute, options).unwrap();
     let feed =
         Feed { sequence: engine.open(), tokens: &[1, 5, 9, 33, 7], wanted: Wanted::All(Logits::Every) };
     engine.feed(&[feed]).unwrap().iter().map(|x| x.to_bits()).collect()

@@ -8,11 +8,11 @@ mod common;
 
 use bitnet::kernels::ternary::{Layout, pack};
 use bitnet::kernels::{
-    Compute, HeadScratch, KvStore, Logits, PAGE, QuantizedRows, TernaryMatrix, Workspace, best,
+    Compute, HeadScratch, KvStore, KvType, Logits, PAGE, QuantizedRows, TernaryMatrix, Workspace, best,
 };
 use bitnet::model::Model;
 use bitnet::{Feed, Wanted};
-use common::{MODELS, Tensors, engine, fixture, gguf, ids};
+use common::{MODELS, Tensors, engine, engine_with, fixture, gguf, ids};
 use sha2::{Digest, Sha256};
 use std::cell::RefCell;
 
@@ -70,9 +70,11 @@ fn head(model: &Model, vocab: usize, hidden: usize, compute: &Compute) -> Vec<f6
 
 #[test]
 fn logits_agree_within_the_references_own_noise() {
-    for name in MODELS {
+    for (name, ty) in
+        MODELS.into_iter().flat_map(|m| [KvType::F32, KvType::F16, KvType::Q8].map(|ty| (m, ty)))
+    {
         let (golden, json) = golden(name);
-        let mut engine = engine(&gguf(name), best(), 2, 512, 1);
+        let mut engine = engine_with(&gguf(name), best(), 2, 512, 1, ty);
         let ids = ids(&golden);
         assert!(ids.len() >= 512);
         let (vocab, hidden) = (engine.model().config().vocab_size, engine.model().config().hidden_size);
@@ -102,12 +104,19 @@ fn logits_agree_within_the_references_own_noise() {
         }
         let (kl, floor) = (total / ids.len() as f64, json["floor"].as_f64().unwrap());
         println!(
-            "{name}: KL {kl:.3e}, floor {floor:.3e}, ratio {:.2}, top-1 {same}/{}",
+            "{name} {ty:?}: KL {kl:.3e}, floor {floor:.3e}, ratio {:.2}, top-1 {same}/{}",
             kl / floor,
             ids.len()
         );
-        assert!(kl <= 2.0 * floor, "{name}: KL {kl:.3e} is more than twice {floor:.3e}");
-        assert!(same * 100 >= ids.len() * 96, "{name}: top-1 {same}");
+        // A smaller cache is less exact than the reference's noise: here it is only kept from growing worse.
+        let limit = match ty {
+            KvType::F32 => 2.0,
+            KvType::F16 => 4.0,
+            KvType::Q8 => 12.0,
+        };
+        assert!(kl <= limit * floor, "{name} {ty:?}: KL {kl:.3e} is more than {limit} times {floor:.3e}");
+        let least = if ty == KvType::F32 { 96 } else { 94 };
+        assert!(same * 100 >= ids.len() * least, "{name}: top-1 {same}");
     }
 }
 
@@ -237,13 +246,11 @@ fn every_layer_agrees_on_the_references_own_inputs() {
             close(&format!("{what} k_rope"), &k_at, &get("k_rope"), &all);
 
             let pages: Vec<u32> = (0..seen.div_ceil(PAGE) as u32).rev().collect();
-            let mut kv = KvStore::new(pages.len(), 1, config.n_kv_heads, config.head_dim).unwrap();
-            for p in 0..seen {
-                let range = p * kv_width..(p + 1) * kv_width;
-                kv.store(0, &pages, p, &k[range.clone()], &v[range]);
-            }
+            let shape = config.kv_shape(KvType::F32);
+            let mut kv = KvStore::new(shape, pages.len(), n).unwrap();
+            compute.store(&mut kv, 0, &k, &v, |t| (&pages, t + 1));
             let mut attended = vec![0.0; n * config.q_width()];
-            compute.attention(&kv, 0, &get("q_rope"), n, |t| (&pages, positions[t] + 1), &mut attended);
+            compute.attention(&mut kv, 0, &get("q_rope"), |t| (&pages, positions[t] + 1), &mut attended);
             close(&format!("{what} attn"), &attended, &get("attn"), &all);
 
             norm("attn", &layer.attn_sub_norm, "attn_sub_norm");

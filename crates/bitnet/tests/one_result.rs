@@ -5,10 +5,10 @@
 mod common;
 
 use bitnet::gguf::Gguf;
-use bitnet::kernels::{Kernels, Logits, best, supported};
+use bitnet::kernels::{Kernels, KvType, Logits, best, supported};
 use bitnet::model::Strategy;
 use bitnet::{Engine, Error, Feed, SequenceId, Wanted};
-use common::{MODELS, Tensors, engine, engine_as, fixture, gguf, ids};
+use common::{MODELS, Tensors, engine, engine_as, engine_with, fixture, gguf, ids};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
@@ -144,6 +144,30 @@ fn company_in_the_batch() {
             for (prompt, got) in prompts.iter().zip(got) {
                 let reference = alone(&gguf, prompt, best(), 1, 512);
                 assert!(got == reference, "{name}: {}, prompt of {}", kernels.name(), prompt.len());
+            }
+        }
+    }
+}
+
+#[test]
+fn every_cache_type() {
+    let (gguf, tokens) = model("gqa");
+    let plain = alone(&gguf, &tokens, best(), 1, 512);
+    for ty in [KvType::F16, KvType::Q8] {
+        let logits = |kernels, threads, chunk| {
+            let mut engine = engine_with(&gguf, kernels, threads, 64, 2, ty);
+            // In pages that another sequence has left behind.
+            let before = engine.open();
+            feed(&mut engine, before, &tokens[40..]);
+            engine.close(before);
+            let sequence = engine.open();
+            tokens.chunks(chunk).flat_map(|tokens| feed(&mut engine, sequence, tokens)).collect::<Vec<_>>()
+        };
+        let reference = logits(supported()[0], 1, 512);
+        assert!(reference != plain, "{ty:?} is a definition of its own");
+        for kernels in supported() {
+            for (threads, chunk) in [(1, 1), (2, 7), (3, 64), (2, 512)] {
+                assert!(logits(kernels, threads, chunk) == reference, "{ty:?}: {}", kernels.name());
             }
         }
     }

@@ -6,7 +6,7 @@ use crate::selftest;
 use anyhow::{Context, bail};
 use bitnet::gguf::Gguf;
 use bitnet::hub::ModelName;
-use bitnet::kernels::{Compute, Kernels, allowed_threads, best, supported};
+use bitnet::kernels::{Compute, Kernels, KvType, allowed_threads, best, supported};
 use bitnet::model::{Config, Model, Repair, Strategy};
 use bitnet::{EngineOptions, Error};
 use std::fmt::Display;
@@ -36,9 +36,38 @@ pub struct ModelArgs {
     /// Kernels: scalar; avx2, avxvnni, avx512, avx512vnni; neon, neondotprod or neoni8mm [default: the best for this CPU]
     #[arg(long, value_name = "ISA", value_parser = parse_kernels)]
     kernels: Option<&'static Kernels>,
+    #[command(flatten)]
+    pub cache: CacheArgs,
     /// Read every weight for every token, instead of only those that can matter; the result is the same
     #[arg(long)]
     dense: bool,
+}
+
+/// How keys and values are kept.
+#[derive(clap::Args)]
+pub struct CacheArgs {
+    /// How the cache stores keys and values: f16 takes half of the memory, q8 a quarter and a bit
+    #[arg(long, value_name = "TYPE", value_enum, default_value = "f32", aliases = ["cache-type-k", "cache-type-v"])]
+    cache_type: CacheType,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum CacheType {
+    F32,
+    F16,
+    #[value(alias = "q8_0")]
+    Q8,
+}
+
+impl CacheArgs {
+    /// The type as the engine names it.
+    pub fn ty(&self) -> KvType {
+        match self.cache_type {
+            CacheType::F32 => KvType::F32,
+            CacheType::F16 => KvType::F16,
+            CacheType::Q8 => KvType::Q8,
+        }
+    }
 }
 
 /// What `-c` may be.
@@ -111,6 +140,11 @@ impl ModelArgs {
     /// What a decoded token reads.
     pub fn strategy(&self) -> Strategy {
         if self.dense { Strategy::Dense } else { Strategy::Sparse }
+    }
+
+    /// Sizes of an engine for one sequence.
+    pub fn options(&self, context: usize, config: &Config) -> EngineOptions {
+        EngineOptions { context, cache_type: self.cache.ty(), ..EngineOptions::for_model(config) }
     }
 
     /// Loads the model and tells what was repaired.

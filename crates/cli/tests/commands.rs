@@ -460,3 +460,20 @@ fn bench_reports_what_scripts_rely_on() {
     assert!(rows[0]["roofline_share"].is_null() && rows[0]["n_batch"] == 1);
     assert!(rows[1]["roofline_share"].is_number() && rows[1]["n_batch"] == 2);
 }
+
+#[test]
+fn the_cache_has_types() {
+    let cache = |ty: &str| {
+        let all = json(&["inspect", "--json", "--cache-type", ty]);
+        all["memory"]["kv_cache_bytes"].as_u64().unwrap()
+    };
+    let (f32, f16, q8) = (cache("f32"), cache("f16"), cache("q8"));
+    assert!(f32 * 2 > f16 * 3 && f16 * 2 > q8 * 3, "{f32} {f16} {q8}");
+    let text = |ty: &str| stdout(&[&ONCE[..], &["--cache-type-k", ty]].concat());
+    assert_eq!(text("f32"), stdout(&ONCE));
+    assert!(!text("f16").is_empty() && text("q8") == text("q8_0"));
+    assert_eq!(bitnet(&["run", "--cache-type", "q4"]).code, 2);
+    let rows =
+        json(&["bench", "-p", "4", "-n", "2", "-d", "70", "-r", "1", "-o", "json", "--cache-type", "q8"]);
+    assert_eq!((&rows[0]["test"], &rows[1]["test"]), (&"pp4 @ d70".into(), &"tg2 @ d70".into()));
+}

@@ -3,10 +3,10 @@
 //! Every function checks its lengths once, splits its output into disjoint parts and returns when all are written. The
 //! result never depends on the number of threads: each element is computed whole by one task.
 
-use crate::memory::{Aligned, Bytes, HugeBuffer};
-use crate::ops::{FloatType, PAGE};
+use crate::memory::{Aligned, Bytes};
+use crate::ops::FloatType;
 use crate::pool::Pool;
-use crate::table::{HeadPages, Kernels};
+use crate::table::Kernels;
 use crate::ternary::panel::{BLOCK, PanelSource};
 use crate::ternary::{self, Activations, Layout, OutPtr, Which, columns};
 use std::marker::PhantomData;
@@ -198,58 +198,6 @@ pub enum Activation {
     Relu2,
     /// SiLU (swish).
     Silu,
-}
-
-/// The keys and values of all layers, in pages of [`PAGE`] positions. Which page belongs to which sequence is the caller's
-/// affair.
-pub struct KvStore {
-    data: HugeBuffer,
-    layers: usize,
-    heads: usize,
-    head_dim: usize,
-}
-
-impl KvStore {
-    /// Bytes of one page of PAGE positions, all layers. None where that overflows.
-    pub fn page_bytes(layers: usize, heads: usize, head_dim: usize) -> Option<usize> {
-        let floats = head_dim.checked_add(head_dim.checked_next_multiple_of(16)?)?.checked_mul(PAGE)?;
-        floats.checked_mul(layers)?.checked_mul(heads)?.checked_mul(4)
-    }
-
-    /// Room for `pages` pages; None where the system refuses it. Memory is taken as it is first written.
-    pub fn new(pages: usize, layers: usize, heads: usize, head_dim: usize) -> Option<Self> {
-        let bytes = Self::page_bytes(layers, heads, head_dim)?.checked_mul(pages)?;
-        Some(Self { data: HugeBuffer::new(bytes)?, layers, heads, head_dim })
-    }
-
-    fn head_floats(&self) -> usize {
-        (self.head_dim + self.head_dim.next_multiple_of(16)) * PAGE
-    }
-
-    fn page_floats(&self) -> usize {
-        self.head_floats() * self.heads * self.layers
-    }
-
-    /// Writes keys and values (`[heads][head_dim]` each) of `position` of the sequence that owns `pages`.
-    ///
-    /// # Panics
-    /// If `pages` does not reach the position or names a page outside of the store.
-    pub fn store(&mut self, layer: usize, pages: &[u32], position: usize, keys: &[f32], values: &[f32]) {
-        let (head_dim, head_floats, page_floats) = (self.head_dim, self.head_floats(), self.page_floats());
-        assert!(layer < self.layers);
-        let (slot, page) = (position % PAGE, pages[position / PAGE] as usize);
-        let at = page * page_floats + layer * self.heads * head_floats;
-        let heads = &mut self.data.floats_mut()[at..at + self.heads * head_floats];
-        for (h, head) in heads.chunks_exact_mut(head_floats).enumerate() {
-            let (k_page, v_page) = head.split_at_mut(head_dim * PAGE);
-            let k_block = &mut k_page[slot / 16 * 16 * head_dim..][..16 * head_dim];
-            for (d, lanes) in k_block.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-                lanes[slot % 16] = keys[h * head_dim + d];
-            }
-            let width = head_dim.next_multiple_of(16);
-            v_page[slot * width..][..head_dim].copy_from_slice(&values[h * head_dim..][..head_dim]);
-        }
-    }
 }
 
 fn check(matrix: &TernaryMatrix, q: &QuantizedRows, out: &[f32]) {
@@ -508,40 +456,6 @@ impl Compute {
             for head in row.chunks_exact_mut(head_dim) {
                 self.kernels.rope(head, &cos[token * half..][..half], &sin[token * half..][..half]);
             }
-        });
-    }
-
-    /// Causal attention with grouped queries. `q`, `out`: `[tokens][heads * head_dim]`. For a token, `sequence` gives the pages
-    /// of its sequence and the number of positions it sees, itself included.
-    pub fn attention<'a>(
-        &self,
-        kv: &KvStore,
-        layer: usize,
-        q: &[f32],
-        tokens: usize,
-        sequence: impl Fn(usize) -> (&'a [u32], usize) + Sync,
-        out: &mut [f32],
-    ) {
-        let (head_dim, width) = (kv.head_dim, q.len() / tokens);
-        let group = width / kv.heads;
-        assert_eq!(out.len(), q.len());
-        assert_eq!(group % head_dim, 0);
-        let scale = 1.0 / (head_dim as f32).sqrt();
-        let rows = Rows::new(out, group);
-        // Tokens of one head follow each other, so that they meet its pages in the cache.
-        self.pool.run(tokens * kv.heads, |task, _| {
-            let (head, token) = (task / tokens, task % tokens);
-            let (pages, len) = sequence(token);
-            let head_pages = HeadPages {
-                data: kv.data.floats(),
-                pages,
-                page_floats: kv.page_floats(),
-                head_offset: (layer * kv.heads + head) * kv.head_floats(),
-            };
-            let at = token * kv.heads + head;
-            // SAFETY: each (token, head) is one task.
-            let out = unsafe { rows.row(at) };
-            self.kernels.attention(&q[at * group..][..group], head_dim, scale, head_pages, len, out);
         });
     }
 

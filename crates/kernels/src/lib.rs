@@ -8,11 +8,13 @@ compile_error!(
     "BitNet-Rust needs a little-endian 64-bit target: the kernels read weights in place as little-endian words and index whole models by usize"
 );
 
+mod attention;
 pub mod blocks;
 mod compute;
 pub mod half;
 mod head;
 mod isa;
+mod kv;
 pub mod math;
 mod memory;
 mod ops;
@@ -21,8 +23,9 @@ mod screen;
 mod table;
 pub mod ternary;
 
-pub use compute::{Activation, Compute, FloatMatrix, KvStore, QuantizedRows, TernaryMatrix, Workspace};
+pub use compute::{Activation, Compute, FloatMatrix, QuantizedRows, TernaryMatrix, Workspace};
 pub use head::{Head, HeadScratch, Logits};
+pub use kv::{KvShape, KvStore, KvType};
 pub use memory::{Aligned, Bytes, HugeBuffer, Plain};
 pub use ops::{FloatType, PAGE};
 pub use pool::{Pool, allowed_threads};

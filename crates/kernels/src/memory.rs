@@ -113,12 +113,33 @@ impl Plain for f32 {}
 impl Plain for i8 {}
 impl Plain for u8 {}
 impl Plain for i32 {}
+impl Plain for u16 {}
 mod sealed {
     pub trait Sealed {}
     impl Sealed for f32 {}
     impl Sealed for i8 {}
     impl Sealed for u8 {}
     impl Sealed for i32 {}
+    impl Sealed for u16 {}
+}
+
+/// Bytes as numbers in the machine's own order.
+///
+/// # Panics
+/// If the bytes are not aligned to the numbers, or end inside of one.
+#[inline(always)]
+pub(crate) fn cast<T: Plain>(bytes: &[u8]) -> &[T] {
+    assert!(bytes.as_ptr().cast::<T>().is_aligned() && bytes.len().is_multiple_of(size_of::<T>()));
+    // SAFETY: aligned and within the bytes as just checked, and any bits are a `Plain`.
+    unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len() / size_of::<T>()) }
+}
+
+/// As [`cast`].
+#[inline(always)]
+pub(crate) fn cast_mut<T: Plain>(bytes: &mut [u8]) -> &mut [T] {
+    assert!(bytes.as_ptr().cast::<T>().is_aligned() && bytes.len().is_multiple_of(size_of::<T>()));
+    // SAFETY: as above, and the bytes are borrowed exclusively.
+    unsafe { std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast(), bytes.len() / size_of::<T>()) }
 }
 
 /// A zeroed slice that begins on a cache line, so that no vector load from it touches two lines where it need not.

@@ -11,7 +11,7 @@ pub const PAGE: usize = 64;
 
 /// The folded sum of sixteen lanes.
 #[inline(always)]
-fn fold<I: Isa>(isa: I, v: I::F) -> f32 {
+pub(crate) fn fold<I: Isa>(isa: I, v: I::F) -> f32 {
     let mut lanes = [0.0; 16];
     isa.store(v, &mut lanes);
     let mut width = 8;
@@ -26,7 +26,7 @@ fn fold<I: Isa>(isa: I, v: I::F) -> f32 {
 
 /// The last, incomplete register of a row, filled up with zeros.
 #[inline(always)]
-fn padded<T: Copy + Default>(tail: &[T]) -> [T; 16] {
+pub(crate) fn padded<T: Copy + Default>(tail: &[T]) -> [T; 16] {
     let mut full = [T::default(); 16];
     full[..tail.len()].copy_from_slice(tail);
     full
@@ -166,7 +166,7 @@ pub(crate) fn silu_mul<I: Isa>(isa: I, gate: &[f32], up: &[f32], out: &mut [f32]
 /// x = n ln 2 + r with ln 2 in two parts (the first of 10 bits, so that n times it is exact), and the Taylor polynomial of
 /// degree 7 for |r| <= 0.35.
 #[inline(always)]
-fn exp<I: Isa>(isa: I, x: I::F) -> I::F {
+pub(crate) fn exp<I: Isa>(isa: I, x: I::F) -> I::F {
     let zero = isa.splat(0.0);
     let x = isa.max(x, isa.splat(-87.0));
     // min(x, 88) by the only comparison there is.
@@ -199,130 +199,6 @@ pub(crate) fn rope<I: Isa>(isa: I, head: &mut [f32], cos: &[f32], sin: &[f32]) {
         let (x, y) = (a[i], b[i]);
         a[i] = x * cos[i] - y * sin[i];
         b[i] = y * cos[i] + x * sin[i];
-    }
-}
-
-/// One page of one key/value head.
-#[derive(Clone, Copy)]
-pub(crate) struct Page<'a> {
-    /// `[PAGE / 16][head_dim][16]`: sixteen positions side by side.
-    pub(crate) keys: &'a [f32],
-    /// `[PAGE][head_dim]`.
-    pub(crate) values: &'a [f32],
-}
-
-/// Attention of the query heads of one token over the first `len` positions of one key/value head, whose pages `page`
-/// gives. `q`, `out`: `[heads][head_dim]`.
-///
-/// Per segment of PAGE positions: scores `(Σ_d q_d k_d) * scale`, summed in order of d; m = their maximum; weights
-/// e = exp(score - m); l = the folded sum of e; o = Σ e v in order of position. Segments are joined in order, rescaled
-/// by exp(m - max), and the result is o / l.
-#[inline(always)]
-pub(crate) fn attention<'a, I: Isa>(
-    isa: I,
-    q: &[f32],
-    head_dim: usize,
-    scale: f32,
-    page: impl Fn(usize) -> Page<'a>,
-    len: usize,
-    out: &mut [f32],
-) {
-    let heads = q.len() / head_dim;
-    let mut h = 0;
-    while h < heads {
-        let step = if heads - h >= 4 { 4 } else { 1 };
-        let range = h * head_dim..(h + step) * head_dim;
-        let (q, out) = (&q[range.clone()], &mut out[range]);
-        match step {
-            4 => attend::<I, 4>(isa, q, head_dim, scale, &page, len, out),
-            _ => attend::<I, 1>(isa, q, head_dim, scale, &page, len, out),
-        }
-        h += step;
-    }
-}
-
-#[inline(always)]
-fn attend<'a, I: Isa, const Q: usize>(
-    isa: I,
-    q: &[f32],
-    head_dim: usize,
-    scale: f32,
-    page: impl Fn(usize) -> Page<'a>,
-    len: usize,
-    out: &mut [f32],
-) {
-    let (mut top, mut total) = ([0.0f32; Q], [0.0f32; Q]);
-    for segment in 0..len.div_ceil(PAGE) {
-        let Page { keys, values } = page(segment);
-        let count = (len - segment * PAGE).min(PAGE);
-        let mut weights = [[0.0f32; PAGE]; Q];
-        for (block, keys) in keys.chunks_exact(16 * head_dim).take(count.div_ceil(16)).enumerate() {
-            let mut sums = [isa.splat(0.0); Q];
-            for (d, k) in keys.as_chunks::<16>().0.iter().enumerate() {
-                let k = isa.load(k);
-                for h in 0..Q {
-                    sums[h] = isa.add(sums[h], isa.mul(k, isa.splat(q[h * head_dim + d])));
-                }
-            }
-            for h in 0..Q {
-                let out = &mut weights[h].as_chunks_mut::<16>().0[block];
-                isa.store(isa.mul(sums[h], isa.splat(scale)), out);
-            }
-        }
-        // The factors that join this segment (`own`) to what came before (`old`).
-        let (mut own, mut old) = ([0.0f32; Q], [0.0f32; Q]);
-        for h in 0..Q {
-            let m = weights[h][..count].iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
-            let mut sum = isa.splat(0.0);
-            for (block, w) in weights[h].as_chunks_mut::<16>().0.iter_mut().enumerate() {
-                isa.store(exp(isa, isa.sub(isa.load(w), isa.splat(m))), w);
-                for i in 0..16 {
-                    if 16 * block + i >= count {
-                        w[i] = 0.0;
-                    }
-                }
-                sum = isa.add(sum, isa.load(w));
-            }
-            let l = fold(isa, sum);
-            if segment == 0 {
-                (top[h], total[h], own[h], old[h]) = (m, l, 1.0, 0.0);
-            } else {
-                let new_top = if m > top[h] { m } else { top[h] };
-                let mut factors = [0.0; 16];
-                let both = isa.load(&padded(&[m - new_top, top[h] - new_top]));
-                isa.store(exp(isa, both), &mut factors);
-                (own[h], old[h]) = (factors[0], factors[1]);
-                total[h] = total[h] * old[h] + l * own[h];
-                top[h] = new_top;
-            }
-        }
-        let width = head_dim.next_multiple_of(16);
-        for d in (0..head_dim).step_by(16) {
-            let mut sums = [isa.splat(0.0); Q];
-            for p in 0..count {
-                let v = isa.load(&values[p * width + d..].as_chunks::<16>().0[0]);
-                for h in 0..Q {
-                    sums[h] = isa.add(sums[h], isa.mul(v, isa.splat(weights[h][p])));
-                }
-            }
-            let n = (head_dim - d).min(16);
-            for h in 0..Q {
-                let out = &mut out[h * head_dim + d..][..n];
-                let mut joined = isa.mul(sums[h], isa.splat(own[h]));
-                if segment > 0 {
-                    let before = isa.load(&padded(out));
-                    joined = isa.add(isa.mul(before, isa.splat(old[h])), joined);
-                }
-                let mut full = [0.0; 16];
-                isa.store(joined, &mut full);
-                out.copy_from_slice(&full[..n]);
-            }
-        }
-    }
-    for h in 0..Q {
-        for x in &mut out[h * head_dim..(h + 1) * head_dim] {
-            *x /= total[h];
-        }
     }
 }
 

@@ -1,37 +1,15 @@
 //! The kernels of one instruction set as a plain struct of functions, chosen once.
 
+use crate::attention::{self, Segment};
 #[cfg(target_arch = "aarch64")]
 use crate::isa::neon::{BASE, DOTPROD, I8MM, Neon};
 use crate::isa::scalar::Scalar;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{avx2::Avx2, avx512::Avx512};
-use crate::ops::{self, FloatType, Page};
+use crate::ops::{self, FloatType};
 use crate::screen::{self, Probe, Screen};
 use crate::ternary::panel::{self, PanelSource};
 use crate::ternary::{self, Activations, Layout, OutPtr, Which, columns};
-
-/// Where the keys and values of one key/value head of one sequence are.
-#[derive(Clone, Copy)]
-pub(crate) struct HeadPages<'a> {
-    /// The whole cache.
-    pub(crate) data: &'a [f32],
-    /// The sequence's pages, in order.
-    pub(crate) pages: &'a [u32],
-    /// Floats of a whole page.
-    pub(crate) page_floats: usize,
-    /// Where in a page this head begins.
-    pub(crate) head_offset: usize,
-}
-
-impl<'a> HeadPages<'a> {
-    #[inline(always)]
-    fn page(self, segment: usize, head_dim: usize) -> Page<'a> {
-        let at = self.pages[segment] as usize * self.page_floats + self.head_offset;
-        let (keys, values) = (head_dim * ops::PAGE, head_dim.next_multiple_of(16) * ops::PAGE);
-        let head = &self.data[at..at + keys + values];
-        Page { keys: &head[..keys], values: &head[keys..] }
-    }
-}
 
 /// The kernels of one instruction set. One is only to be had where the CPU can run it: [`supported`], [`best`].
 pub struct Kernels {
@@ -42,7 +20,9 @@ pub struct Kernels {
     relu2_mul: unsafe fn(&[f32], &[f32], &mut [f32]),
     silu_mul: unsafe fn(&[f32], &[f32], &mut [f32]),
     rope: unsafe fn(&mut [f32], &[f32], &[f32]),
-    attention: unsafe fn(&[f32], usize, f32, HeadPages<'_>, usize, &mut [f32]),
+    attend: unsafe fn(&Segment<'_>, &mut [f32], &mut [f32]),
+    join: unsafe fn(&[f32], bool, &mut [f32], &mut [f32]),
+    code_queries: unsafe fn(&[f32], usize, &mut [i8], &mut [f32], &mut [[i32; 2]]),
     decode_row: unsafe fn(FloatType, &[u8], &mut [f32]) -> bool,
     gemv_rows: unsafe fn(&[u8], usize, Which<'_>, f32, Activations<'_>, OutPtr),
     matmul_block: unsafe fn(PanelSource<'_>, f32, Activations<'_>, &mut [u8], usize, usize, OutPtr),
@@ -62,8 +42,8 @@ macro_rules! kernels {
         mod $module {
             use super::*;
             pub(super) static KERNELS: Kernels = Kernels {
-                name: $name, rmsnorm, quantize, add, relu2_mul, silu_mul, rope, attention, decode_row, gemv_rows,
-                matmul_block, add_columns, finish_columns, head_rows,
+                name: $name, rmsnorm, quantize, add, relu2_mul, silu_mul, rope, attend, join, code_queries, decode_row,
+                gemv_rows, matmul_block, add_columns, finish_columns, head_rows,
                 head_listed, screen_row, screen_logits, stream_read,
             };
             $(#[target_feature(enable = $features)])?
@@ -91,10 +71,18 @@ macro_rules! kernels {
                 ops::rope($isa, head, cos, sin);
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn attention(
-                q: &[f32], head_dim: usize, scale: f32, pages: HeadPages<'_>, len: usize, out: &mut [f32],
+            unsafe fn attend(segment: &Segment<'_>, state: &mut [f32], out: &mut [f32]) {
+                attention::attend($isa, segment, state, out);
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn join(part: &[f32], first: bool, state: &mut [f32], out: &mut [f32]) {
+                attention::join($isa, part, first, state, out);
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn code_queries(
+                q: &[f32], head_dim: usize, parts: &mut [i8], scales: &mut [f32], starts: &mut [[i32; 2]],
             ) {
-                ops::attention($isa, q, head_dim, scale, |segment| pages.page(segment, head_dim), len, out);
+                attention::code_queries($isa, q, head_dim, parts, scales, starts);
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn decode_row(ty: FloatType, row: &[u8], out: &mut [f32]) -> bool {
@@ -267,17 +255,24 @@ impl Kernels {
         // SAFETY: as above.
         unsafe { (self.rope)(head, cos, sin) }
     }
-    pub(crate) fn attention(
+    pub(crate) fn attend(&self, segment: &Segment<'_>, state: &mut [f32], out: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { (self.attend)(segment, state, out) }
+    }
+    pub(crate) fn join(&self, part: &[f32], first: bool, state: &mut [f32], out: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { (self.join)(part, first, state, out) }
+    }
+    pub(crate) fn code_queries(
         &self,
         q: &[f32],
         head_dim: usize,
-        scale: f32,
-        pages: HeadPages<'_>,
-        len: usize,
-        out: &mut [f32],
+        parts: &mut [i8],
+        scales: &mut [f32],
+        starts: &mut [[i32; 2]],
     ) {
         // SAFETY: as above.
-        unsafe { (self.attention)(q, head_dim, scale, pages, len, out) }
+        unsafe { (self.code_queries)(q, head_dim, parts, scales, starts) }
     }
     pub(crate) fn decode_row(&self, ty: FloatType, row: &[u8], out: &mut [f32]) -> bool {
         // SAFETY: as above.

@@ -3,8 +3,8 @@
 
 use bitnet_kernels::ternary::{Layout, columns, position, row_bytes};
 use bitnet_kernels::{
-    Activation, Bytes, Compute, FloatMatrix, FloatType, Head, HeadScratch, Kernels, KvStore, Logits,
-    QuantizedRows, Screen, TernaryMatrix, Workspace, supported,
+    Activation, Bytes, Compute, FloatMatrix, FloatType, Head, HeadScratch, Kernels, KvShape, KvStore, KvType,
+    Logits, QuantizedRows, Screen, TernaryMatrix, Workspace, supported,
 };
 use std::sync::Arc;
 
@@ -252,42 +252,62 @@ fn activations_are_the_same_everywhere() {
 fn attention_is_the_same_everywhere_and_right() {
     let mut random = Random(3);
     for (head_dim, kv_heads, group, positions) in
-        [(128, 2, 4, 200), (64, 2, 2, 65), (48, 1, 5, 64), (20, 3, 1, 130)]
+        [(128, 2, 4, 330), (64, 2, 2, 65), (48, 1, 5, 64), (20, 3, 1, 130), (6, 1, 9, 80)]
     {
         let (layers, width, kv_width) = (2, head_dim * kv_heads * group, head_dim * kv_heads);
-        let pages: Vec<u32> = (0..4).map(|p| 3 - p).collect();
+        let pages: Vec<u32> = (0..6).map(|p| 5 - p).collect();
         let (k, v) = (random.floats(positions * kv_width), random.floats(positions * kv_width));
         let q = random.floats(positions * width);
-        let fill = || {
-            let mut kv = KvStore::new(4, layers, kv_heads, head_dim).unwrap();
-            for p in 0..positions {
-                let range = p * kv_width..(p + 1) * kv_width;
-                kv.store(1, &pages, p, &k[range.clone()], &v[range]);
+        for (ty, tolerance) in [(KvType::F32, 2e-5), (KvType::F16, 3e-3), (KvType::Q8, 6e-2)] {
+            let shape = KvShape { ty, layers, heads: kv_heads, query_heads: kv_heads * group, head_dim };
+            let filled = |compute: &Compute| {
+                let mut kv = KvStore::new(shape, 6, positions).unwrap();
+                compute.store(&mut kv, 1, &k, &v, |t| (&pages, t + 1));
+                kv
+            };
+            let out = everywhere(|compute| {
+                let mut out = vec![f32::NAN; q.len()];
+                compute.attention(&mut filled(compute), 1, &q, |t| (&pages, t + 1), &mut out);
+                bits(&out)
+            });
+            // One token alone, whose past is split among the threads; and two that follow each other.
+            for range in [positions - 1..positions, positions - 2..positions] {
+                let some = everywhere(|compute| {
+                    let mut out = vec![f32::NAN; range.len() * width];
+                    let q = &q[range.start * width..range.end * width];
+                    compute.attention(
+                        &mut filled(compute),
+                        1,
+                        q,
+                        |t| (&pages, range.start + t + 1),
+                        &mut out,
+                    );
+                    bits(&out)
+                });
+                assert!(some == out[range.start * width..range.end * width], "{shape:?} {range:?}");
             }
-            kv
-        };
-        let out = everywhere(|compute| {
-            let mut out = vec![f32::NAN; q.len()];
-            compute.attention(&fill(), 1, &q, positions, |t| (&pages, t + 1), &mut out);
-            bits(&out)
-        });
-        for t in [0, 1, positions / 2, positions - 1] {
-            for h in 0..kv_heads * group {
-                let q = &q[t * width + h * head_dim..][..head_dim];
-                let at = |p: usize| p * kv_width + h / group * head_dim;
-                let dot =
-                    |p| q.iter().zip(&k[at(p)..]).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>();
-                let scores: Vec<f64> = (0..=t).map(|p| dot(p) / (head_dim as f64).sqrt()).collect();
-                let top = scores.iter().copied().fold(f64::MIN, f64::max);
-                let weights: Vec<f64> = scores.iter().map(|s| (s - top).exp()).collect();
-                let total: f64 = weights.iter().sum();
-                for d in 0..head_dim {
-                    let want: f64 =
-                        (0..=t).map(|p| weights[p] * f64::from(v[at(p) + d])).sum::<f64>() / total;
-                    let got = f32::from_bits(out[t * width + h * head_dim + d]);
-                    assert!((f64::from(got) - want).abs() < 2e-5, "{got} {want}");
+            let mut error = 0.0f64;
+            for t in [0, 1, positions / 2, positions - 1] {
+                for h in 0..kv_heads * group {
+                    let q = &q[t * width + h * head_dim..][..head_dim];
+                    let at = |p: usize| p * kv_width + h / group * head_dim;
+                    let dot = |p| {
+                        q.iter().zip(&k[at(p)..]).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>()
+                    };
+                    let scores: Vec<f64> = (0..=t).map(|p| dot(p) / (head_dim as f64).sqrt()).collect();
+                    let top = scores.iter().copied().fold(f64::MIN, f64::max);
+                    let weights: Vec<f64> = scores.iter().map(|s| (s - top).exp()).collect();
+                    let total: f64 = weights.iter().sum();
+                    for d in 0..head_dim {
+                        let want: f64 =
+                            (0..=t).map(|p| weights[p] * f64::from(v[at(p) + d])).sum::<f64>() / total;
+                        let got = f32::from_bits(out[t * width + h * head_dim + d]);
+                        error = error.max((f64::from(got) - want).abs());
+                    }
                 }
             }
+            assert!(error < tolerance, "{shape:?}: {error}");
+            println!("{shape:?}: {error}");
         }
     }
 }

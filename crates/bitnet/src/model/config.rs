@@ -2,7 +2,7 @@
 
 use crate::Error;
 use bitnet_gguf::{Gguf, TensorInfo};
-use bitnet_kernels::{Activation, TernaryMatrix};
+use bitnet_kernels::{Activation, KvShape, KvType, TernaryMatrix};
 
 /// The shape and the constants of a model. An existing `Config` is consistent: the forward pass checks nothing.
 #[derive(Clone, Debug, PartialEq)]
@@ -231,5 +231,16 @@ impl Config {
     /// Width of all key (or value) heads together.
     pub fn kv_width(&self) -> usize {
         self.n_kv_heads * self.head_dim
+    }
+
+    /// The shape of the model's cache.
+    pub fn kv_shape(&self, ty: KvType) -> KvShape {
+        KvShape {
+            ty,
+            layers: self.n_layers,
+            heads: self.n_kv_heads,
+            query_heads: self.n_heads,
+            head_dim: self.head_dim,
+        }
     }
 }

@@ -183,13 +183,10 @@ impl Model {
             profile.lap(Phase::Qkv, bytes);
             compute.rope(q, config.head_dim, cos, sin, n);
             compute.rope(k, config.head_dim, cos, sin, n);
-            for (i, row) in rows.iter().enumerate() {
-                let range = i * config.kv_width()..(i + 1) * config.kv_width();
-                kv.store(index, pages(row.sequence), row.position as usize, &k[range.clone()], &v[range]);
-            }
-            profile.lap(Phase::Rope, 0);
             let sees = |row: usize| (pages(rows[row].sequence), rows[row].position as usize + 1);
-            compute.attention(kv, index, q, n, sees, attended);
+            compute.store(kv, index, k, v, sees);
+            profile.lap(Phase::Rope, 0);
+            compute.attention(kv, index, q, sees, attended);
             profile.lap(Phase::Attention, 0);
             compute.norm_quantize(attended, &layer.attn_sub_norm, eps, Layout::Rows, work, codes);
             compute.linear(codes, work, [(&layer.attn_output, &mut *delta)]);

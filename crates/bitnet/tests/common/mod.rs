@@ -4,7 +4,7 @@
 
 use bitnet::convert::{Options, convert};
 use bitnet::gguf::Gguf;
-use bitnet::kernels::{Compute, Kernels};
+use bitnet::kernels::{Compute, Kernels, KvType};
 use bitnet::model::{Model, Strategy};
 use bitnet::{Engine, EngineOptions};
 use std::collections::HashMap;
@@ -49,9 +49,32 @@ pub(crate) fn engine_as(
     max_rows: usize,
     sequences: usize,
 ) -> Engine {
+    build(gguf, strategy, kernels, threads, max_rows, sequences, KvType::F32)
+}
+
+pub(crate) fn engine_with(
+    gguf: &Arc<Gguf>,
+    kernels: &'static Kernels,
+    threads: usize,
+    max_rows: usize,
+    sequences: usize,
+    cache_type: KvType,
+) -> Engine {
+    build(gguf, Strategy::Sparse, kernels, threads, max_rows, sequences, cache_type)
+}
+
+fn build(
+    gguf: &Arc<Gguf>,
+    strategy: Strategy,
+    kernels: &'static Kernels,
+    threads: usize,
+    max_rows: usize,
+    sequences: usize,
+    cache_type: KvType,
+) -> Engine {
     let compute = Compute::new(kernels, threads);
     let model = Model::load(gguf, &compute, strategy).unwrap();
-    Engine::new(model, compute, EngineOptions { context: 640, sequences, max_rows }).unwrap()
+    Engine::new(model, compute, EngineOptions { context: 640, sequences, max_rows, cache_type }).unwrap()
 }
 
 /// The tensors of a safetensors file.

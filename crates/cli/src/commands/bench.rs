@@ -27,6 +27,9 @@ pub struct Args {
     /// Tokens to generate (0: no such test)
     #[arg(short = 'n', long, default_value_t = 128)]
     n_gen: usize,
+    /// Tokens that are in the cache before each test begins
+    #[arg(short = 'd', long, default_value_t = 0)]
+    n_depth: usize,
     /// Sequences that are decoded together
     #[arg(short = 'b', long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=512))]
     batch: u32,
@@ -77,8 +80,9 @@ pub fn run(args: &Args) -> Result<()> {
     let name = model.config().name.clone().unwrap_or_else(|| model.file().to_owned());
     let bytes_per_step = bytes_per_step(&model);
     let batch = args.batch as usize;
-    let context = args.n_prompt.max(args.n_gen + 1);
-    let options = EngineOptions { context, sequences: batch, max_rows: 512 };
+    let context = args.n_depth.saturating_add(args.n_prompt.max(args.n_gen + 1));
+    let options =
+        EngineOptions { context, sequences: batch, max_rows: 512, cache_type: args.model.cache.ty() };
     let mut engine = Engine::new(model, compute, options)?;
     let sequences: Vec<SequenceId> = (0..batch).map(|_| engine.open()).collect();
 
@@ -86,13 +90,15 @@ pub fn run(args: &Args) -> Result<()> {
     let mut streams = Vec::new();
     stream(&engine, &mut streams)?;
     let mut tests = Vec::new();
+    let at = if args.n_depth > 0 { format!(" @ d{}", args.n_depth) } else { String::new() };
+    fill(&mut engine, &sequences, args)?;
     if args.n_prompt > 0 {
-        tests.push((format!("pp{}", args.n_prompt), 1, prefill(&mut engine, sequences[0], args)?));
+        tests.push((format!("pp{}{at}", args.n_prompt), 1, prefill(&mut engine, sequences[0], args)?));
         profile(&mut engine, args, args.n_prompt * args.reps as usize);
         stream(&engine, &mut streams)?;
     }
     if args.n_gen > 0 {
-        tests.push((format!("tg{}", args.n_gen), args.batch, decode(&mut engine, &sequences, args)?));
+        tests.push((format!("tg{}{at}", args.n_gen), args.batch, decode(&mut engine, &sequences, args)?));
         profile(&mut engine, args, args.n_gen * batch * args.reps as usize);
         stream(&engine, &mut streams)?;
     }
@@ -169,11 +175,20 @@ fn token(engine: &Engine, i: usize) -> u32 {
     (i.wrapping_mul(2_654_435_761) % engine.model().config().vocab_size) as u32
 }
 
+/// Puts the tokens of `-d` into the cache of every sequence.
+fn fill(engine: &mut Engine, sequences: &[SequenceId], args: &Args) -> Result<()> {
+    let tokens: Vec<u32> = (0..args.n_depth).map(|i| token(engine, i)).collect();
+    for &sequence in sequences {
+        engine.feed(&[Feed { sequence, tokens: &tokens, wanted: Wanted::Nothing }])?;
+    }
+    Ok(())
+}
+
 fn prefill(engine: &mut Engine, sequence: SequenceId, args: &Args) -> Result<Vec<f64>> {
     let tokens: Vec<u32> = (0..args.n_prompt).map(|i| token(engine, i)).collect();
     let mut rates = Vec::new();
     for rep in 0..=args.reps {
-        engine.truncate(sequence, 0);
+        engine.truncate(sequence, args.n_depth);
         if rep == 1 {
             engine.profile().clear();
         }
@@ -184,7 +199,7 @@ fn prefill(engine: &mut Engine, sequence: SequenceId, args: &Args) -> Result<Vec
             rates.push(tokens.len() as f64 / start.elapsed().as_secs_f64());
         }
     }
-    engine.truncate(sequence, 0);
+    engine.truncate(sequence, args.n_depth);
     Ok(rates)
 }
 
@@ -196,7 +211,7 @@ fn decode(engine: &mut Engine, sequences: &[SequenceId], args: &Args) -> Result<
     let mut rates = Vec::new();
     for rep in 0..=args.reps {
         for sequence in sequences {
-            engine.truncate(*sequence, 0);
+            engine.truncate(*sequence, args.n_depth);
         }
         if rep == 1 {
             engine.profile().clear();

@@ -5,7 +5,7 @@ use crate::source;
 use anyhow::{Context, bail, ensure};
 use bitnet::generate::{Answer, Chat, FinishReason, Sampler, SamplerConfig, StopConditions};
 use bitnet::text::{Message, Role};
-use bitnet::{Engine, EngineOptions, Error};
+use bitnet::{Engine, Error};
 use serde::{Deserialize, Serialize};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -109,7 +109,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         max_tokens: usize::try_from(args.n_predict).ok(),
     };
     let name = model.file().to_owned();
-    let mut engine = Engine::new(model, compute, EngineOptions { context, sequences: 1, max_rows: 512 })?;
+    let options = args.model.options(context, model.config());
+    let mut engine = Engine::new(model, compute, options)?;
     let mut chat = Chat::new(&mut engine, template);
     chat.set_messages(loaded.unwrap_or_default());
     if let Some(system) = &args.system {

@@ -19,6 +19,8 @@ pub struct Args {
     /// [default: the same, at most 4096]
     #[arg(short = 'c', long, value_name = "CTX", value_parser = source::context_range())]
     ctx_size: Option<u32>,
+    #[command(flatten)]
+    cache: source::CacheArgs,
     /// List every tensor
     #[arg(long)]
     tensors: bool,
@@ -46,9 +48,10 @@ struct Memory {
 }
 
 impl Memory {
-    fn plan(info: &ModelInfo<'_>, asked: Option<u32>) -> Self {
-        let context = source::context(asked, &info.config);
-        let options = EngineOptions { context, ..EngineOptions::for_model(&info.config) };
+    fn plan(info: &ModelInfo<'_>, args: &Args) -> Self {
+        let context = source::context(args.ctx_size, &info.config);
+        let cache_type = args.cache.ty();
+        let options = EngineOptions { context, cache_type, ..EngineOptions::for_model(&info.config) };
         let engine = options.bytes(&info.config, allowed_threads());
         Self { context, weights: info.weight_bytes(), engine }
     }
@@ -114,7 +117,7 @@ fn as_text(args: &Args, gguf: &Gguf, info: Option<&ModelInfo<'_>>) -> String {
             for repair in &info.repairs {
                 line("repair", &format!("{}: {}", repair.name, repair.message));
             }
-            let memory = Memory::plan(info, args.ctx_size);
+            let memory = Memory::plan(info, args);
             let size = |bytes: usize| output::bytes(bytes as u64);
             line(
                 "memory",
@@ -186,7 +189,7 @@ fn as_json(args: &Args, gguf: &Gguf, info: Result<&ModelInfo<'_>, &bitnet::Error
     all["special_tokens"] = json!({ "bos": special.bos, "add_bos": special.add_bos, "stop": special.stop });
     let repairs = info.repairs.iter().map(|r| json!({ "name": r.name, "message": r.message }));
     all["repairs"] = repairs.collect();
-    let memory = Memory::plan(info, args.ctx_size);
+    let memory = Memory::plan(info, args);
     all["memory"] = json!({
         "context": memory.context,
         "weights_bytes": memory.weights,

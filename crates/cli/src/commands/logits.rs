@@ -32,7 +32,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     source::check_ids(&tokens, model.config())?;
     let vocab = model.config().vocab_size;
     let context = args.model.context(u32::try_from(tokens.len()).ok(), model.config());
-    let options = EngineOptions { context, sequences: 1, max_rows: CHUNK };
+    let options = EngineOptions { context, sequences: 1, max_rows: CHUNK, cache_type: args.model.cache.ty() };
     let mut engine = Engine::new(model, compute, options)?;
     let sequence = engine.open();
     engine.cancel_by(output::interrupt_flag()?);

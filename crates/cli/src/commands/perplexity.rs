@@ -52,7 +52,12 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let bos = model.special().first();
 
     let vocab = model.config().vocab_size;
-    let options = EngineOptions { context: window, sequences: 1, max_rows: window.min(512) };
+    let options = EngineOptions {
+        context: window,
+        sequences: 1,
+        max_rows: window.min(512),
+        cache_type: args.model.cache.ty(),
+    };
     let mut engine = Engine::new(model, compute, options)?;
     let sequence = engine.open();
     engine.cancel_by(output::interrupt_flag()?);

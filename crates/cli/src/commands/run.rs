@@ -2,9 +2,9 @@ use crate::output::{self, Interrupted, notice, rate};
 use crate::sampling::SamplingArgs;
 use crate::source;
 use anyhow::{bail, ensure};
+use bitnet::Engine;
 use bitnet::generate::{FinishReason, Generated, StopConditions, generate};
 use bitnet::text::Specials;
-use bitnet::{Engine, EngineOptions};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -69,7 +69,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         strings: args.stop.clone(),
         max_tokens: usize::try_from(args.n_predict).ok(),
     };
-    let options = EngineOptions { context, ..EngineOptions::for_model(model.config()) };
+    let options = args.model.options(context, model.config());
     let mut engine = Engine::new(model, compute, options)?;
     let sequence = engine.open();
     let load_time = start.elapsed();

@@ -2,7 +2,8 @@
 //!
 //! Every intrinsic below needs only AVX2 or F16C, which the existence of an [`Avx2`] value proves.
 
-use super::{GROUP, Isa, PANEL, column_chunks, nibble_chunks, panel_quads, row_chunks};
+use super::{GROUP, Isa, PANEL, check_split, column_chunks, nibble_chunks, panel_quads, row_chunks};
+use crate::attention::FETCH;
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX2 and F16C, and AVX-VNNI where `VNNI` is true.
@@ -180,6 +181,49 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
             }
             dots
         }
+    }
+    #[inline(always)]
+    fn dot_split<const Q: usize>(
+        self,
+        codes: &[[u8; 64]],
+        rows: [[&[i8]; 2]; Q],
+        start: [[i32; 2]; Q],
+        far: *const u8,
+    ) -> [Self::F; Q] {
+        check_split(codes, rows);
+        let mut out = [self.splat(0.0); Q];
+        for q in 0..Q {
+            // SAFETY: `self` proves AVX2; block c reads its 64 codes and the parts below 4 c + 4, which exist.
+            unsafe {
+                let mut sums = [[_mm256_set1_epi32(start[q][0]); 2], [_mm256_set1_epi32(start[q][1]); 2]];
+                let bytes = _mm256_set1_epi16(0xff);
+                for c in 0..codes.len() {
+                    if q == 0 {
+                        self.prefetch(far.wrapping_add(FETCH * c));
+                    }
+                    for half in 0..2 {
+                        let v = _mm256_loadu_si256(codes[c].as_ptr().add(32 * half).cast());
+                        let (even, odd) = (_mm256_and_si256(v, bytes), _mm256_srli_epi16::<8>(v));
+                        for part in 0..2 {
+                            let four = rows[q][part].as_ptr().add(4 * c).cast::<i32>().read_unaligned();
+                            let four = _mm256_set1_epi32(four);
+                            let b_even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(four));
+                            let b_odd = _mm256_srai_epi16::<8>(four);
+                            let products = _mm256_add_epi32(
+                                _mm256_madd_epi16(even, b_even),
+                                _mm256_madd_epi16(odd, b_odd),
+                            );
+                            sums[part][half] = _mm256_add_epi32(sums[part][half], products);
+                        }
+                    }
+                }
+                for half in 0..2 {
+                    let high = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[0][half]), _mm256_set1_ps(128.0));
+                    out[q][half] = _mm256_add_ps(high, _mm256_cvtepi32_ps(sums[1][half]));
+                }
+            }
+        }
+        out
     }
     #[inline(always)]
     fn panel_rows(self, rows: [&[u8]; 16], panel: &mut [u8], half: usize) {

@@ -2,7 +2,8 @@
 //!
 //! Every intrinsic below needs only those sets, which the existence of an [`Avx512`] value proves.
 
-use super::{GROUP, Isa, PANEL, column_chunks, nibble_chunks, panel_quads, row_chunks};
+use super::{GROUP, Isa, PANEL, check_split, column_chunks, nibble_chunks, panel_quads, row_chunks};
+use crate::attention::FETCH;
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX-512 F and BW, and VNNI where `VNNI` is true.
@@ -261,6 +262,55 @@ impl<const VNNI: bool> Isa for Avx512<VNNI> {
                 dots[r] = [high[r], low[r]];
             }
             dots
+        }
+    }
+    #[inline(always)]
+    fn dot_split<const Q: usize>(
+        self,
+        codes: &[[u8; 64]],
+        rows: [[&[i8]; 2]; Q],
+        start: [[i32; 2]; Q],
+        far: *const u8,
+    ) -> [__m512; Q] {
+        check_split(codes, rows);
+        // SAFETY: `self` proves AVX-512 F and BW, and VNNI where it is used; block c reads its 64 codes and the parts
+        // below 4 c + 4, which exist.
+        unsafe {
+            let mut sums = [[_mm512_setzero_si512(); 2]; Q];
+            for q in 0..Q {
+                for part in 0..2 {
+                    sums[q][part] = _mm512_set1_epi32(start[q][part]);
+                }
+            }
+            let bytes = _mm512_set1_epi16(0xff);
+            for c in 0..codes.len() {
+                self.prefetch(far.wrapping_add(FETCH * c));
+                let v = _mm512_loadu_si512(codes[c].as_ptr().cast());
+                let (even, odd) = (_mm512_and_si512(v, bytes), _mm512_srli_epi16::<8>(v));
+                for q in 0..Q {
+                    for part in 0..2 {
+                        let four = rows[q][part].as_ptr().add(4 * c).cast::<i32>().read_unaligned();
+                        let four = _mm512_set1_epi32(four);
+                        sums[q][part] = if VNNI {
+                            _mm512_dpbusd_epi32(sums[q][part], v, four)
+                        } else {
+                            let b_even = _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(four));
+                            let b_odd = _mm512_srai_epi16::<8>(four);
+                            let products = _mm512_add_epi32(
+                                _mm512_madd_epi16(even, b_even),
+                                _mm512_madd_epi16(odd, b_odd),
+                            );
+                            _mm512_add_epi32(sums[q][part], products)
+                        };
+                    }
+                }
+            }
+            let mut out = [_mm512_setzero_ps(); Q];
+            for q in 0..Q {
+                let high = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[q][0]), _mm512_set1_ps(128.0));
+                out[q] = _mm512_add_ps(high, _mm512_cvtepi32_ps(sums[q][1]));
+            }
+            out
         }
     }
 }

@@ -92,6 +92,18 @@ pub(crate) trait Isa: Copy {
     ) -> [[i32; 2]; R] {
         screen::nibble_dots(w, high, low)
     }
+    /// Integer dot products of stored bytes, unsigned, with Q rows of numbers that have a high and a low part, every row
+    /// having four of each for a block of 64 bytes. With H and L the sum over blocks c and i < 4 of `codes[c][4 j + i]`
+    /// times the part at `4 c + i`, begun with `start`, lane j is 128 · H + L: H and L exact in 32 bits (which must hold
+    /// them), then made float32 and summed, each step rounded.
+    /// Meanwhile it asks for the bytes from `far` on, which need not be readable, [`crate::attention::FETCH`] a block.
+    fn dot_split<const Q: usize>(
+        self,
+        codes: &[[u8; 64]],
+        rows: [[&[i8]; 2]; Q],
+        start: [[i32; 2]; Q],
+        far: *const u8,
+    ) -> [Self::F; Q];
 }
 
 /// Checks the lengths that [`Isa::dot_rows`] relies on. Returns the number of 64-byte chunks of a row.
@@ -105,6 +117,15 @@ fn row_chunks<const R: usize>(w: [&[u8]; R], a: &[i8]) -> usize {
     assert_eq!(a.len(), bytes * 4);
     assert_eq!(bytes % 64, 0);
     bytes / 64
+}
+
+/// Checks the lengths that [`Isa::dot_split`] relies on.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+fn check_split<const Q: usize>(codes: &[[u8; 64]], rows: [[&[i8]; 2]; Q]) {
+    for [high, low] in rows {
+        assert!(high.len() == 4 * codes.len() && low.len() == 4 * codes.len());
+    }
 }
 
 /// Checks the lengths that [`Isa::panel_tile`] relies on. Returns the number of quads of inputs.

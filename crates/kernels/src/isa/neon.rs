@@ -3,7 +3,8 @@
 //! Base NEON belongs to every CPU that this target is compiled for. What the extensions add is written as inline assembly,
 //! for their intrinsics are not stable; each is used only where a [`Neon`] value proves that the CPU has it.
 
-use super::{GROUP, Isa, PANEL, column_chunks, nibble_chunks, panel_quads, row_chunks};
+use super::{GROUP, Isa, PANEL, check_split, column_chunks, nibble_chunks, panel_quads, row_chunks};
+use crate::attention::FETCH;
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
 
@@ -324,6 +325,58 @@ impl<const LEVEL: u8> Isa for Neon<LEVEL> {
             };
         }
         dots
+    }
+    #[inline(always)]
+    fn dot_split<const Q: usize>(
+        self,
+        codes: &[[u8; 64]],
+        rows: [[&[i8]; 2]; Q],
+        start: [[i32; 2]; Q],
+        far: *const u8,
+    ) -> [Self::F; Q] {
+        check_split(codes, rows);
+        let mut out = [self.splat(0.0); Q];
+        for q in 0..Q {
+            // SAFETY: the CPU has the extensions, as `self` proves; block c reads its 64 codes and the parts below 4 c + 4,
+            // which exist.
+            unsafe {
+                let mut sums = [[vdupq_n_s32(0); 4]; 2];
+                for part in 0..2 {
+                    // The codes less 128 are signed: what that takes from the sums is added here.
+                    let all = rows[q][part].iter().fold(0i32, |sum, &x| sum.wrapping_add(i32::from(x)));
+                    sums[part] = [vdupq_n_s32(start[q][part].wrapping_add(all.wrapping_mul(128))); 4];
+                }
+                let less = vdupq_n_u8(0x80);
+                for c in 0..codes.len() {
+                    if q == 0 {
+                        ask(far.wrapping_add(FETCH * c));
+                    }
+                    let mut fours = [vdupq_n_s8(0); 2];
+                    for part in 0..2 {
+                        let four = rows[q][part].as_ptr().add(4 * c).cast::<i32>().read_unaligned();
+                        fours[part] = vreinterpretq_s8_s32(vdupq_n_s32(four));
+                    }
+                    for i in 0..4 {
+                        let v = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(codes[c].as_ptr().add(16 * i)), less));
+                        for part in 0..2 {
+                            let (sum, four) = (&mut sums[part][i], fours[part]);
+                            if LEVEL == BASE {
+                                let lo = vpaddlq_s16(vmull_s8(vget_low_s8(v), vget_low_s8(four)));
+                                let hi = vpaddlq_s16(vmull_high_s8(v, four));
+                                *sum = vaddq_s32(*sum, vpaddq_s32(lo, hi));
+                            } else {
+                                sdot!(*sum, v, four);
+                            }
+                        }
+                    }
+                }
+                for i in 0..4 {
+                    let high = vmulq_f32(vcvtq_f32_s32(sums[0][i]), vdupq_n_f32(128.0));
+                    out[q][i] = vaddq_f32(high, vcvtq_f32_s32(sums[1][i]));
+                }
+            }
+        }
+        out
     }
 }
 

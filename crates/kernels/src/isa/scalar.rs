@@ -85,4 +85,28 @@ impl Isa for Scalar {
             sum
         })
     }
+    #[inline(always)]
+    fn dot_split<const Q: usize>(
+        self,
+        codes: &[[u8; 64]],
+        rows: [[&[i8]; 2]; Q],
+        start: [[i32; 2]; Q],
+        _: *const u8,
+    ) -> [[f32; 16]; Q] {
+        let mut out = [[0.0; 16]; Q];
+        for q in 0..Q {
+            for j in 0..16 {
+                let mut sums = start[q];
+                for (part, sum) in rows[q].iter().zip(&mut sums) {
+                    for (codes, part) in codes.iter().zip(part.as_chunks::<4>().0) {
+                        for i in 0..4 {
+                            *sum = sum.wrapping_add(i32::from(codes[4 * j + i]) * i32::from(part[i]));
+                        }
+                    }
+                }
+                out[q][j] = sums[0] as f32 * 128.0 + sums[1] as f32;
+            }
+        }
+        out
+    }
 }

@@ -1,0 +1,508 @@
+//! Attention over the cache, written once over the sixteen lanes of an [`Isa`] and for every type of cache.
+//!
+//! The unit of work is a [`Segment`]: the queries of one token that share a key/value head, and one page of that head.
+//! Per segment: scores `(q · k) * scale`; m = their maximum; weights e = exp(score - m); l = the folded sum of e;
+//! o = Σ e v. Segments are joined in order, rescaled by exp(m - max), and the result is o / l. Where the running sums
+//! are kept, and who computes which segment, does not matter.
+//!
+//! - f32 and f16: `q · k` is summed in order of the dimension, `Σ e v` in order of the position; halves are widened first.
+//! - q8: both sums are exact in integers. A query is rounded to fifteen bits (see [`split`]) of its own largest
+//!   element, the weights of a segment, each times the scale of its value, to as many of the largest of them.
+
+use crate::isa::Isa;
+use crate::kv::KvType;
+use crate::memory::{Plain, cast};
+use crate::ops::{PAGE, exp, fold, padded};
+
+/// The queries of one token that share a key/value head, and one page of that head.
+#[derive(Clone, Copy)]
+pub(crate) struct Segment<'a> {
+    pub(crate) ty: KvType,
+    pub(crate) head_dim: usize,
+    pub(crate) scale: f32,
+    /// As [`crate::KvStore`] lays it out.
+    pub(crate) page: &'a [u8],
+    /// The page that the caller will want next: it is fetched meanwhile.
+    pub(crate) next: &'a [u8],
+    /// Positions of the page that the queries see, at least one.
+    pub(crate) count: usize,
+    /// Whether this is the first segment: what `state` and `out` held before does not count.
+    pub(crate) first: bool,
+    /// `[heads][head_dim]`.
+    pub(crate) q: &'a [f32],
+    /// The same as integers, for q8.
+    pub(crate) codes: Codes<'a>,
+}
+
+/// Queries as [`code_queries`] leaves them.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Codes<'a> {
+    /// `[heads][2][quads(head_dim) * 4]`: the high and the low parts.
+    pub(crate) parts: &'a [i8],
+    /// `[heads]`.
+    pub(crate) scales: &'a [f32],
+    /// `[heads]`: what the sums of codes begin with.
+    pub(crate) starts: &'a [[i32; 2]],
+}
+
+/// Groups of four dimensions: what the integer dot product takes at a time.
+pub(crate) const fn quads(head_dim: usize) -> usize {
+    head_dim.div_ceil(4)
+}
+
+/// Joins a segment to the running `state` (`[2][heads]`: maxima and sums) and `out` (`[heads][head_dim]`).
+#[inline(always)]
+pub(crate) fn attend<I: Isa>(isa: I, s: &Segment<'_>, state: &mut [f32], out: &mut [f32]) {
+    let heads = state.len() / 2;
+    let mut h = 0;
+    while h < heads {
+        // Four heads share each load of the cache.
+        let step = if heads - h >= 4 { 4 } else { 1 };
+        match (s.ty, step) {
+            (KvType::F32, 4) => segment::<I, Floats<f32>, 4>(isa, s, h, state, out),
+            (KvType::F32, _) => segment::<I, Floats<f32>, 1>(isa, s, h, state, out),
+            (KvType::F16, 4) => segment::<I, Floats<u16>, 4>(isa, s, h, state, out),
+            (KvType::F16, _) => segment::<I, Floats<u16>, 1>(isa, s, h, state, out),
+            (KvType::Q8, 4) => segment::<I, Bytes8, 4>(isa, s, h, state, out),
+            (KvType::Q8, _) => segment::<I, Bytes8, 1>(isa, s, h, state, out),
+        }
+        h += step;
+    }
+}
+
+/// Joins what a segment gave on its own, `part` (`[heads][head_dim]`, then `[2][heads]`), to `state` and `out`.
+#[inline(always)]
+pub(crate) fn join<I: Isa>(isa: I, part: &[f32], first: bool, state: &mut [f32], out: &mut [f32]) {
+    let heads = state.len() / 2;
+    let mut h = 0;
+    while h < heads {
+        let step = if heads - h >= 4 { 4 } else { 1 };
+        match step {
+            4 => join_heads::<I, 4>(isa, part, first, h, state, out),
+            _ => join_heads::<I, 1>(isa, part, first, h, state, out),
+        }
+        h += step;
+    }
+}
+
+#[inline(always)]
+fn join_heads<I: Isa, const Q: usize>(
+    isa: I,
+    part: &[f32],
+    first: bool,
+    h: usize,
+    state: &mut [f32],
+    out: &mut [f32],
+) {
+    let (heads, head_dim) = (state.len() / 2, out.len() * 2 / state.len());
+    let (o, rest) = part.split_at(out.len());
+    let (mut tops, mut sums) = ([0.0; Q], [0.0; Q]);
+    tops.copy_from_slice(&rest[h..h + Q]);
+    sums.copy_from_slice(&rest[heads + h..heads + h + Q]);
+    let (own, old) = factors(isa, first, tops, sums, h, state);
+    for i in 0..Q {
+        let range = (h + i) * head_dim..(h + i + 1) * head_dim;
+        let (blocks, tail) = o[range.clone()].as_chunks::<16>();
+        let out = &mut out[range];
+        for (d, block) in blocks.iter().enumerate() {
+            join_lanes(isa, isa.load(block), own[i], old[i], first, &mut out[16 * d..16 * d + 16]);
+        }
+        if !tail.is_empty() {
+            let tail_out = &mut out[16 * blocks.len()..];
+            join_lanes(isa, isa.load(&padded(tail)), own[i], old[i], first, tail_out);
+        }
+    }
+}
+
+/// How the two sums of a segment are computed for Q heads from `h` on.
+trait Cache {
+    /// Scores of the positions the queries see; the others, up to a multiple of sixteen, get any value.
+    fn scores<I: Isa, const Q: usize>(isa: I, s: &Segment<'_>, h: usize, weights: &mut [[f32; PAGE]; Q]);
+    /// out = out * old + Σ weight * value * own. Weights of positions past `count` are 0.
+    fn values<I: Isa, const Q: usize>(
+        isa: I,
+        s: &Segment<'_>,
+        weights: &mut [[f32; PAGE]; Q],
+        own: [f32; Q],
+        old: [f32; Q],
+        out: &mut [f32],
+    );
+}
+
+#[inline(always)]
+fn segment<I: Isa, C: Cache, const Q: usize>(
+    isa: I,
+    s: &Segment<'_>,
+    h: usize,
+    state: &mut [f32],
+    out: &mut [f32],
+) {
+    let mut weights = [[0.0f32; PAGE]; Q];
+    C::scores(isa, s, h, &mut weights);
+    let (mut tops, mut sums) = ([0.0; Q], [0.0; Q]);
+    let between = s.page.len() / 64 * (64 - FETCH) / Q;
+    for h in 0..Q {
+        fetch(isa, ahead(s, s.page.len() / 2, h * between), 0, between);
+        (tops[h], sums[h]) = softmax(isa, s.count, &mut weights[h]);
+    }
+    let (own, old) = factors(isa, s.first, tops, sums, h, state);
+    C::values(isa, s, &mut weights, own, old, &mut out[h * s.head_dim..][..Q * s.head_dim]);
+}
+
+/// Makes weights exp(score - m) of the first `count` scores and 0 of the others. Returns m and the folded sum.
+#[inline(always)]
+fn softmax<I: Isa>(isa: I, count: usize, scores: &mut [f32; PAGE]) -> (f32, f32) {
+    scores[count..].fill(f32::NEG_INFINITY);
+    let blocks = scores.as_chunks_mut::<16>().0;
+    let mut top = isa.splat(f32::NEG_INFINITY);
+    for block in &*blocks {
+        top = isa.max(isa.load(block), top);
+    }
+    let top = fold_max(isa, top);
+    let mut sum = isa.splat(0.0);
+    for (i, block) in blocks.iter_mut().enumerate() {
+        isa.store(exp(isa, isa.sub(isa.load(block), isa.splat(top))), block);
+        if count < 16 * (i + 1) {
+            block[count.saturating_sub(16 * i)..].fill(0.0);
+        }
+        sum = isa.add(sum, isa.load(block));
+    }
+    (top, fold(isa, sum))
+}
+
+/// The factors that join a segment of maxima `tops` and sums `sums` (`own`) to what came before (`old`), which `state`
+/// keeps account of.
+#[inline(always)]
+fn factors<I: Isa, const Q: usize>(
+    isa: I,
+    first: bool,
+    tops: [f32; Q],
+    sums: [f32; Q],
+    h: usize,
+    state: &mut [f32],
+) -> ([f32; Q], [f32; Q]) {
+    let (state_tops, state_sums) = state.split_at_mut(state.len() / 2);
+    let (state_tops, state_sums) = (&mut state_tops[h..h + Q], &mut state_sums[h..h + Q]);
+    if first {
+        state_tops.copy_from_slice(&tops);
+        state_sums.copy_from_slice(&sums);
+        return ([1.0; Q], [0.0; Q]);
+    }
+    let mut lanes = [0.0; 16];
+    for h in 0..Q {
+        let top = if tops[h] > state_tops[h] { tops[h] } else { state_tops[h] };
+        (lanes[h], lanes[8 + h]) = (tops[h] - top, state_tops[h] - top);
+        state_tops[h] = top;
+    }
+    isa.store(exp(isa, isa.load(&lanes)), &mut lanes);
+    let (mut own, mut old) = ([0.0; Q], [0.0; Q]);
+    for h in 0..Q {
+        (own[h], old[h]) = (lanes[h], lanes[8 + h]);
+        state_sums[h] = state_sums[h] * old[h] + sums[h] * own[h];
+    }
+    (own, old)
+}
+
+/// out = out * old + sums * own, up to sixteen of them.
+#[inline(always)]
+fn join_lanes<I: Isa>(isa: I, sums: I::F, own: f32, old: f32, first: bool, out: &mut [f32]) {
+    let mut joined = isa.mul(sums, isa.splat(own));
+    if let Ok(out) = <&mut [f32; 16]>::try_from(&mut *out) {
+        if !first {
+            joined = isa.add(isa.mul(isa.load(out), isa.splat(old)), joined);
+        }
+        return isa.store(joined, out);
+    }
+    if !first {
+        joined = isa.add(isa.mul(isa.load(&padded(out)), isa.splat(old)), joined);
+    }
+    let mut full = [0.0; 16];
+    isa.store(joined, &mut full);
+    out.copy_from_slice(&full[..out.len()]);
+}
+
+/// How far ahead of its use the cache is fetched.
+const AHEAD: usize = 2048;
+
+/// For 64 bytes read, so many are fetched: the rest is fetched between keys and values, while nothing is read, so that
+/// memory is never idle.
+pub(crate) const FETCH: usize = 56;
+
+/// Where fetching stands when `at` bytes of the page are read and `between` more were fetched.
+#[inline(always)]
+fn ahead(s: &Segment<'_>, at: usize, between: usize) -> *const u8 {
+    let at = AHEAD + at / 64 * FETCH + between;
+    match at.checked_sub(s.page.len()) {
+        None => s.page.as_ptr().wrapping_add(at),
+        Some(at) => s.next.as_ptr().wrapping_add(at),
+    }
+}
+
+/// Asks for `len` bytes.
+#[inline(always)]
+fn fetch<I: Isa>(isa: I, from: *const u8, at: usize, len: usize) {
+    let mut line = 0;
+    while line < len {
+        isa.prefetch(from.wrapping_add(at + line));
+        line += 64;
+    }
+}
+
+/// Stored floats.
+trait Element: Plain {
+    fn lanes<I: Isa>(isa: I, x: &[Self; 16]) -> I::F;
+}
+impl Element for f32 {
+    #[inline(always)]
+    fn lanes<I: Isa>(isa: I, x: &[f32; 16]) -> I::F {
+        isa.load(x)
+    }
+}
+impl Element for u16 {
+    #[inline(always)]
+    fn lanes<I: Isa>(isa: I, x: &[u16; 16]) -> I::F {
+        isa.f16_lanes(x)
+    }
+}
+
+struct Floats<T>(std::marker::PhantomData<T>);
+
+impl<T: Element> Cache for Floats<T> {
+    #[inline(always)]
+    fn scores<I: Isa, const Q: usize>(isa: I, s: &Segment<'_>, h: usize, weights: &mut [[f32; PAGE]; Q]) {
+        let keys = &cast::<T>(s.page).as_chunks::<32>().0[..PAGE / 32 * s.head_dim];
+        let queries = &s.q[h * s.head_dim..][..Q * s.head_dim];
+        let n = s.head_dim;
+        let mut q = [&queries[..0]; Q];
+        for h in 0..Q {
+            q[h] = &queries[h * n..][..n];
+        }
+        for pair in 0..s.count.div_ceil(32) {
+            let keys = &keys[pair * n..][..n];
+            let far = ahead(s, pair * n * size_of::<[T; 32]>(), 0);
+            let mut sums = [[isa.splat(0.0); Q]; 2];
+            for d in 0..n {
+                fetch(isa, far, d * size_of::<[T; 32]>() / 64 * FETCH, size_of::<[T; 32]>());
+                let k = keys[d].as_chunks::<16>().0;
+                let (k0, k1) = (T::lanes(isa, &k[0]), T::lanes(isa, &k[1]));
+                for h in 0..Q {
+                    let q = isa.splat(q[h][d]);
+                    sums[0][h] = isa.add(sums[0][h], isa.mul(k0, q));
+                    sums[1][h] = isa.add(sums[1][h], isa.mul(k1, q));
+                }
+            }
+            for b in 0..2 {
+                for h in 0..Q {
+                    let out = &mut weights[h].as_chunks_mut::<16>().0[2 * pair + b];
+                    isa.store(isa.mul(sums[b][h], isa.splat(s.scale)), out);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn values<I: Isa, const Q: usize>(
+        isa: I,
+        s: &Segment<'_>,
+        weights: &mut [[f32; PAGE]; Q],
+        own: [f32; Q],
+        old: [f32; Q],
+        out: &mut [f32],
+    ) {
+        let before = PAGE / 32 * s.head_dim;
+        let values = &cast::<T>(s.page).as_chunks::<32>().0[before..];
+        let count = s.count.min(PAGE);
+        for pair in 0..s.head_dim.div_ceil(32) {
+            let values = &values[pair * PAGE..][..count];
+            let far =
+                ahead(s, (before + pair * PAGE) * size_of::<[T; 32]>(), s.page.len() / 64 * (64 - FETCH));
+            let mut sums = [[isa.splat(0.0); Q]; 2];
+            for p in 0..count {
+                fetch(isa, far, p * size_of::<[T; 32]>() / 64 * FETCH, size_of::<[T; 32]>());
+                let v = values[p].as_chunks::<16>().0;
+                let (v0, v1) = (T::lanes(isa, &v[0]), T::lanes(isa, &v[1]));
+                for h in 0..Q {
+                    let w = isa.splat(weights[h][p]);
+                    sums[0][h] = isa.add(sums[0][h], isa.mul(v0, w));
+                    sums[1][h] = isa.add(sums[1][h], isa.mul(v1, w));
+                }
+            }
+            for b in 0..2 {
+                let d = 32 * pair + 16 * b;
+                for h in 0..Q {
+                    let n = s.head_dim.saturating_sub(d).min(16);
+                    let out = &mut out[h * s.head_dim..][..s.head_dim];
+                    if n > 0 {
+                        join_lanes(isa, sums[b][h], own[h], old[h], s.first, &mut out[d..d + n]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The largest integer that [`split`] takes: a high part of 127 and a low part of 0.
+const LARGEST: f32 = 127.0 * 128.0;
+
+/// Splits lanes of at most ±[`LARGEST`] into integers: x ≈ 128 * high + low, the low part at most ±64. Adds the parts to
+/// `sums`.
+#[inline(always)]
+fn split<I: Isa>(isa: I, x: I::F, parts: [&mut [i8; 16]; 2], sums: &mut [I::F; 2]) {
+    let high = isa.round(isa.mul(x, isa.splat(1.0 / 128.0)));
+    let low = isa.round(isa.sub(x, isa.mul(high, isa.splat(128.0))));
+    isa.to_i8(high, parts[0]);
+    isa.to_i8(low, parts[1]);
+    *sums = [isa.add(sums[0], high), isa.add(sums[1], low)];
+}
+
+/// The largest of non-negative lanes, at least 1e-30.
+#[inline(always)]
+fn largest<I: Isa>(isa: I, top: I::F) -> f32 {
+    fold_max(isa, isa.max(top, isa.splat(1e-30)))
+}
+
+/// The largest lane.
+#[inline(always)]
+fn fold_max<I: Isa>(isa: I, top: I::F) -> f32 {
+    let mut lanes = [0.0; 16];
+    isa.store(top, &mut lanes);
+    let mut width = 8;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = if lanes[i + width] > lanes[i] { lanes[i + width] } else { lanes[i] };
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// What the sums of products with stored codes begin with: a code is the integer plus 128. `sums` are those of the
+/// parts, which float32 holds exactly.
+#[inline(always)]
+fn starts<I: Isa>(isa: I, sums: [I::F; 2]) -> [i32; 2] {
+    [-128 * fold(isa, sums[0]) as i32, -128 * fold(isa, sums[1]) as i32]
+}
+
+/// Makes queries (`[heads][head_dim]`) integers, as [`Codes`] has them: q ≈ (128 * high + low) * scale, the parts filled
+/// up with zeros.
+#[inline(always)]
+pub(crate) fn code_queries<I: Isa>(
+    isa: I,
+    q: &[f32],
+    head_dim: usize,
+    parts: &mut [i8],
+    scales: &mut [f32],
+    starts: &mut [[i32; 2]],
+) {
+    let width = 4 * quads(head_dim);
+    for (h, q) in q.chunks_exact(head_dim).enumerate() {
+        let mut top = isa.splat(0.0);
+        for block in q.chunks(16) {
+            top = isa.max(isa.abs(isa.load(&padded(block))), top);
+        }
+        let top = largest(isa, top);
+        let inverse = isa.splat(LARGEST / top);
+        let mut sums = [isa.splat(0.0); 2];
+        let (highs, lows) = parts[h * 2 * width..][..2 * width].split_at_mut(width);
+        for ((block, high), low) in q.chunks(16).zip(highs.chunks_mut(16)).zip(lows.chunks_mut(16)) {
+            let (mut h, mut l) = ([0; 16], [0; 16]);
+            split(isa, isa.mul(isa.load(&padded(block)), inverse), [&mut h, &mut l], &mut sums);
+            high.copy_from_slice(&h[..high.len()]);
+            low.copy_from_slice(&l[..low.len()]);
+        }
+        scales[h] = top / LARGEST;
+        starts[h] = self::starts(isa, sums);
+    }
+}
+
+/// Codes of eight bits with a scale a position.
+struct Bytes8;
+
+impl Bytes8 {
+    /// Bytes before the values, and before the scales.
+    #[inline(always)]
+    fn offsets(head_dim: usize) -> (usize, usize) {
+        let keys = quads(head_dim) * 4 * PAGE;
+        (keys, keys + head_dim.next_multiple_of(16) * PAGE)
+    }
+}
+
+impl Cache for Bytes8 {
+    #[inline(always)]
+    fn scores<I: Isa, const Q: usize>(isa: I, s: &Segment<'_>, h: usize, weights: &mut [[f32; PAGE]; Q]) {
+        let n = quads(s.head_dim);
+        let (value_bytes, scale_bytes) = Self::offsets(s.head_dim);
+        let keys = s.page[..value_bytes].as_chunks::<64>().0;
+        let scales = cast::<f32>(&s.page[scale_bytes..]).as_chunks::<16>().0;
+        let (mut parts, mut starts) = ([[&s.codes.parts[..0]; 2]; Q], [[0; 2]; Q]);
+        for i in 0..Q {
+            let both = &s.codes.parts[(h + i) * 8 * n..][..8 * n];
+            parts[i] = [&both[..4 * n], &both[4 * n..]];
+            starts[i] = s.codes.starts[h + i];
+        }
+        for block in 0..s.count.div_ceil(16) {
+            let far = ahead(s, block * n * 64, 0);
+            let sums = isa.dot_split(&keys[block * n..][..n], parts, starts, far);
+            let position_scales = isa.load(&scales[block]);
+            for i in 0..Q {
+                let factor = isa.splat(s.codes.scales[h + i] * s.scale);
+                let out = &mut weights[i].as_chunks_mut::<16>().0[block];
+                isa.store(isa.mul(isa.mul(sums[i], position_scales), factor), out);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn values<I: Isa, const Q: usize>(
+        isa: I,
+        s: &Segment<'_>,
+        weights: &mut [[f32; PAGE]; Q],
+        own: [f32; Q],
+        old: [f32; Q],
+        out: &mut [f32],
+    ) {
+        let (value_bytes, scale_bytes) = Self::offsets(s.head_dim);
+        let values = s.page[value_bytes..scale_bytes].as_chunks::<64>().0;
+        let scales = cast::<f32>(&s.page[scale_bytes..][4 * PAGE..]).as_chunks::<16>().0;
+        // In four bytes each: positions that a quad of the dot product begins with.
+        let quads = s.count.div_ceil(4);
+        let (mut codes, mut starts, mut factors) = ([[[0i8; PAGE]; 2]; Q], [[0; 2]; Q], [0.0; Q]);
+        for h in 0..Q {
+            let mut top = isa.splat(0.0);
+            let blocks = weights[h].as_chunks_mut::<16>().0;
+            for (block, scales) in blocks.iter_mut().zip(scales) {
+                isa.store(isa.mul(isa.load(block), isa.load(scales)), block);
+            }
+            // What is past `count` may be of another sequence.
+            weights[h][s.count..].fill(0.0);
+            let blocks = weights[h].as_chunks::<16>().0;
+            for block in blocks {
+                top = isa.max(isa.load(block), top);
+            }
+            let top = largest(isa, top);
+            let inverse = isa.splat(LARGEST / top);
+            factors[h] = top / LARGEST;
+            let mut sums = [isa.splat(0.0); 2];
+            let [high, low] = &mut codes[h];
+            let (highs, lows) = (high.as_chunks_mut::<16>().0, low.as_chunks_mut::<16>().0);
+            for i in 0..PAGE / 16 {
+                let parts = [&mut highs[i], &mut lows[i]];
+                split(isa, isa.mul(isa.load(&blocks[i]), inverse), parts, &mut sums);
+            }
+            starts[h] = self::starts(isa, sums);
+        }
+        let mut parts = [[&codes[0][0][..0]; 2]; Q];
+        for h in 0..Q {
+            parts[h] = [&codes[h][0][..4 * quads], &codes[h][1][..4 * quads]];
+        }
+        for block in 0..s.head_dim.div_ceil(16) {
+            let far = ahead(s, value_bytes + block * PAGE * 16, s.page.len() / 64 * (64 - FETCH));
+            let sums = isa.dot_split(&values[block * (PAGE / 4)..][..quads], parts, starts, far);
+            let n = (s.head_dim - 16 * block).min(16);
+            for h in 0..Q {
+                let out = &mut out[h * s.head_dim + 16 * block..][..n];
+                join_lanes(isa, isa.mul(sums[h], isa.splat(factors[h])), own[h], old[h], s.first, out);
+            }
+        }
+    }
+}
