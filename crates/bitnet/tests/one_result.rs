@@ -206,7 +206,7 @@ fn a_cancelled_feed_leaves_no_trace() {
     engine.cancel_by(flag.clone());
     let first = feed(&mut engine, sequence, &tokens[..100]);
     flag.store(true, Relaxed);
-    let cancelled = engine.feed(&[Feed { sequence, tokens: &[7, 8, 9], wanted: Wanted::All }]);
+    let cancelled = engine.feed(&[Feed { sequence, tokens: &[7, 8, 9], wanted: Wanted::All(Logits::Every) }]);
     assert!(matches!(cancelled, Err(Error::Cancelled)));
     flag.store(false, Relaxed);
     assert!([first, feed(&mut engine, sequence, &tokens[100..])].concat() == reference);

@@ -140,8 +140,8 @@ impl QuantizedRows {
 
     fn find_live_columns(&mut self) {
         let (width, tokens) = (ternary::row_bytes(self.columns) * 4, self.tokens);
-        self.live.clear();
-        let mut any = [0i8; 64];
+        self.live.resize(width, 0);
+        let (mut any, mut count) = ([0i8; 64], 0);
         for first in (0..self.columns).step_by(64) {
             any.fill(0);
             for t in 0..tokens {
@@ -149,8 +149,13 @@ impl QuantizedRows {
                     *any |= q;
                 }
             }
-            self.live.extend((0..64).filter(|&i| any[i] != 0).map(|i| (first + i) as u32));
+            // Every column is written and stays if it is live: a branch would be guessed wrong too often.
+            for (i, any) in any.iter().enumerate() {
+                self.live[count] = (first + i) as u32;
+                count += usize::from(*any != 0);
+            }
         }
+        self.live.truncate(count);
         let stride = self.live.len().next_multiple_of(4);
         for t in 0..tokens {
             let codes = &self.codes[t * width..][..width];
@@ -161,6 +166,18 @@ impl QuantizedRows {
             }
         }
     }
+}
+
+/// Puts the indices of the positive values into `list`, in order.
+pub fn positive(values: &[f32], list: &mut Vec<u32>) {
+    list.resize(values.len() + 1, 0);
+    let mut count = 0;
+    // Without a branch, as above.
+    for (i, value) in values.iter().enumerate() {
+        list[count] = i as u32;
+        count += usize::from(*value > 0.0);
+    }
+    list.truncate(count);
 }
 
 /// What the threads need beside inputs and outputs.

@@ -15,7 +15,9 @@ mod screen;
 mod table;
 pub mod ternary;
 
-pub use compute::{Activation, Compute, FloatMatrix, KvStore, QuantizedRows, TernaryMatrix, Workspace};
+pub use compute::{
+    Activation, Compute, FloatMatrix, KvStore, QuantizedRows, TernaryMatrix, Workspace, positive,
+};
 pub use head::{Head, HeadScratch, Logits};
 pub use memory::{Aligned, Bytes, HugeBuffer, Plain};
 pub use ops::{FloatType, PAGE};

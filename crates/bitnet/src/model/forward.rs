@@ -3,7 +3,7 @@
 use super::{Model, Phase, Profile};
 use bitnet_kernels::ternary::Layout;
 use bitnet_kernels::{
-    Activation, Aligned, Compute, HeadScratch, KvStore, Logits, QuantizedRows, Screen, Workspace,
+    Activation, Aligned, Compute, HeadScratch, KvStore, Logits, QuantizedRows, Screen, Workspace, positive,
 };
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -77,7 +77,7 @@ impl Scratch {
             up: floats(config.intermediate_size),
             delta: floats(config.hidden_size),
             codes: QuantizedRows::new(max_rows, widest),
-            live: Vec::with_capacity(config.intermediate_size),
+            live: Vec::with_capacity(config.intermediate_size + 1),
             work: Workspace::new(widest, compute.pool().threads()),
             head: HeadScratch::new(config.vocab_size, config.hidden_size),
             profile: Profile::default(),
@@ -200,8 +200,7 @@ impl Model {
             profile.lap(Phase::Norm, 0);
             if n == 1 && config.activation == Activation::Relu2 {
                 compute.linear(codes, work, [(&layer.ffn_gate, &mut *gate)]);
-                live.clear();
-                live.extend((0u32..).zip(&*gate).filter(|(_, gate)| **gate > 0.0).map(|(row, _)| row));
+                positive(gate, live);
                 profile.lap(Phase::Gate, layer.ffn_gate.byte_len());
                 compute.linear_listed(codes, &layer.ffn_up, live, up);
                 profile.lap(Phase::Up, layer.ffn_up.byte_len() / config.intermediate_size * live.len());
