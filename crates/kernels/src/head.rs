@@ -44,6 +44,9 @@ pub struct HeadScratch {
 /// Rows of a block of the screen.
 const BLOCK: usize = 64;
 
+/// How many times as many rows as are wanted are computed first, to know how great the last wanted one must be.
+const FIRST: usize = 4;
+
 /// Tokens that share a pass over the screen.
 const GROUP: usize = 8;
 
@@ -196,7 +199,7 @@ impl Compute {
         // At least `top` rows are in blocks whose greatest logit is not below this one.
         select.clear();
         select.extend_from_slice(tops);
-        let first_floor = kth_greatest(select, top);
+        let first_floor = kth_greatest(select, FIRST * top);
         list.clear();
         for (block, _) in tops.iter().enumerate().filter(|(_, top)| **top >= first_floor) {
             let rows = block * BLOCK..(block * BLOCK + BLOCK).min(matrix.rows);
