@@ -30,7 +30,7 @@ pub struct ModelArgs {
     /// Threads [default: one for each physical core that this process may use]
     #[arg(short = 't', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
-    /// Kernels: scalar, avx2, avxvnni, avx512 or avx512vnni [default: the best for this CPU]
+    /// Kernels: scalar, avx2, avxvnni, avx512, avx512vnni or amx [default: the best for this CPU]
     #[arg(long, value_name = "ISA", value_parser = parse_kernels)]
     kernels: Option<&'static Kernels>,
     /// Read every weight for every token, instead of only those that can matter; the result is the same

@@ -187,6 +187,15 @@ kernels!(
     "avx512f,avx512bw,avx512vnni"
 );
 
+#[cfg(target_arch = "x86_64")]
+kernels!(
+    amx,
+    "amx",
+    // SAFETY: as above.
+    unsafe { Avx512::<true, true>::assume() },
+    "avx512f,avx512bw,avx512vnni"
+);
+
 /// All kernels this CPU can run, the best last.
 pub fn supported() -> Vec<&'static Kernels> {
     #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
@@ -197,6 +206,7 @@ pub fn supported() -> Vec<&'static Kernels> {
         list.extend(Avx2::<true>::detect().map(|_| &avxvnni::KERNELS));
         list.extend(Avx512::<false>::detect().map(|_| &avx512::KERNELS));
         list.extend(Avx512::<true>::detect().map(|_| &avx512vnni::KERNELS));
+        list.extend(Avx512::<true, true>::detect().map(|_| &amx::KERNELS));
     }
     list
 }
@@ -207,7 +217,7 @@ pub fn best() -> &'static Kernels {
 }
 
 impl Kernels {
-    /// The instruction set: `scalar`, `avx2`, `avxvnni`, `avx512` or `avx512vnni`.
+    /// The instruction set: `scalar`, `avx2`, `avxvnni`, `avx512`, `avx512vnni` or `amx`.
     pub fn name(&self) -> &'static str {
         self.name
     }

@@ -87,6 +87,7 @@ fn linear_is_exact_everywhere() {
         (5, 1000, 50),
         (8, 8640, 11),
         (13, 256, 300),
+        (70, 512, 100),
         (9, 6912, 5),
     ] {
         let (trits, other) = (random.trits(rows * columns), random.trits(3 * columns));

@@ -5,25 +5,31 @@
 use super::{GROUP, Isa, PANEL, column_chunks, nibble_chunks, panel_quads, row_chunks};
 use std::arch::x86_64::*;
 
-/// Proof that the CPU has AVX-512 F and BW, and VNNI where `VNNI` is true.
+/// Proof that the CPU has AVX-512 F and BW, VNNI where `VNNI` is true, and where `AMX` is true AMX for int8 too, which the
+/// system lets this process use.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512<const VNNI: bool>(());
+pub(crate) struct Avx512<const VNNI: bool, const AMX: bool = false>(());
 
-impl<const VNNI: bool> Avx512<VNNI> {
+impl<const VNNI: bool, const AMX: bool> Avx512<VNNI, AMX> {
     pub(crate) fn detect() -> Option<Self> {
         let base = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
-        (base && (!VNNI || is_x86_feature_detected!("avx512vnni"))).then_some(Self(()))
+        let vnni = !VNNI || is_x86_feature_detected!("avx512vnni");
+        (base && vnni && (!AMX || super::amx::enable())).then_some(Self(()))
     }
     /// # Safety
-    /// The CPU must have AVX-512 F and BW, and VNNI where `VNNI` is true.
+    /// The CPU must have AVX-512 F and BW, VNNI where `VNNI` is true, and AMX, allowed to the process, where `AMX` is.
     pub(crate) unsafe fn assume() -> Self {
         Self(())
     }
 }
 
-impl<const VNNI: bool> Isa for Avx512<VNNI> {
+impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
     type F = __m512;
-    const PANEL_TOKENS: usize = if VNNI { 12 } else { 6 };
+    const PANEL_TOKENS: usize = match (VNNI, AMX) {
+        (_, true) => 32,
+        (true, _) => 12,
+        _ => 6,
+    };
 
     #[inline(always)]
     fn prefetch(self, p: *const u8) {
@@ -185,6 +191,11 @@ impl<const VNNI: bool> Isa for Avx512<VNNI> {
     #[inline(always)]
     fn panel_tile<const T: usize>(self, panel: &[u8], a: [&[i8]; T], dots: &mut [[i32; PANEL]; T]) {
         let quads = panel_quads(panel, a);
+        if AMX && T == super::amx::TOKENS && quads % 16 == 0 {
+            // SAFETY: `self` proves AMX; the lengths were checked above.
+            unsafe { super::amx::panel_tile(panel, &a, quads, dots.as_flattened_mut()) }
+            return;
+        }
         // SAFETY: the CPU has the instructions, as `self` proves, and the lengths were checked above.
         unsafe { if VNNI { panel_vnni(panel, a, quads, dots) } else { panel_maddubs(panel, a, quads, dots) } }
     }

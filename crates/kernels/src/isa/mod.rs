@@ -6,6 +6,8 @@
 //! features of the wrapper it is inlined into.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
@@ -22,7 +24,7 @@ use crate::ternary::panel::{self, PANEL};
 pub(crate) trait Isa: Copy {
     /// Sixteen float32 lanes.
     type F: Copy;
-    /// Most tokens of a panel's tile whose sums fit the registers: one of 1, 2, 4, 6, 8, 12.
+    /// Most tokens of a panel's tile whose sums fit the registers: one of 1, 2, 4, 6, 8, 12, 32.
     const PANEL_TOKENS: usize;
 
     /// Asks for the cache line at `p`, which need not be readable.
@@ -60,7 +62,8 @@ pub(crate) trait Isa: Copy {
     fn panel_columns(self, columns: [&[u8; 64]; 4], part: usize, codes: &mut [u8]) {
         panel::panel_columns(columns, part, codes);
     }
-    /// Adds the exact dot products of a panel's outputs with T rows of codes, in the panel's order of inputs, to `dots`.
+    /// The exact dot products of a panel's outputs with T rows of codes, in the panel's order of inputs. `dots` is zero
+    /// before.
     #[inline(always)]
     fn panel_tile<const T: usize>(self, panel: &[u8], a: [&[i8]; T], dots: &mut [[i32; PANEL]; T]) {
         panel::panel_tile(panel, a, dots);

@@ -58,6 +58,7 @@ pub(crate) unsafe fn matmul_block<I: Isa>(
             // SAFETY: the caller's contract, handed on.
             step = unsafe {
                 match left {
+                    32.. => tile::<I, 32>(isa, panel, weight_scale, a, t, first, count, out),
                     12.. => tile::<I, 12>(isa, panel, weight_scale, a, t, first, count, out),
                     8.. => tile::<I, 8>(isa, panel, weight_scale, a, t, first, count, out),
                     6.. => tile::<I, 6>(isa, panel, weight_scale, a, t, first, count, out),
