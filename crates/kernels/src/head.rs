@@ -1,7 +1,7 @@
 //! The output head: all logits, or only those that can still be chosen.
 
 use crate::compute::{Compute, FloatMatrix, Rows};
-use crate::screen::{Probe, Screen, dither, upper_bound};
+use crate::screen::{BLOCK, Probe, Screen, dither, upper_bound};
 use crate::ternary::OutPtr;
 
 /// The output head of a model.
@@ -40,9 +40,6 @@ pub struct HeadScratch {
     screened: u64,
     survivors: u64,
 }
-
-/// Rows of a block of the screen.
-const BLOCK: usize = 64;
 
 /// How many times as many rows as are wanted are computed first, to know how great the last wanted one must be.
 const FIRST: usize = 4;

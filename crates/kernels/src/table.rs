@@ -45,7 +45,7 @@ pub struct Kernels {
     gemv_rows: unsafe fn(&[u8], usize, Which<'_>, f32, Activations<'_>, OutPtr),
     matmul_block: unsafe fn(PanelSource<'_>, f32, Activations<'_>, &mut [u8], usize, usize, OutPtr),
     add_columns: unsafe fn(&[u8], usize, &[u32], &[i8], &mut [i32]),
-    finish_columns: unsafe fn(&[i32], i32, f32, &mut [f32]),
+    finish_columns: unsafe fn(&[i32], usize, i32, f32, &mut [f32]),
     head_rows: unsafe fn(FloatType, &[u8], &[f32], usize, usize, OutPtr),
     head_listed: unsafe fn(FloatType, &[u8], &[f32], &[u32], &mut [f32]),
     screen_row: unsafe fn(&[f32], &[f32], &mut [u8]) -> (f32, f32),
@@ -120,8 +120,8 @@ macro_rules! kernels {
                 columns::add_columns($isa, w, column_bytes, list, q, sums);
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn finish_columns(sums: &[i32], bias: i32, factor: f32, out: &mut [f32]) {
-                columns::finish(sums, bias, factor, out);
+            unsafe fn finish_columns(sums: &[i32], stride: usize, bias: i32, factor: f32, out: &mut [f32]) {
+                columns::finish(sums, stride, bias, factor, out);
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn head_rows(
@@ -301,9 +301,16 @@ impl Kernels {
         // SAFETY: as above.
         unsafe { (self.add_columns)(w, column_bytes, list, q, sums) }
     }
-    pub(crate) fn finish_columns(&self, sums: &[i32], bias: i32, factor: f32, out: &mut [f32]) {
+    pub(crate) fn finish_columns(
+        &self,
+        sums: &[i32],
+        stride: usize,
+        bias: i32,
+        factor: f32,
+        out: &mut [f32],
+    ) {
         // SAFETY: as above.
-        unsafe { (self.finish_columns)(sums, bias, factor, out) }
+        unsafe { (self.finish_columns)(sums, stride, bias, factor, out) }
     }
     /// # Safety
     /// As [`ops::head_rows`].

@@ -138,6 +138,57 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
         unsafe { sum_lanes(sums) }
     }
     #[inline(always)]
+    fn dot_tile<const R: usize, const T: usize>(
+        self,
+        w: [&[u8]; R],
+        ahead: [*const u8; R],
+        a: [&[i8]; T],
+    ) -> [[i32; R]; T] {
+        let mut dots = [[0; R]; T];
+        if !VNNI || T == 1 {
+            for t in 0..T {
+                dots[t] = self.dot_rows(w, ahead, a[t]);
+            }
+            return dots;
+        }
+        let chunks = row_chunks(w, a[0]);
+        for a in a {
+            assert_eq!(a.len(), 256 * chunks);
+        }
+        // SAFETY: `self` proves VNNI; chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256.
+        unsafe {
+            let three = _mm512_set1_epi8(3);
+            let mut sums = [[_mm512_setzero_si512(); T]; R];
+            for c in 0..chunks {
+                let mut v = [_mm512_setzero_si512(); R];
+                for r in 0..R {
+                    v[r] = _mm512_loadu_si512(w[r].as_ptr().add(64 * c).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(ahead[r].wrapping_add(64 * c).cast());
+                }
+                for field in (0..4).rev() {
+                    let mut codes = [_mm512_setzero_si512(); R];
+                    for r in 0..R {
+                        codes[r] = _mm512_and_si512(v[r], three);
+                        v[r] = _mm512_srli_epi16::<2>(v[r]);
+                    }
+                    for t in 0..T {
+                        let q = _mm512_loadu_si512(a[t].as_ptr().add(256 * c + 64 * field).cast());
+                        for r in 0..R {
+                            sums[r][t] = _mm512_dpbusd_epi32(sums[r][t], codes[r], q);
+                        }
+                    }
+                }
+            }
+            for r in 0..R {
+                let row = sum_lanes(sums[r]);
+                for t in 0..T {
+                    dots[t][r] = row[t];
+                }
+            }
+        }
+        dots
+    }
+    #[inline(always)]
     fn panel_rows(self, rows: [&[u8]; 16], panel: &mut [u8], half: usize) {
         let bytes = rows[0].len();
         for row in rows {

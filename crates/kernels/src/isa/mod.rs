@@ -52,6 +52,20 @@ pub(crate) trait Isa: Copy {
     /// one). Every row has the same multiple of 64 bytes, `a` four times as many codes in the order of
     /// [`crate::ternary::position`]. As much memory as the rows take is asked for at the places `ahead`.
     fn dot_rows<const R: usize>(self, w: [&[u8]; R], ahead: [*const u8; R], a: &[i8]) -> [i32; R];
+    /// As [`Isa::dot_rows`] with T rows of codes.
+    #[inline(always)]
+    fn dot_tile<const R: usize, const T: usize>(
+        self,
+        w: [&[u8]; R],
+        ahead: [*const u8; R],
+        a: [&[i8]; T],
+    ) -> [[i32; R]; T] {
+        let mut dots = [[0; R]; T];
+        for t in 0..T {
+            dots[t] = self.dot_rows(w, ahead, a[t]);
+        }
+        dots
+    }
     /// Unpacks sixteen stored rows, of equal length, into outputs `16 half..` of a panel as long as they are.
     #[inline(always)]
     fn panel_rows(self, rows: [&[u8]; 16], panel: &mut [u8], half: usize) {
