@@ -30,9 +30,9 @@ pub enum Logits<'a> {
 /// Buffers of [`Compute::head`].
 pub struct HeadScratch {
     probes: Vec<Probe>,
-    /// The greatest logit and upper bound of each block of rows, `[GROUP][blocks]`, and a copy to select from.
+    /// The greatest logit and the widest bound of each block of rows, `[GROUP][blocks]`, and a copy to select from.
     tops: Vec<f32>,
-    uppers: Vec<f32>,
+    widest: Vec<f32>,
     select: Vec<f32>,
     list: Vec<u32>,
     exact: Vec<f32>,
@@ -54,7 +54,7 @@ impl HeadScratch {
         Self {
             probes: (0..GROUP).map(|_| Probe::new(columns)).collect(),
             tops: vec![0.0; GROUP * blocks],
-            uppers: vec![0.0; GROUP * blocks],
+            widest: vec![0.0; GROUP * blocks],
             select: Vec::with_capacity(rows),
             list: Vec::with_capacity(rows),
             exact: Vec::with_capacity(rows),
@@ -150,22 +150,22 @@ impl Compute {
     fn screen_pass(&self, screen: &Screen, x: &[f32], scratch: &mut HeadScratch, out: &mut [f32]) -> bool {
         let rows = screen.rows();
         let (tokens, blocks) = (out.len() / rows, rows.div_ceil(BLOCK));
-        let HeadScratch { probes, tops, uppers, .. } = scratch;
+        let HeadScratch { probes, tops, widest, .. } = scratch;
         for (probe, x) in probes.iter_mut().zip(x.chunks_exact(x.len() / tokens)) {
             if !probe.set(screen, x) {
                 return false;
             }
         }
-        let (out, tops, uppers) = (Rows::new(out, 1), Rows::new(tops, 1), Rows::new(uppers, 1));
+        let (out, tops, widest) = (Rows::new(out, 1), Rows::new(tops, 1), Rows::new(widest, 1));
         self.pool.run_ranges(blocks, 1, |range, _| {
             let block = range.start;
             let (first, count) = (block * BLOCK, BLOCK.min(rows - block * BLOCK));
             for (t, probe) in probes[..tokens].iter().enumerate() {
                 let at = t * blocks + block;
                 // SAFETY: each block is one task.
-                let (out, top, upper) =
-                    unsafe { (out.rows(t * rows + first, count), tops.row(at), uppers.row(at)) };
-                (top[0], upper[0]) = self.kernels.screen_logits(screen, probe, first, out);
+                let (out, top, bound) =
+                    unsafe { (out.rows(t * rows + first, count), tops.row(at), widest.row(at)) };
+                (top[0], bound[0]) = self.kernels.screen_logits(screen, probe, first, out);
             }
         });
         true
@@ -184,10 +184,10 @@ impl Compute {
         scratch: &mut HeadScratch,
         out: &mut [f32],
     ) -> bool {
-        let HeadScratch { probes, tops, uppers, select, list, exact, screened, survivors } = scratch;
+        let HeadScratch { probes, tops, widest, select, list, exact, screened, survivors } = scratch;
         let blocks = matrix.rows.div_ceil(BLOCK);
         let (probe, tops) = (&probes[token], &tops[token * blocks..][..blocks]);
-        let uppers = &uppers[token * blocks..][..blocks];
+        let widest = &widest[token * blocks..][..blocks];
         // A caller may lower the logits in `also`, and then others take their places.
         let top = top.saturating_add(also.len());
         if top > blocks / 4 {
@@ -212,9 +212,17 @@ impl Compute {
         select.extend_from_slice(exact);
         let floor = kth_greatest(select, top);
         let begun = list.len();
-        for (block, _) in uppers.iter().enumerate().filter(|(_, upper)| **upper >= floor) {
+        for (block, (top, widest)) in tops.iter().zip(widest).enumerate() {
+            // Every logit and its own bound follow only where the block's widest bound does not already tell.
+            if top + widest < floor {
+                continue;
+            }
             let rows = block * BLOCK..(block * BLOCK + BLOCK).min(matrix.rows);
-            let open = |r: &usize| out[*r] < first_floor && upper_bound(screen, probe, *r, out[*r]) >= floor;
+            let near = floor - widest;
+            let open = |r: &usize| {
+                let logit = out[*r];
+                logit >= near && logit < first_floor && upper_bound(screen, probe, *r, logit) >= floor
+            };
             list.extend(rows.filter(open).map(|r| r as u32));
         }
         list.extend_from_slice(also);

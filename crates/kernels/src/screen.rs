@@ -203,8 +203,8 @@ pub(crate) fn screen_row<I: Isa>(isa: I, row: &[f32], dither: &[f32], codes: &mu
     (min, step)
 }
 
-/// The logits of as many rows as `logits` has, at most [`BLOCK`], from `first` on, and the greatest logit and upper bound
-/// among them.
+/// The logits of as many rows as `logits` has, at most [`BLOCK`], from `first` on, and the greatest logit and the
+/// greatest bound among them.
 #[inline(always)]
 pub(crate) fn screen_logits<I: Isa>(
     isa: I,
@@ -239,13 +239,12 @@ pub(crate) fn screen_logits<I: Isa>(
     let (mut all, mut bounds) = ([0.0; BLOCK], [0.0; BLOCK]);
     probe.logits(&rows, &mut all, &mut bounds);
     logits.copy_from_slice(&all[..count]);
-    let (mut top, mut upper) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
+    let (mut top, mut widest) = (f32::NEG_INFINITY, 0.0);
     for i in 0..count {
         top = if all[i] > top { all[i] } else { top };
-        let bound = all[i] + bounds[i];
-        upper = if bound > upper { bound } else { upper };
+        widest = if bounds[i] > widest { bounds[i] } else { widest };
     }
-    (top, upper)
+    (top, widest)
 }
 
 /// The upper bound of a row's logit.
