@@ -11,6 +11,7 @@ use crate::ternary::panel::{BLOCK, PanelSource};
 use crate::ternary::{self, Activations, Layout, OutPtr, ROW_TOKENS, Which, columns};
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// A ternary matrix `[rows][columns]` in one of the layouts of [`crate::ternary`], with one scale.
 pub struct TernaryMatrix {
@@ -64,7 +65,11 @@ pub struct FloatMatrix {
     pub(crate) ty: FloatType,
     pub(crate) rows: usize,
     pub(crate) columns: usize,
+    pub(crate) reader: Option<Reader>,
 }
+
+/// Copies stored bytes from an offset on; false where that fails.
+pub type Reader = Arc<dyn Fn(usize, &mut [u8]) -> bool + Send + Sync>;
 
 impl FloatMatrix {
     /// A matrix over `rows * columns` stored elements.
@@ -73,7 +78,12 @@ impl FloatMatrix {
     /// If the bytes are not exactly that many.
     pub fn new(bytes: Bytes, ty: FloatType, rows: usize, columns: usize) -> Self {
         assert_eq!(bytes.len(), rows * columns * ty.size(), "stored bytes");
-        Self { bytes, ty, rows, columns }
+        Self { bytes, ty, rows, columns, reader: None }
+    }
+    /// Reads single rows of the head through `reader`, so that of a mapped file they do not become memory of this process.
+    #[must_use]
+    pub fn with_reader(self, reader: Reader) -> Self {
+        Self { reader: Some(reader), ..self }
     }
     /// Rows: the vocabulary.
     pub fn rows(&self) -> usize {

@@ -36,6 +36,8 @@ pub struct HeadScratch {
     select: Vec<f32>,
     list: Vec<u32>,
     exact: Vec<f32>,
+    /// A stored row for each thread.
+    rows: Vec<u8>,
     /// Tokens that were screened, and rows that were computed for them.
     screened: u64,
     survivors: u64,
@@ -48,8 +50,8 @@ const FIRST: usize = 4;
 const GROUP: usize = 8;
 
 impl HeadScratch {
-    /// For a head of this shape.
-    pub fn new(rows: usize, columns: usize) -> Self {
+    /// For a head of this shape on `threads` threads.
+    pub fn new(rows: usize, columns: usize, threads: usize) -> Self {
         let blocks = rows.div_ceil(BLOCK);
         Self {
             probes: (0..GROUP).map(|_| Probe::new(columns)).collect(),
@@ -58,6 +60,7 @@ impl HeadScratch {
             select: Vec::with_capacity(rows),
             list: Vec::with_capacity(rows),
             exact: Vec::with_capacity(rows),
+            rows: vec![0; threads * columns * size_of::<f32>()],
             screened: 0,
             survivors: 0,
         }
@@ -184,7 +187,7 @@ impl Compute {
         scratch: &mut HeadScratch,
         out: &mut [f32],
     ) -> bool {
-        let HeadScratch { probes, tops, widest, select, list, exact, screened, survivors } = scratch;
+        let HeadScratch { probes, tops, widest, select, list, exact, rows, screened, survivors } = scratch;
         let blocks = matrix.rows.div_ceil(BLOCK);
         let (probe, tops) = (&probes[token], &tops[token * blocks..][..blocks]);
         let widest = &widest[token * blocks..][..blocks];
@@ -206,7 +209,7 @@ impl Compute {
         if list.len() > limit {
             return false;
         }
-        self.exact_logits(matrix, x, list, 0, exact);
+        self.exact_logits(matrix, x, list, 0, rows, exact);
         // Their exact logits: `top` of them are not below this one, so nothing below it matters.
         select.clear();
         select.extend_from_slice(exact);
@@ -229,7 +232,7 @@ impl Compute {
         if list.len() > limit {
             return false;
         }
-        self.exact_logits(matrix, x, list, begun, exact);
+        self.exact_logits(matrix, x, list, begun, rows, exact);
         out.fill(f32::NEG_INFINITY);
         for (&row, &logit) in list.iter().zip(&*exact) {
             out[row as usize] = logit;
@@ -239,21 +242,33 @@ impl Compute {
         true
     }
 
-    /// Appends the exact logits of the rows `list[begun..]` to `exact`.
+    /// Appends the exact logits of the rows `list[begun..]` to `exact`; NaN where a row could not be read.
     fn exact_logits(
         &self,
         matrix: &FloatMatrix,
         x: &[f32],
         list: &[u32],
         begun: usize,
+        rows: &mut [u8],
         exact: &mut Vec<f32>,
     ) {
         exact.resize(list.len(), 0.0);
         let (list, out) = (&list[begun..], Rows::new(&mut exact[begun..], 1));
-        self.pool.run_ranges(list.len(), 8, |range, _| {
-            // SAFETY: each range is one task.
-            let out = unsafe { out.rows(range.start, range.len()) };
-            self.kernels.head_listed(matrix.ty, &matrix.bytes, x, &list[range], out);
+        let row_bytes = matrix.columns * matrix.ty.size();
+        let rows = Rows::new(rows, matrix.columns * size_of::<f32>());
+        self.pool.run_ranges(list.len(), 8, |range, worker| {
+            // SAFETY: each range is one task, and each worker runs one task at a time.
+            let (out, stored) = unsafe { (out.rows(range.start, range.len()), rows.row(worker)) };
+            let Some(read) = &matrix.reader else {
+                return self.kernels.head_listed(matrix.ty, &matrix.bytes, x, &list[range], out);
+            };
+            let stored = &mut stored[..row_bytes];
+            for (&row, out) in list[range].iter().zip(out) {
+                *out = f32::NAN;
+                if read(row as usize * row_bytes, stored) {
+                    self.kernels.head_listed(matrix.ty, stored, x, &[0], std::slice::from_mut(out));
+                }
+            }
         });
     }
 }

@@ -16,7 +16,7 @@ mod table;
 pub mod ternary;
 
 pub use compute::{
-    Activation, Compute, FloatMatrix, KvStore, QuantizedRows, TernaryMatrix, Workspace, positive,
+    Activation, Compute, FloatMatrix, KvStore, QuantizedRows, Reader, TernaryMatrix, Workspace, positive,
 };
 pub use head::{Head, HeadScratch, Logits};
 pub use memory::{Aligned, Bytes, HugeBuffer, Plain};

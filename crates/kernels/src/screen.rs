@@ -175,8 +175,17 @@ struct BlockRows {
 /// Stores a row of weights, all finite, as codes. Returns least weight and step.
 #[inline(always)]
 pub(crate) fn screen_row<I: Isa>(isa: I, row: &[f32], dither: &[f32], codes: &mut [u8]) -> (f32, f32) {
+    let (blocks, tail) = row.as_chunks::<16>();
+    let (mut tops, mut bottoms) = (isa.splat(f32::NEG_INFINITY), isa.splat(f32::NEG_INFINITY));
+    for block in blocks {
+        let w = isa.load(block);
+        (tops, bottoms) = (isa.max(w, tops), isa.max(isa.sub(isa.splat(0.0), w), bottoms));
+    }
+    let (mut high, mut low) = ([0.0; 16], [0.0; 16]);
+    isa.store(tops, &mut high);
+    isa.store(bottoms, &mut low);
     let (mut min, mut max) = (f32::INFINITY, f32::NEG_INFINITY);
-    for &w in row {
+    for w in low.into_iter().map(|w| -w).chain(high).chain(tail.iter().copied()) {
         min = if w < min { w } else { min };
         max = if w > max { w } else { max };
     }
@@ -190,14 +199,21 @@ pub(crate) fn screen_row<I: Isa>(isa: I, row: &[f32], dither: &[f32], codes: &mu
             let at = CHUNK * c + 16 * i;
             let place = &mut chunk_codes.as_chunks_mut::<16>().0[i];
             let (mut w, mut u) = ([min; 16], [0.0; 16]);
-            let n = row.len().saturating_sub(at).min(16);
-            w[..n].copy_from_slice(&row[row.len().min(at)..][..n]);
-            u[..n].copy_from_slice(&dither[row.len().min(at)..][..n]);
-            let scaled = isa.mul(isa.sub(isa.load(&w), least), inverse);
-            isa.to_i8(isa.add(scaled, isa.load(&u)), place);
+            let (w, u) = match blocks.get(at / 16) {
+                Some(block) => (block, &dither.as_chunks::<16>().0[at / 16]),
+                None => {
+                    let n = row.len().saturating_sub(at);
+                    w[..n].copy_from_slice(&row[row.len() - n..]);
+                    u[..n].copy_from_slice(&dither[row.len() - n..]);
+                    (&w, &u)
+                }
+            };
+            let scaled = isa.mul(isa.sub(isa.load(w), least), inverse);
+            isa.to_i8(isa.add(scaled, isa.load(u)), place);
         }
         for b in 0..CHUNK / 2 {
-            out[b] = chunk_codes[b].clamp(0, 15) as u8 | (chunk_codes[b + 64].clamp(0, 15) as u8) << 4;
+            // Codes are 0 to 15: the step is a little wide, and the dither less than a half.
+            out[b] = (chunk_codes[b] as u8 & 15) | (chunk_codes[b + 64] as u8) << 4;
         }
     }
     (min, step)

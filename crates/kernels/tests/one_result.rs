@@ -315,7 +315,7 @@ fn head_embedding_rope_and_sums_are_the_same_everywhere() {
                 compute.embed(&w, &(0..rows as u32).collect::<Vec<_>>(), &mut embedded).unwrap();
                 let mut logits = vec![f32::NAN; tokens * rows];
                 let head = Head { matrix: w.clone(), screen: None };
-                let mut scratch = HeadScratch::new(rows, columns);
+                let mut scratch = HeadScratch::new(rows, columns, compute.pool().threads());
                 compute.head(&head, &x, |_| Logits::Every, &mut scratch, &mut logits);
                 (bits(&embedded), bits(&logits))
             });
@@ -374,7 +374,7 @@ fn the_screen_never_loses_a_row() {
         let also = [3, 1999 % rows as u32];
         let (all, best) = everywhere(|compute| {
             let head = screened_head(&mut Random(9), rows, columns, compute);
-            let mut scratch = HeadScratch::new(rows, columns);
+            let mut scratch = HeadScratch::new(rows, columns, compute.pool().threads());
             let mut logits = || vec![f32::NAN; tokens * rows];
             let (mut all, mut best) = (logits(), logits());
             compute.head(&head, &x, |_| Logits::Every, &mut scratch, &mut all);

@@ -79,7 +79,7 @@ impl Scratch {
             codes: QuantizedRows::new(max_rows, widest),
             live: Vec::with_capacity(config.intermediate_size + 1),
             work: Workspace::new(widest, compute.pool().threads()),
-            head: HeadScratch::new(config.vocab_size, config.hidden_size),
+            head: HeadScratch::new(config.vocab_size, config.hidden_size, compute.pool().threads()),
             profile: Profile::default(),
             cos: floats(config.rope_dim / 2),
             sin: floats(config.rope_dim / 2),

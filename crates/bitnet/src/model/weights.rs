@@ -370,7 +370,12 @@ impl<'a> WeightPlan<'a> {
         let float = |place| {
             let (bytes, ty) = match place {
                 FloatPlace::Buffer(range, ty) => (take(range), ty),
-                FloatPlace::File(range, ty) => (Bytes::new(file.clone(), range), ty),
+                FloatPlace::File(range, ty) => {
+                    let (start, file) = (range.start as u64, file.clone());
+                    let bytes = Bytes::new(file.clone(), range);
+                    let read = move |at: usize, row: &mut [u8]| file.read_at(start + at as u64, row).is_ok();
+                    return FloatMatrix::new(bytes, ty, vocab, hidden).with_reader(Arc::new(read));
+                }
             };
             FloatMatrix::new(bytes, ty, vocab, hidden)
         };
@@ -618,16 +623,20 @@ fn code_three(bytes: &[u8]) -> Option<usize> {
 
 /// A chunk of every row, padded with zero weights.
 fn strip(source: &[u8], rows: usize, columns: usize, chunk: usize) -> Vec<u8> {
-    let row = |r: usize| {
-        let at = CHUNK / 4 * chunk;
-        if columns.is_multiple_of(CHUNK) {
-            return source[r * columns / 4 + at..].first_chunk::<{ CHUNK / 4 }>().copied();
+    const BYTES: usize = CHUNK / 4;
+    let mut strip = Vec::with_capacity(rows * BYTES);
+    if columns.is_multiple_of(CHUNK) {
+        for row in source.chunks_exact(columns / 4).take(rows) {
+            strip.extend_from_slice(&row[BYTES * chunk..][..BYTES]);
         }
-        let mut row = vec![0; row_bytes(columns)];
+        return strip;
+    }
+    let mut row = vec![0; row_bytes(columns)];
+    for r in 0..rows {
         pad(source, columns, r, &mut row);
-        row[at..].first_chunk().copied()
-    };
-    (0..rows).filter_map(row).flatten().collect()
+        strip.extend_from_slice(&row[BYTES * chunk..][..BYTES]);
+    }
+    strip
 }
 
 /// Writes rows from `first_row` on, whose weights lie flat in the file, as padded rows.
