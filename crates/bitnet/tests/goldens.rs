@@ -308,7 +308,7 @@ fn every_layer_agrees_on_the_references_own_inputs() {
             &model.weights().head,
             &golden.floats("final.norm")[..kept * config.hidden_size],
             |_| Logits::Every,
-            &mut HeadScratch::new(config.vocab_size, config.hidden_size),
+            &mut HeadScratch::new(config.vocab_size, config.hidden_size, compute.pool().threads()),
             &mut ours,
         );
         close(&format!("{name} logits"), &ours, &logits, &all[..kept]);

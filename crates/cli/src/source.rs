@@ -33,7 +33,7 @@ pub struct ModelArgs {
     /// Threads [default: one for each physical core that this process may use]
     #[arg(short = 't', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
-    /// Kernels: scalar; avx2, avxvnni, avx512, avx512vnni; neon, neondotprod or neoni8mm [default: the best for this CPU]
+    /// Kernels: scalar; avx2, avxvnni, avx512, avx512vnni, amx; neon, neondotprod or neoni8mm [default: the best for this CPU]
     #[arg(long, value_name = "ISA", value_parser = parse_kernels)]
     kernels: Option<&'static Kernels>,
     #[command(flatten)]

@@ -41,6 +41,16 @@ pub struct Gguf {
     directory: Directory,
 }
 
+impl Gguf {
+    /// Copies bytes of the file from `offset` on to `out`, without making its pages memory of this process.
+    ///
+    /// # Errors
+    /// Where the file ends before that, or cannot be read.
+    pub fn read_at(&self, offset: u64, out: &mut [u8]) -> std::io::Result<()> {
+        self.bytes.read_at(offset, out)
+    }
+}
+
 impl AsRef<[u8]> for Gguf {
     /// The whole file.
     fn as_ref(&self) -> &[u8] {

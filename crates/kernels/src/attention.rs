@@ -350,8 +350,9 @@ const LARGEST: f32 = 127.0 * 128.0;
 fn split<I: Isa>(isa: I, x: I::F, parts: [&mut [i8; 16]; 2], sums: &mut [I::F; 2]) {
     let high = isa.round(isa.mul(x, isa.splat(1.0 / 128.0)));
     let low = isa.round(isa.sub(x, isa.mul(high, isa.splat(128.0))));
-    isa.to_i8(high, parts[0]);
-    isa.to_i8(low, parts[1]);
+    let [highs, lows] = parts;
+    isa.to_i8(high, highs);
+    isa.to_i8(low, lows);
     *sums = [isa.add(sums[0], high), isa.add(sums[1], low)];
 }
 

@@ -8,8 +8,10 @@ use crate::ops::FloatType;
 use crate::pool::Pool;
 use crate::table::Kernels;
 use crate::ternary::panel::{BLOCK, PanelSource};
-use crate::ternary::{self, Activations, Layout, OutPtr, Which, columns};
+use crate::ternary::{self, Activations, Layout, OutPtr, ROW_TOKENS, Which, columns};
 use std::marker::PhantomData;
+use std::ops::Range;
+use std::sync::Arc;
 
 /// A ternary matrix `[rows][columns]` in one of the layouts of [`crate::ternary`], with one scale.
 pub struct TernaryMatrix {
@@ -63,7 +65,11 @@ pub struct FloatMatrix {
     pub(crate) ty: FloatType,
     pub(crate) rows: usize,
     pub(crate) columns: usize,
+    pub(crate) reader: Option<Reader>,
 }
+
+/// Copies stored bytes from an offset on; false where that fails.
+pub type Reader = Arc<dyn Fn(usize, &mut [u8]) -> bool + Send + Sync>;
 
 impl FloatMatrix {
     /// A matrix over `rows * columns` stored elements.
@@ -72,7 +78,12 @@ impl FloatMatrix {
     /// If the bytes are not exactly that many.
     pub fn new(bytes: Bytes, ty: FloatType, rows: usize, columns: usize) -> Self {
         assert_eq!(bytes.len(), rows * columns * ty.size(), "stored bytes");
-        Self { bytes, ty, rows, columns }
+        Self { bytes, ty, rows, columns, reader: None }
+    }
+    /// Reads single rows of the head through `reader`, so that of a mapped file they do not become memory of this process.
+    #[must_use]
+    pub fn with_reader(self, reader: Reader) -> Self {
+        Self { reader: Some(reader), ..self }
     }
     /// Rows: the vocabulary.
     pub fn rows(&self) -> usize {
@@ -96,15 +107,14 @@ pub struct QuantizedRows {
     tokens: usize,
     columns: usize,
     layout: Layout,
-    /// The columns in which some token has a code other than 0, where that pays, and their codes, token after token.
+    /// Of few tokens for a matrix stored by columns: the columns whose code is not 0 and those codes, token after token, and
+    /// where each token's begin.
     live: Vec<u32>,
-    packed: Aligned<i8>,
+    packed: Vec<i8>,
+    begins: Vec<usize>,
 }
 
 impl QuantizedRows {
-    /// Most tokens for which zero columns are looked for: of more, hardly a column is zero in all.
-    const SPARSE_TOKENS: usize = 8;
-
     /// Room for `tokens` rows of at most `columns`.
     pub fn new(tokens: usize, columns: usize) -> Self {
         let width = ternary::row_bytes(columns) * 4;
@@ -115,8 +125,9 @@ impl QuantizedRows {
             tokens: 0,
             columns: 0,
             layout: Layout::Rows,
-            live: Vec::with_capacity(width),
-            packed: Aligned::zeroed(tokens.min(Self::SPARSE_TOKENS) * width),
+            live: Vec::with_capacity(tokens.min(ROW_TOKENS) * width + 1),
+            packed: Vec::with_capacity(tokens.min(ROW_TOKENS) * width + 1),
+            begins: Vec::with_capacity(ROW_TOKENS + 1),
         }
     }
     /// The codes of one token in natural order, and the scale s = 127 / max|x| they were made with.
@@ -126,41 +137,62 @@ impl QuantizedRows {
         let at = |i| if self.layout == Layout::Rows { ternary::position(i) } else { i };
         ((0..self.columns).map(|i| codes[at(i)]).collect(), self.scales[token])
     }
-    /// Columns whose code is not 0 in every token, where they were counted.
+    /// Codes that are not 0, of a token on average, where they were counted.
     pub fn live_columns(&self) -> Option<usize> {
-        (self.layout == Layout::Columns && self.tokens <= Self::SPARSE_TOKENS).then_some(self.live.len())
+        self.sparse().then(|| self.live.len() / self.tokens)
+    }
+    fn sparse(&self) -> bool {
+        self.layout == Layout::Columns && self.tokens <= ROW_TOKENS
     }
     fn view(&self) -> Activations<'_> {
         let width = ternary::row_bytes(self.columns) * 4;
-        self.activations(&self.codes[..self.tokens * width])
-    }
-    fn activations<'a>(&'a self, codes: &'a [i8]) -> Activations<'a> {
-        Activations { codes, scales: &self.scales[..self.tokens], sums: &self.sums[..self.tokens] }
+        Activations {
+            codes: &self.codes[..self.tokens * width],
+            scales: &self.scales[..self.tokens],
+            sums: &self.sums[..self.tokens],
+        }
     }
 
     fn find_live_columns(&mut self) {
-        let (width, tokens) = (ternary::row_bytes(self.columns) * 4, self.tokens);
-        self.live.clear();
-        let mut any = [0i8; 64];
-        for first in (0..self.columns).step_by(64) {
-            any.fill(0);
-            for t in 0..tokens {
-                for (any, q) in any.iter_mut().zip(&self.codes[t * width + first..][..64]) {
-                    *any |= q;
-                }
-            }
-            self.live.extend((0..64).filter(|&i| any[i] != 0).map(|i| (first + i) as u32));
-        }
-        let stride = self.live.len().next_multiple_of(4);
-        for t in 0..tokens {
-            let codes = &self.codes[t * width..][..width];
-            let packed = &mut self.packed[t * stride..][..stride];
-            packed[self.live.len()..].fill(0);
-            for (packed, &c) in packed.iter_mut().zip(&self.live) {
-                *packed = codes[c as usize];
+        let width = ternary::row_bytes(self.columns) * 4;
+        self.live.resize(self.tokens * width + 1, 0);
+        self.packed.resize(self.tokens * width + 1, 0);
+        self.begins.clear();
+        let mut count = 0;
+        for codes in self.codes.chunks(width).take(self.tokens) {
+            self.begins.push(count);
+            // Every column is written and stays if it is live: a branch would be guessed wrong too often.
+            for (i, &q) in codes[..self.columns].iter().enumerate() {
+                (self.live[count], self.packed[count]) = (i as u32, q);
+                count += usize::from(q != 0);
             }
         }
+        self.begins.push(count);
+        self.live.truncate(count);
+        self.packed.truncate(count);
     }
+
+    /// The live columns of a token within a range, and their codes.
+    fn live_in(&self, token: usize, range: &Range<usize>) -> (&[u32], &[i8]) {
+        let own = self.begins[token]..self.begins[token + 1];
+        let (list, codes) = (&self.live[own.clone()], &self.packed[own]);
+        let at = |column: usize| list.partition_point(|&c| (c as usize) < column);
+        let (begin, end) = (at(range.start), at(range.end));
+        (&list[begin..end], &codes[begin..end])
+    }
+}
+
+/// Puts the columns of `values` (`[tokens][columns]`) that have a positive value into `list`, in order.
+pub fn positive(values: &[f32], columns: usize, list: &mut Vec<u32>) {
+    list.resize(columns + 1, 0);
+    let mut count = 0;
+    // Without a branch, as above.
+    for i in 0..columns {
+        list[count] = i as u32;
+        let live = values.iter().skip(i).step_by(columns).fold(false, |live, value| live | (*value > 0.0));
+        count += usize::from(live);
+    }
+    list.truncate(count);
 }
 
 /// What the threads need beside inputs and outputs.
@@ -170,7 +202,7 @@ pub struct Workspace {
     floats: Aligned<f32>,
     /// A block of unpacked weights for each thread.
     panels: Aligned<u8>,
-    /// Sums of a product by columns, for each thread.
+    /// Sums of a product by columns, for each thread and token.
     sums: Aligned<i32>,
 }
 
@@ -182,12 +214,12 @@ impl Workspace {
             columns: width,
             floats: Aligned::zeroed(threads * 2 * width),
             panels: Aligned::zeroed(threads * BLOCK * width),
-            sums: Aligned::zeroed(threads * width),
+            sums: Aligned::zeroed(threads * ROW_TOKENS * width),
         }
     }
     /// Its size in bytes.
     pub const fn bytes(columns: usize, threads: usize) -> usize {
-        threads * ternary::row_bytes(columns) * 4 * (2 * 4 + BLOCK + 4)
+        threads * ternary::row_bytes(columns) * 4 * (2 * 4 + BLOCK + 4 * ROW_TOKENS)
     }
 }
 
@@ -244,6 +276,9 @@ impl<'a, T> Rows<'a, T> {
 }
 
 impl Compute {
+    /// Most tokens that are multiplied row by row or column by column, so that what is not needed can be left out.
+    pub const FEW: usize = ROW_TOKENS;
+
     /// Kernels on `threads` threads, the caller counted.
     pub fn new(kernels: &'static Kernels, threads: usize) -> Self {
         Self { kernels, pool: Pool::new(threads) }
@@ -339,7 +374,7 @@ impl Compute {
                 (scale[0], sum[0]) = self.kernels.quantize(row, layout, codes);
             });
         }
-        if layout == Layout::Columns && tokens <= QuantizedRows::SPARSE_TOKENS {
+        if q.sparse() {
             q.find_live_columns();
         }
     }
@@ -354,13 +389,14 @@ impl Compute {
         work: &mut Workspace,
         jobs: [(&TernaryMatrix, &mut [f32]); N],
     ) {
-        if let (Layout::Columns, 1) = (q.layout, q.tokens) {
-            jobs.into_iter().for_each(|(matrix, out)| self.gemv_columns(q, work, matrix, out));
+        if q.sparse() {
+            jobs.into_iter().for_each(|(matrix, out)| self.few_by_columns(q, work, matrix, out));
             return;
         }
-        // Several tokens take a panel of rows at a time; one takes some 16 KiB of rows.
+        // Many tokens take a block of panels at a time; few take some 16 KiB of rows.
         let row_bytes = ternary::row_bytes(q.columns);
-        let grain = if q.tokens > 1 { BLOCK } else { ((16 << 10) / row_bytes).max(4) & !3 };
+        let few = q.tokens <= ROW_TOKENS;
+        let grain = if few { ((16 << 10) / row_bytes).max(4) & !3 } else { BLOCK };
         let mut end = 0;
         let plan = jobs.map(|(matrix, out)| {
             check(matrix, q, out);
@@ -372,7 +408,7 @@ impl Compute {
             let (matrix, out, first) = plan[plan.iter().rposition(|job| job.2 <= at).unwrap_or(0)];
             (matrix, out, at - first, grain.min(matrix.rows - (at - first)))
         };
-        if q.tokens == 1 {
+        if few {
             self.pool.run_ranges(end, grain, |range, _| {
                 let (matrix, out, first, count) = job(range.start);
                 let (w, which) = (&matrix.bytes, Which::All { first, count });
@@ -382,22 +418,18 @@ impl Compute {
             return;
         }
         let panels = Rows::new(&mut work.panels, work.columns * BLOCK);
-        let live = q.live_columns();
         self.pool.run(end / BLOCK, |task, worker| {
             let (matrix, out, first, count) = job(task * BLOCK);
-            let (source, a) = match (matrix.layout, live) {
-                (Layout::Rows, _) => {
-                    let w = &matrix.bytes[first * row_bytes..][..count * row_bytes];
-                    (PanelSource::Rows { w, row_bytes }, q.view())
+            let w = &matrix.bytes[..];
+            let source = match matrix.layout {
+                Layout::Rows => {
+                    PanelSource::Rows { w: &w[first * row_bytes..][..count * row_bytes], row_bytes }
                 }
-                (Layout::Columns, live) => {
-                    let (w, column_bytes) = (&matrix.bytes[..], columns::column_bytes(matrix.rows));
-                    let packed = |n: usize| &q.packed[..q.tokens * n.next_multiple_of(4)];
-                    let list = live.map(|_| &q.live[..]);
-                    let a = live.map_or_else(|| q.view(), |n| q.activations(packed(n)));
-                    (PanelSource::Columns { w, column_bytes, list }, a)
+                Layout::Columns => {
+                    PanelSource::Columns { w, column_bytes: columns::column_bytes(matrix.rows) }
                 }
             };
+            let a = q.view();
             // SAFETY: each worker runs one task at a time; these rows of every token are this task's alone and lie in the
             // output, whose length was checked.
             unsafe {
@@ -406,14 +438,15 @@ impl Compute {
         });
     }
 
-    /// As [`Compute::linear`] with one token, for the rows `list` of a matrix stored by rows. Other outputs are left alone.
+    /// As [`Compute::linear`] with few tokens ([`Compute::FEW`]), for the rows `list`, in order, of a matrix stored by rows.
+    /// Other outputs are left alone.
     ///
     /// # Panics
     /// As there, and if a row is not in the matrix.
     pub fn linear_listed(&self, q: &QuantizedRows, matrix: &TernaryMatrix, list: &[u32], out: &mut [f32]) {
         check(matrix, q, out);
-        assert_eq!((q.layout, q.tokens), (Layout::Rows, 1));
-        assert!(list.iter().all(|&r| (r as usize) < matrix.rows));
+        assert!(q.layout == Layout::Rows && q.tokens <= ROW_TOKENS);
+        assert!(list.last().is_none_or(|&r| (r as usize) < matrix.rows) && list.is_sorted_by(|a, b| a < b));
         let row_bytes = ternary::row_bytes(q.columns);
         let out = OutPtr { ptr: out.as_mut_ptr(), stride: matrix.rows };
         self.pool.run_ranges(list.len(), ((16 << 10) / row_bytes).max(4) & !3, |range, _| {
@@ -423,27 +456,36 @@ impl Compute {
         });
     }
 
-    /// One token times a matrix stored by columns: each thread adds up some of the columns.
-    fn gemv_columns(&self, q: &QuantizedRows, work: &mut Workspace, matrix: &TernaryMatrix, out: &mut [f32]) {
+    /// Few tokens times a matrix stored by columns: each thread adds up some of the columns, for each token those it needs,
+    /// while they are in the cache.
+    fn few_by_columns(
+        &self,
+        q: &QuantizedRows,
+        work: &mut Workspace,
+        matrix: &TernaryMatrix,
+        out: &mut [f32],
+    ) {
         check(matrix, q, out);
-        let column_bytes = columns::column_bytes(matrix.rows);
+        let (tokens, column_bytes) = (q.tokens, columns::column_bytes(matrix.rows));
         let width = column_bytes * 4;
-        let sums = &mut work.sums[..self.pool.threads() * width];
+        let sums = &mut work.sums[..self.pool.threads() * tokens * width];
         sums.fill(0);
         let parts = Rows::new(sums, width);
-        let grain = ((16 << 10) / column_bytes).next_multiple_of(columns::GROUP);
-        self.pool.run_ranges(q.live.len(), grain, |range, worker| {
-            // SAFETY: each worker runs one task at a time.
-            let sums = unsafe { parts.row(worker) };
-            let codes = &q.packed[range.clone()];
-            self.kernels.add_columns(&matrix.bytes, column_bytes, &q.live[range], codes, sums);
+        // One token takes some 16 KiB at a time, a third of the columns being live; several share 256 KiB.
+        let bytes = if tokens == 1 { 48 << 10 } else { 256 << 10 };
+        self.pool.run_ranges(matrix.columns, (bytes / column_bytes).max(1), |range, worker| {
+            for token in 0..tokens {
+                // SAFETY: each worker runs one task at a time.
+                let sums = unsafe { parts.row(worker * tokens + token) };
+                let (list, codes) = q.live_in(token, &range);
+                self.kernels.add_columns(&matrix.bytes, column_bytes, list, codes, sums);
+            }
         });
-        self.kernels.finish_columns(
-            &work.sums[..self.pool.threads() * width],
-            q.sums[0],
-            matrix.scale / q.scales[0],
-            out,
-        );
+        for (token, out) in out.chunks_mut(matrix.rows).enumerate() {
+            let sums = &work.sums[token * width..self.pool.threads() * tokens * width];
+            let factor = matrix.scale / q.scales[token];
+            self.kernels.finish_columns(sums, tokens * width, q.sums[token], factor, out);
+        }
     }
 
     /// Rotates every head of every row of x (`[tokens][heads * head_dim]`). `cos`, `sin`: `[tokens][half]`.

@@ -1,7 +1,7 @@
 //! The output head: all logits, or only those that can still be chosen.
 
 use crate::compute::{Compute, FloatMatrix, Rows};
-use crate::screen::{Probe, Screen, dither, upper_bound};
+use crate::screen::{BLOCK, Probe, Screen, dither, upper_bound};
 use crate::ternary::OutPtr;
 
 /// The output head of a model.
@@ -30,34 +30,37 @@ pub enum Logits<'a> {
 /// Buffers of [`Compute::head`].
 pub struct HeadScratch {
     probes: Vec<Probe>,
-    /// The greatest logit and upper bound of each block of rows, `[GROUP][blocks]`, and a copy to select from.
+    /// The greatest logit and the widest bound of each block of rows, `[GROUP][blocks]`, and a copy to select from.
     tops: Vec<f32>,
-    uppers: Vec<f32>,
+    widest: Vec<f32>,
     select: Vec<f32>,
     list: Vec<u32>,
     exact: Vec<f32>,
+    /// A stored row for each thread.
+    rows: Vec<u8>,
     /// Tokens that were screened, and rows that were computed for them.
     screened: u64,
     survivors: u64,
 }
 
-/// Rows of a block of the screen.
-const BLOCK: usize = 64;
+/// How many times as many rows as are wanted are computed first, to know how great the last wanted one must be.
+const FIRST: usize = 4;
 
 /// Tokens that share a pass over the screen.
 const GROUP: usize = 8;
 
 impl HeadScratch {
-    /// For a head of this shape.
-    pub fn new(rows: usize, columns: usize) -> Self {
+    /// For a head of this shape on `threads` threads.
+    pub fn new(rows: usize, columns: usize, threads: usize) -> Self {
         let blocks = rows.div_ceil(BLOCK);
         Self {
             probes: (0..GROUP).map(|_| Probe::new(columns)).collect(),
             tops: vec![0.0; GROUP * blocks],
-            uppers: vec![0.0; GROUP * blocks],
+            widest: vec![0.0; GROUP * blocks],
             select: Vec::with_capacity(rows),
             list: Vec::with_capacity(rows),
             exact: Vec::with_capacity(rows),
+            rows: vec![0; threads * columns * size_of::<f32>()],
             screened: 0,
             survivors: 0,
         }
@@ -150,22 +153,22 @@ impl Compute {
     fn screen_pass(&self, screen: &Screen, x: &[f32], scratch: &mut HeadScratch, out: &mut [f32]) -> bool {
         let rows = screen.rows();
         let (tokens, blocks) = (out.len() / rows, rows.div_ceil(BLOCK));
-        let HeadScratch { probes, tops, uppers, .. } = scratch;
+        let HeadScratch { probes, tops, widest, .. } = scratch;
         for (probe, x) in probes.iter_mut().zip(x.chunks_exact(x.len() / tokens)) {
             if !probe.set(screen, x) {
                 return false;
             }
         }
-        let (out, tops, uppers) = (Rows::new(out, 1), Rows::new(tops, 1), Rows::new(uppers, 1));
+        let (out, tops, widest) = (Rows::new(out, 1), Rows::new(tops, 1), Rows::new(widest, 1));
         self.pool.run_ranges(blocks, 1, |range, _| {
             let block = range.start;
             let (first, count) = (block * BLOCK, BLOCK.min(rows - block * BLOCK));
             for (t, probe) in probes[..tokens].iter().enumerate() {
                 let at = t * blocks + block;
                 // SAFETY: each block is one task.
-                let (out, top, upper) =
-                    unsafe { (out.rows(t * rows + first, count), tops.row(at), uppers.row(at)) };
-                (top[0], upper[0]) = self.kernels.screen_logits(screen, probe, first, out);
+                let (out, top, bound) =
+                    unsafe { (out.rows(t * rows + first, count), tops.row(at), widest.row(at)) };
+                (top[0], bound[0]) = self.kernels.screen_logits(screen, probe, first, out);
             }
         });
         true
@@ -184,10 +187,10 @@ impl Compute {
         scratch: &mut HeadScratch,
         out: &mut [f32],
     ) -> bool {
-        let HeadScratch { probes, tops, uppers, select, list, exact, screened, survivors } = scratch;
+        let HeadScratch { probes, tops, widest, select, list, exact, rows, screened, survivors } = scratch;
         let blocks = matrix.rows.div_ceil(BLOCK);
         let (probe, tops) = (&probes[token], &tops[token * blocks..][..blocks]);
-        let uppers = &uppers[token * blocks..][..blocks];
+        let widest = &widest[token * blocks..][..blocks];
         // A caller may lower the logits in `also`, and then others take their places.
         let top = top.saturating_add(also.len());
         if top > blocks / 4 {
@@ -196,7 +199,7 @@ impl Compute {
         // At least `top` rows are in blocks whose greatest logit is not below this one.
         select.clear();
         select.extend_from_slice(tops);
-        let first_floor = kth_greatest(select, top);
+        let first_floor = kth_greatest(select, FIRST * top);
         list.clear();
         for (block, _) in tops.iter().enumerate().filter(|(_, top)| **top >= first_floor) {
             let rows = block * BLOCK..(block * BLOCK + BLOCK).min(matrix.rows);
@@ -206,22 +209,30 @@ impl Compute {
         if list.len() > limit {
             return false;
         }
-        self.exact_logits(matrix, x, list, 0, exact);
+        self.exact_logits(matrix, x, list, 0, rows, exact);
         // Their exact logits: `top` of them are not below this one, so nothing below it matters.
         select.clear();
         select.extend_from_slice(exact);
         let floor = kth_greatest(select, top);
         let begun = list.len();
-        for (block, _) in uppers.iter().enumerate().filter(|(_, upper)| **upper >= floor) {
+        for (block, (top, widest)) in tops.iter().zip(widest).enumerate() {
+            // Every logit and its own bound follow only where the block's widest bound does not already tell.
+            if top + widest < floor {
+                continue;
+            }
             let rows = block * BLOCK..(block * BLOCK + BLOCK).min(matrix.rows);
-            let open = |r: &usize| out[*r] < first_floor && upper_bound(screen, probe, *r, out[*r]) >= floor;
+            let near = floor - widest;
+            let open = |r: &usize| {
+                let logit = out[*r];
+                logit >= near && logit < first_floor && upper_bound(screen, probe, *r, logit) >= floor
+            };
             list.extend(rows.filter(open).map(|r| r as u32));
         }
         list.extend_from_slice(also);
         if list.len() > limit {
             return false;
         }
-        self.exact_logits(matrix, x, list, begun, exact);
+        self.exact_logits(matrix, x, list, begun, rows, exact);
         out.fill(f32::NEG_INFINITY);
         for (&row, &logit) in list.iter().zip(&*exact) {
             out[row as usize] = logit;
@@ -231,21 +242,33 @@ impl Compute {
         true
     }
 
-    /// Appends the exact logits of the rows `list[begun..]` to `exact`.
+    /// Appends the exact logits of the rows `list[begun..]` to `exact`; NaN where a row could not be read.
     fn exact_logits(
         &self,
         matrix: &FloatMatrix,
         x: &[f32],
         list: &[u32],
         begun: usize,
+        rows: &mut [u8],
         exact: &mut Vec<f32>,
     ) {
         exact.resize(list.len(), 0.0);
         let (list, out) = (&list[begun..], Rows::new(&mut exact[begun..], 1));
-        self.pool.run_ranges(list.len(), 8, |range, _| {
-            // SAFETY: each range is one task.
-            let out = unsafe { out.rows(range.start, range.len()) };
-            self.kernels.head_listed(matrix.ty, &matrix.bytes, x, &list[range], out);
+        let row_bytes = matrix.columns * matrix.ty.size();
+        let rows = Rows::new(rows, matrix.columns * size_of::<f32>());
+        self.pool.run_ranges(list.len(), 8, |range, worker| {
+            // SAFETY: each range is one task, and each worker runs one task at a time.
+            let (out, stored) = unsafe { (out.rows(range.start, range.len()), rows.row(worker)) };
+            let Some(read) = &matrix.reader else {
+                return self.kernels.head_listed(matrix.ty, &matrix.bytes, x, &list[range], out);
+            };
+            let stored = &mut stored[..row_bytes];
+            for (&row, out) in list[range].iter().zip(out) {
+                *out = f32::NAN;
+                if read(row as usize * row_bytes, stored) {
+                    self.kernels.head_listed(matrix.ty, stored, x, &[0], std::slice::from_mut(out));
+                }
+            }
         });
     }
 }

@@ -23,7 +23,9 @@ mod screen;
 mod table;
 pub mod ternary;
 
-pub use compute::{Activation, Compute, FloatMatrix, QuantizedRows, TernaryMatrix, Workspace};
+pub use compute::{
+    Activation, Compute, FloatMatrix, QuantizedRows, Reader, TernaryMatrix, Workspace, positive,
+};
 pub use head::{Head, HeadScratch, Logits};
 pub use kv::{KvShape, KvStore, KvType};
 pub use memory::{Aligned, Bytes, HugeBuffer, Plain};

@@ -140,26 +140,52 @@ impl Probe {
         true
     }
 
-    /// The logit of a row by its sums of codes times high and low parts, and how far at most the exact one is from it.
+    /// The logits of rows by their sums of codes times high and low parts, and how far at most the exact ones are from them.
     #[inline(always)]
-    fn logit(&self, [high, low]: [i32; 2], (min, step): (f32, f32)) -> (f32, f32) {
-        if step == f32::INFINITY {
-            return (f32::INFINITY, 0.0);
+    fn logits(&self, rows: &BlockRows, logits: &mut [f32; BLOCK], bounds: &mut [f32; BLOCK]) {
+        for i in 0..BLOCK {
+            let (min, step) = (f64::from(rows.min[i]), f64::from(rows.step[i]));
+            // Both sums are below 2^31, so this is exact.
+            let dot = self.scale * (256.0 * f64::from(rows.high[i]) + f64::from(rows.low[i]));
+            let logit = min * self.sum + step * (dot - self.dithered);
+            let weight = min.abs().max((min + 15.0 * step).abs());
+            let bound = step * self.by_step + weight * self.by_weight + logit.abs() / f64::from(1 << 21);
+            (logits[i], bounds[i]) = (logit as f32, bound as f32);
         }
-        let (min, step) = (f64::from(min), f64::from(step));
-        let dot = self.scale * (256 * i64::from(high) + i64::from(low)) as f64;
-        let logit = min * self.sum + step * (dot - self.dithered);
-        let weight = min.abs().max((min + 15.0 * step).abs());
-        let bound = step * self.by_step + weight * self.by_weight + logit.abs() / f64::from(1 << 22);
-        (logit as f32, bound as f32)
+        // A row that is not finite is always computed.
+        for i in 0..BLOCK {
+            if rows.step[i] == f32::INFINITY {
+                (logits[i], bounds[i]) = (f32::INFINITY, 0.0);
+            }
+        }
     }
+}
+
+/// Rows of a block of the screen.
+pub(crate) const BLOCK: usize = 64;
+
+/// What is known of the rows of a block.
+struct BlockRows {
+    min: [f32; BLOCK],
+    step: [f32; BLOCK],
+    high: [i32; BLOCK],
+    low: [i32; BLOCK],
 }
 
 /// Stores a row of weights, all finite, as codes. Returns least weight and step.
 #[inline(always)]
 pub(crate) fn screen_row<I: Isa>(isa: I, row: &[f32], dither: &[f32], codes: &mut [u8]) -> (f32, f32) {
+    let (blocks, tail) = row.as_chunks::<16>();
+    let (mut tops, mut bottoms) = (isa.splat(f32::NEG_INFINITY), isa.splat(f32::NEG_INFINITY));
+    for block in blocks {
+        let w = isa.load(block);
+        (tops, bottoms) = (isa.max(w, tops), isa.max(isa.sub(isa.splat(0.0), w), bottoms));
+    }
+    let (mut high, mut low) = ([0.0; 16], [0.0; 16]);
+    isa.store(tops, &mut high);
+    isa.store(bottoms, &mut low);
     let (mut min, mut max) = (f32::INFINITY, f32::NEG_INFINITY);
-    for &w in row {
+    for w in low.into_iter().map(|w| -w).chain(high).chain(tail.iter().copied()) {
         min = if w < min { w } else { min };
         max = if w > max { w } else { max };
     }
@@ -173,20 +199,28 @@ pub(crate) fn screen_row<I: Isa>(isa: I, row: &[f32], dither: &[f32], codes: &mu
             let at = CHUNK * c + 16 * i;
             let place = &mut chunk_codes.as_chunks_mut::<16>().0[i];
             let (mut w, mut u) = ([min; 16], [0.0; 16]);
-            let n = row.len().saturating_sub(at).min(16);
-            w[..n].copy_from_slice(&row[row.len().min(at)..][..n]);
-            u[..n].copy_from_slice(&dither[row.len().min(at)..][..n]);
-            let scaled = isa.mul(isa.sub(isa.load(&w), least), inverse);
-            isa.to_i8(isa.add(scaled, isa.load(&u)), place);
+            let (w, u) = match blocks.get(at / 16) {
+                Some(block) => (block, &dither.as_chunks::<16>().0[at / 16]),
+                None => {
+                    let n = row.len().saturating_sub(at);
+                    w[..n].copy_from_slice(&row[row.len() - n..]);
+                    u[..n].copy_from_slice(&dither[row.len() - n..]);
+                    (&w, &u)
+                }
+            };
+            let scaled = isa.mul(isa.sub(isa.load(w), least), inverse);
+            isa.to_i8(isa.add(scaled, isa.load(u)), place);
         }
         for b in 0..CHUNK / 2 {
-            out[b] = chunk_codes[b].clamp(0, 15) as u8 | (chunk_codes[b + 64].clamp(0, 15) as u8) << 4;
+            // Codes are 0 to 15: the step is a little wide, and the dither less than a half.
+            out[b] = (chunk_codes[b] as u8 & 15) | (chunk_codes[b + 64] as u8) << 4;
         }
     }
     (min, step)
 }
 
-/// The logits of as many rows as `logits` has, from `first` on, and the greatest logit and upper bound among them.
+/// The logits of as many rows as `logits` has, at most [`BLOCK`], from `first` on, and the greatest logit and the
+/// greatest bound among them.
 #[inline(always)]
 pub(crate) fn screen_logits<I: Isa>(
     isa: I,
@@ -196,31 +230,37 @@ pub(crate) fn screen_logits<I: Isa>(
     logits: &mut [f32],
 ) -> (f32, f32) {
     let bytes = Screen::row_bytes(screen.columns);
-    let codes = screen.codes(first, logits.len());
-    let (mut top, mut upper) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
-    let mut put = |i: usize, dots: [i32; 2], out: &mut f32| {
-        let (logit, bound) = probe.logit(dots, screen.scales(first + i));
-        *out = logit;
-        top = if logit > top { logit } else { top };
-        upper = if logit + bound > upper { logit + bound } else { upper };
-    };
+    let count = logits.len();
+    let codes = screen.codes(first, count);
     let row = |i: usize| &codes[i * bytes..][..bytes];
     let ahead = |row: &[u8]| row.as_ptr().wrapping_add(AHEAD);
+    let mut rows = BlockRows { min: [0.0; BLOCK], step: [0.0; BLOCK], high: [0; BLOCK], low: [0; BLOCK] };
     let mut i = 0;
-    while i + 4 <= logits.len() {
-        let rows = [row(i), row(i + 1), row(i + 2), row(i + 3)];
-        let dots = isa.nibble_dots(rows, rows.map(ahead), &probe.high, &probe.low);
+    while i + 4 <= count {
+        let four = [row(i), row(i + 1), row(i + 2), row(i + 3)];
+        let next = [ahead(four[0]), ahead(four[1]), ahead(four[2]), ahead(four[3])];
+        let dots = isa.nibble_dots(four, next, &probe.high, &probe.low);
         for k in 0..4 {
-            put(i + k, dots[k], &mut logits[i + k]);
+            [rows.high[i + k], rows.low[i + k]] = dots[k];
         }
         i += 4;
     }
-    while i < logits.len() {
-        let dots = isa.nibble_dots([row(i)], [ahead(row(i))], &probe.high, &probe.low);
-        put(i, dots[0], &mut logits[i]);
+    while i < count {
+        [[rows.high[i], rows.low[i]]] = isa.nibble_dots([row(i)], [ahead(row(i))], &probe.high, &probe.low);
         i += 1;
     }
-    (top, upper)
+    for i in 0..count {
+        (rows.min[i], rows.step[i]) = screen.scales(first + i);
+    }
+    let (mut all, mut bounds) = ([0.0; BLOCK], [0.0; BLOCK]);
+    probe.logits(&rows, &mut all, &mut bounds);
+    logits.copy_from_slice(&all[..count]);
+    let (mut top, mut widest) = (f32::NEG_INFINITY, 0.0);
+    for i in 0..count {
+        top = if all[i] > top { all[i] } else { top };
+        widest = if bounds[i] > widest { bounds[i] } else { widest };
+    }
+    (top, widest)
 }
 
 /// The upper bound of a row's logit.

@@ -27,7 +27,7 @@ pub struct Kernels {
     gemv_rows: unsafe fn(&[u8], usize, Which<'_>, f32, Activations<'_>, OutPtr),
     matmul_block: unsafe fn(PanelSource<'_>, f32, Activations<'_>, &mut [u8], usize, usize, OutPtr),
     add_columns: unsafe fn(&[u8], usize, &[u32], &[i8], &mut [i32]),
-    finish_columns: unsafe fn(&[i32], i32, f32, &mut [f32]),
+    finish_columns: unsafe fn(&[i32], usize, i32, f32, &mut [f32]),
     head_rows: unsafe fn(FloatType, &[u8], &[f32], usize, usize, OutPtr),
     head_listed: unsafe fn(FloatType, &[u8], &[f32], &[u32], &mut [f32]),
     screen_row: unsafe fn(&[f32], &[f32], &mut [u8]) -> (f32, f32),
@@ -110,8 +110,8 @@ macro_rules! kernels {
                 columns::add_columns($isa, w, column_bytes, list, q, sums);
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn finish_columns(sums: &[i32], bias: i32, factor: f32, out: &mut [f32]) {
-                columns::finish(sums, bias, factor, out);
+            unsafe fn finish_columns(sums: &[i32], stride: usize, bias: i32, factor: f32, out: &mut [f32]) {
+                columns::finish(sums, stride, bias, factor, out);
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn head_rows(
@@ -201,6 +201,15 @@ kernels!(
     "neon,dotprod,i8mm"
 );
 
+#[cfg(target_arch = "x86_64")]
+kernels!(
+    amx,
+    "amx",
+    // SAFETY: as above.
+    unsafe { Avx512::<true, true>::assume() },
+    "avx512f,avx512bw,avx512vnni"
+);
+
 /// All kernels this CPU can run, the best last.
 pub fn supported() -> Vec<&'static Kernels> {
     #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(unused_mut))]
@@ -211,6 +220,7 @@ pub fn supported() -> Vec<&'static Kernels> {
         list.extend(Avx2::<true>::detect().map(|_| &avxvnni::KERNELS));
         list.extend(Avx512::<false>::detect().map(|_| &avx512::KERNELS));
         list.extend(Avx512::<true>::detect().map(|_| &avx512vnni::KERNELS));
+        list.extend(Avx512::<true, true>::detect().map(|_| &amx::KERNELS));
     }
     #[cfg(target_arch = "aarch64")]
     {
@@ -227,7 +237,7 @@ pub fn best() -> &'static Kernels {
 }
 
 impl Kernels {
-    /// The instruction set: `scalar`; `avx2`, `avxvnni`, `avx512`, `avx512vnni`; `neon`, `neondotprod` or `neoni8mm`.
+    /// The instruction set: `scalar`; `avx2`, `avxvnni`, `avx512`, `avx512vnni`, `amx`; `neon`, `neondotprod` or `neoni8mm`.
     pub fn name(&self) -> &'static str {
         self.name
     }
@@ -318,9 +328,16 @@ impl Kernels {
         // SAFETY: as above.
         unsafe { (self.add_columns)(w, column_bytes, list, q, sums) }
     }
-    pub(crate) fn finish_columns(&self, sums: &[i32], bias: i32, factor: f32, out: &mut [f32]) {
+    pub(crate) fn finish_columns(
+        &self,
+        sums: &[i32],
+        stride: usize,
+        bias: i32,
+        factor: f32,
+        out: &mut [f32],
+    ) {
         // SAFETY: as above.
-        unsafe { (self.finish_columns)(sums, bias, factor, out) }
+        unsafe { (self.finish_columns)(sums, stride, bias, factor, out) }
     }
     /// # Safety
     /// As [`ops::head_rows`].

@@ -3,7 +3,7 @@
 use super::{Model, Phase, Profile};
 use bitnet_kernels::ternary::Layout;
 use bitnet_kernels::{
-    Activation, Aligned, Compute, HeadScratch, KvStore, Logits, QuantizedRows, Screen, Workspace,
+    Aligned, Compute, HeadScratch, KvStore, Logits, QuantizedRows, Screen, Workspace, positive,
 };
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -77,9 +77,9 @@ impl Scratch {
             up: floats(config.intermediate_size),
             delta: floats(config.hidden_size),
             codes: QuantizedRows::new(max_rows, widest),
-            live: Vec::with_capacity(config.intermediate_size),
+            live: Vec::with_capacity(config.intermediate_size + 1),
             work: Workspace::new(widest, compute.pool().threads()),
-            head: HeadScratch::new(config.vocab_size, config.hidden_size),
+            head: HeadScratch::new(config.vocab_size, config.hidden_size, compute.pool().threads()),
             profile: Profile::default(),
             cos: floats(config.rope_dim / 2),
             sin: floats(config.rope_dim / 2),
@@ -109,6 +109,9 @@ impl Scratch {
 }
 
 impl Model {
+    /// Most tokens of a step for which up rows are left out: of more, hardly a row is needed by none.
+    const SPARSE_ROWS: usize = 3;
+
     /// Runs one step: every row through every block, its keys and values into `kv`. `pages(s)` are the pages of
     /// sequence s, which must reach the positions of its rows. The logits of the rows that want them, those that `choice`
     /// asks for, are written to `logits` (`[wanted rows][vocab_size]`), in order.
@@ -195,10 +198,10 @@ impl Model {
 
             compute.norm_quantize(x, &layer.ffn_norm, eps, Layout::Rows, work, codes);
             profile.lap(Phase::Norm, 0);
-            if n == 1 && config.activation == Activation::Relu2 {
+            let layout = layer.ffn_down.layout();
+            if n <= Self::SPARSE_ROWS && layout == Layout::Columns {
                 compute.linear(codes, work, [(&layer.ffn_gate, &mut *gate)]);
-                live.clear();
-                live.extend((0u32..).zip(&*gate).filter(|(_, gate)| **gate > 0.0).map(|(row, _)| row));
+                positive(gate, config.intermediate_size, live);
                 profile.lap(Phase::Gate, layer.ffn_gate.byte_len());
                 compute.linear_listed(codes, &layer.ffn_up, live, up);
                 profile.lap(Phase::Up, layer.ffn_up.byte_len() / config.intermediate_size * live.len());
@@ -207,7 +210,6 @@ impl Model {
                 profile.lap(Phase::Gate, layer.ffn_gate.byte_len() + layer.ffn_up.byte_len());
             }
             let (width, norm) = (config.intermediate_size, Some((&layer.ffn_sub_norm[..], eps)));
-            let layout = layer.ffn_down.layout();
             compute.activate_quantize(config.activation, gate, up, width, norm, layout, work, codes);
             profile.lap(Phase::Activate, 0);
             compute.linear(codes, work, [(&layer.ffn_down, &mut *delta)]);

@@ -222,7 +222,7 @@ impl<'a> Planner<'a> {
     }
 
     /// Leaves the matrix in the file.
-    fn mapped(&self, (tensor, ty): (&'a TensorInfo, FloatType)) -> FloatPlace {
+    fn mapped((tensor, ty): (&'a TensorInfo, FloatType)) -> FloatPlace {
         let start = tensor.offset as usize;
         FloatPlace::File(start..start + tensor.byte_len as usize, ty)
     }
@@ -384,7 +384,7 @@ impl<'a> WeightPlan<'a> {
             let bytes = rows * (Screen::row_bytes(columns) + Screen::SCALE_BYTES);
             planner.place(tensor, bytes, Store::Screen { rows, columns, ty }, 1.0)
         });
-        let mut place = |matrix| if screens { planner.mapped(matrix) } else { planner.copied(matrix) };
+        let mut place = |matrix| if screens { Planner::mapped(matrix) } else { planner.copied(matrix) };
         let (embedding, head) = (place(embedding), output.map(place));
         let output_norm = planner.norm("output_norm.weight", hidden)?;
         Ok(Self { planner, embedding, head, screen, output_norm, layers })
@@ -417,7 +417,12 @@ impl<'a> WeightPlan<'a> {
         let float = |place| {
             let (bytes, ty) = match place {
                 FloatPlace::Buffer(range, ty) => (take(range), ty),
-                FloatPlace::File(range, ty) => (Bytes::new(file.clone(), range), ty),
+                FloatPlace::File(range, ty) => {
+                    let (start, file) = (range.start as u64, file.clone());
+                    let bytes = Bytes::new(file.clone(), range);
+                    let read = move |at: usize, row: &mut [u8]| file.read_at(start + at as u64, row).is_ok();
+                    return FloatMatrix::new(bytes, ty, vocab, hidden).with_reader(Arc::new(read));
+                }
             };
             FloatMatrix::new(bytes, ty, vocab, hidden)
         };
@@ -697,16 +702,20 @@ fn code_three(bytes: &[u8]) -> Option<usize> {
 
 /// A chunk of every row, padded with zero weights.
 fn strip(source: &[u8], rows: usize, columns: usize, chunk: usize) -> Vec<u8> {
-    let row = |r: usize| {
-        let at = CHUNK / 4 * chunk;
-        if columns.is_multiple_of(CHUNK) {
-            return source[r * columns / 4 + at..].first_chunk::<{ CHUNK / 4 }>().copied();
+    const BYTES: usize = CHUNK / 4;
+    let mut strip = Vec::with_capacity(rows * BYTES);
+    if columns.is_multiple_of(CHUNK) {
+        for row in source.chunks_exact(columns / 4).take(rows) {
+            strip.extend_from_slice(&row[BYTES * chunk..][..BYTES]);
         }
-        let mut row = vec![0; row_bytes(columns)];
+        return strip;
+    }
+    let mut row = vec![0; row_bytes(columns)];
+    for r in 0..rows {
         pad(source, columns, r, &mut row);
-        row[at..].first_chunk().copied()
-    };
-    (0..rows).filter_map(row).flatten().collect()
+        strip.extend_from_slice(&row[BYTES * chunk..][..BYTES]);
+    }
+    strip
 }
 
 /// Writes rows from `first_row` on, whose weights lie flat in the file, as padded rows.

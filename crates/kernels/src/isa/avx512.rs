@@ -6,25 +6,31 @@ use super::{GROUP, Isa, PANEL, check_split, column_chunks, nibble_chunks, panel_
 use crate::attention::FETCH;
 use std::arch::x86_64::*;
 
-/// Proof that the CPU has AVX-512 F and BW, and VNNI where `VNNI` is true.
+/// Proof that the CPU has AVX-512 F and BW, VNNI where `VNNI` is true, and where `AMX` is true AMX for int8 too, which the
+/// system lets this process use.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512<const VNNI: bool>(());
+pub(crate) struct Avx512<const VNNI: bool, const AMX: bool = false>(());
 
-impl<const VNNI: bool> Avx512<VNNI> {
+impl<const VNNI: bool, const AMX: bool> Avx512<VNNI, AMX> {
     pub(crate) fn detect() -> Option<Self> {
         let base = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
-        (base && (!VNNI || is_x86_feature_detected!("avx512vnni"))).then_some(Self(()))
+        let vnni = !VNNI || is_x86_feature_detected!("avx512vnni");
+        (base && vnni && (!AMX || super::amx::enable())).then_some(Self(()))
     }
     /// # Safety
-    /// The CPU must have AVX-512 F and BW, and VNNI where `VNNI` is true.
+    /// The CPU must have AVX-512 F and BW, VNNI where `VNNI` is true, and AMX, allowed to the process, where `AMX` is.
     pub(crate) unsafe fn assume() -> Self {
         Self(())
     }
 }
 
-impl<const VNNI: bool> Isa for Avx512<VNNI> {
+impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
     type F = __m512;
-    const PANEL_TOKENS: usize = if VNNI { 12 } else { 6 };
+    const PANEL_TOKENS: usize = match (VNNI, AMX) {
+        (_, true) => 32,
+        (true, _) => 12,
+        _ => 6,
+    };
 
     #[inline(always)]
     fn prefetch(self, p: *const u8) {
@@ -133,6 +139,57 @@ impl<const VNNI: bool> Isa for Avx512<VNNI> {
         unsafe { sum_lanes(sums) }
     }
     #[inline(always)]
+    fn dot_tile<const R: usize, const T: usize>(
+        self,
+        w: [&[u8]; R],
+        ahead: [*const u8; R],
+        a: [&[i8]; T],
+    ) -> [[i32; R]; T] {
+        let mut dots = [[0; R]; T];
+        if !VNNI || T == 1 {
+            for t in 0..T {
+                dots[t] = self.dot_rows(w, ahead, a[t]);
+            }
+            return dots;
+        }
+        let chunks = row_chunks(w, a[0]);
+        for a in a {
+            assert_eq!(a.len(), 256 * chunks);
+        }
+        // SAFETY: `self` proves VNNI; chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256.
+        unsafe {
+            let three = _mm512_set1_epi8(3);
+            let mut sums = [[_mm512_setzero_si512(); T]; R];
+            for c in 0..chunks {
+                let mut v = [_mm512_setzero_si512(); R];
+                for r in 0..R {
+                    v[r] = _mm512_loadu_si512(w[r].as_ptr().add(64 * c).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(ahead[r].wrapping_add(64 * c).cast());
+                }
+                for field in (0..4).rev() {
+                    let mut codes = [_mm512_setzero_si512(); R];
+                    for r in 0..R {
+                        codes[r] = _mm512_and_si512(v[r], three);
+                        v[r] = _mm512_srli_epi16::<2>(v[r]);
+                    }
+                    for t in 0..T {
+                        let q = _mm512_loadu_si512(a[t].as_ptr().add(256 * c + 64 * field).cast());
+                        for r in 0..R {
+                            sums[r][t] = _mm512_dpbusd_epi32(sums[r][t], codes[r], q);
+                        }
+                    }
+                }
+            }
+            for r in 0..R {
+                let row = sum_lanes(sums[r]);
+                for t in 0..T {
+                    dots[t][r] = row[t];
+                }
+            }
+        }
+        dots
+    }
+    #[inline(always)]
     fn panel_rows(self, rows: [&[u8]; 16], panel: &mut [u8], half: usize) {
         let bytes = rows[0].len();
         for row in rows {
@@ -186,6 +243,11 @@ impl<const VNNI: bool> Isa for Avx512<VNNI> {
     #[inline(always)]
     fn panel_tile<const T: usize>(self, panel: &[u8], a: [&[i8]; T], dots: &mut [[i32; PANEL]; T]) {
         let quads = panel_quads(panel, a);
+        if AMX && T == super::amx::TOKENS && quads % 16 == 0 {
+            // SAFETY: `self` proves AMX; the lengths were checked above.
+            unsafe { super::amx::panel_tile(panel, &a, quads, dots.as_flattened_mut()) }
+            return;
+        }
         // SAFETY: the CPU has the instructions, as `self` proves, and the lengths were checked above.
         unsafe { if VNNI { panel_vnni(panel, a, quads, dots) } else { panel_maddubs(panel, a, quads, dots) } }
     }
@@ -201,9 +263,9 @@ impl<const VNNI: bool> Isa for Avx512<VNNI> {
         // SAFETY: as above.
         unsafe {
             if VNNI {
-                columns_vnni(columns, ahead, q, chunks, sums)
+                columns_vnni(columns, ahead, q, chunks, sums);
             } else {
-                columns_maddubs(columns, ahead, q, chunks, sums)
+                columns_maddubs(columns, ahead, q, chunks, sums);
             }
         }
     }

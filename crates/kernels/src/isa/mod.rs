@@ -6,6 +6,8 @@
 //! features of the wrapper it is inlined into.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
@@ -24,7 +26,7 @@ use crate::ternary::panel::{self, PANEL};
 pub(crate) trait Isa: Copy {
     /// Sixteen float32 lanes.
     type F: Copy;
-    /// Most tokens of a panel's tile whose sums fit the registers: one of 1, 2, 4, 6, 8, 12.
+    /// Most tokens of a panel's tile whose sums fit the registers: one of 1, 2, 4, 6, 8, 12, 32.
     const PANEL_TOKENS: usize;
     /// Rows of a float tile of four tokens: 4, or 1 where sixty-four sums of four lanes are more than the registers hold.
     const HEAD_ROWS: usize = 4;
@@ -54,6 +56,20 @@ pub(crate) trait Isa: Copy {
     /// one). Every row has the same multiple of 64 bytes, `a` four times as many codes in the order of
     /// [`crate::ternary::position`]. As much memory as the rows take is asked for at the places `ahead`.
     fn dot_rows<const R: usize>(self, w: [&[u8]; R], ahead: [*const u8; R], a: &[i8]) -> [i32; R];
+    /// As [`Isa::dot_rows`] with T rows of codes.
+    #[inline(always)]
+    fn dot_tile<const R: usize, const T: usize>(
+        self,
+        w: [&[u8]; R],
+        ahead: [*const u8; R],
+        a: [&[i8]; T],
+    ) -> [[i32; R]; T] {
+        let mut dots = [[0; R]; T];
+        for t in 0..T {
+            dots[t] = self.dot_rows(w, ahead, a[t]);
+        }
+        dots
+    }
     /// Unpacks sixteen stored rows, of equal length, into outputs `16 half..` of a panel as long as they are.
     #[inline(always)]
     fn panel_rows(self, rows: [&[u8]; 16], panel: &mut [u8], half: usize) {
@@ -64,7 +80,8 @@ pub(crate) trait Isa: Copy {
     fn panel_columns(self, columns: [&[u8; 64]; 4], part: usize, codes: &mut [u8]) {
         panel::panel_columns(columns, part, codes);
     }
-    /// Adds the exact dot products of a panel's outputs with T rows of codes, in the panel's order of inputs, to `dots`.
+    /// The exact dot products of a panel's outputs with T rows of codes, in the panel's order of inputs. `dots` is zero
+    /// before.
     #[inline(always)]
     fn panel_tile<const T: usize>(self, panel: &[u8], a: [&[i8]; T], dots: &mut [[i32; PANEL]; T]) {
         panel::panel_tile(panel, a, dots);

@@ -64,14 +64,13 @@ pub(crate) fn add_columns<I: Isa>(
     }
 }
 
-/// out = (sum / 4^(3 - field) - bias) * factor, where `sums` are those of several threads, one after the other.
+/// out = (sum / 4^(3 - field) - bias) * factor, where each thread's sums are at the front of a piece of `stride` sums.
 #[inline(always)]
-pub(crate) fn finish(sums: &[i32], bias: i32, factor: f32, out: &mut [f32]) {
-    let width = 4 * column_bytes(out.len());
+pub(crate) fn finish(sums: &[i32], stride: usize, bias: i32, factor: f32, out: &mut [f32]) {
     for (block, out) in out.chunks_mut(64).enumerate() {
         let shift = 6 - 2 * (block as u32 % 4);
         let mut total = [0; 64];
-        for part in sums.chunks_exact(width) {
+        for part in sums.chunks(stride) {
             for (total, sum) in total.iter_mut().zip(&part[64 * block..][..64]) {
                 *total += sum;
             }

@@ -99,8 +99,11 @@ pub(crate) enum Which<'a> {
     Listed(&'a [u32]),
 }
 
-/// Multiplies rows of the stored matrix `w` (each `row_bytes`) with one token and writes row r to `out` at (0, r), as
-/// `(Σ w q) * (weight_scale / s)`.
+/// Most tokens that are multiplied row by row; more are worth unpacking the weights for.
+pub(crate) const ROW_TOKENS: usize = 8;
+
+/// Multiplies rows of the stored matrix `w` (each `row_bytes`) with up to [`ROW_TOKENS`] tokens and writes row r of token t
+/// to `out` at (t, r), as `(Σ w q) * (weight_scale / s)`.
 ///
 /// # Safety
 /// `out` must have room for all those elements, and nobody else may touch them meanwhile.
@@ -119,12 +122,41 @@ pub(crate) unsafe fn gemv_rows<I: Isa>(
         match which {
             Which::All { first, count } => {
                 let row = |i: usize| first + i;
-                gemv(isa, w, row_bytes, count, row, weight_scale, a, out);
+                gemv_tokens(isa, w, row_bytes, count, row, weight_scale, a, out);
             }
             Which::Listed(list) => {
                 let row = |i: usize| list[i.min(list.len() - 1)] as usize;
-                gemv(isa, w, row_bytes, list.len(), row, weight_scale, a, out);
+                gemv_tokens(isa, w, row_bytes, list.len(), row, weight_scale, a, out);
             }
+        }
+    }
+}
+
+/// # Safety
+/// As [`gemv`].
+#[inline(always)]
+unsafe fn gemv_tokens<I: Isa>(
+    isa: I,
+    w: &[u8],
+    row_bytes: usize,
+    count: usize,
+    row: impl Fn(usize) -> usize + Copy,
+    weight_scale: f32,
+    a: Activations<'_>,
+    out: OutPtr,
+) {
+    // SAFETY: the caller's contract, handed on.
+    unsafe {
+        match a.scales.len() {
+            1 => gemv::<I, 4, 1>(isa, w, row_bytes, count, row, weight_scale, a, out),
+            2 => gemv::<I, 4, 2>(isa, w, row_bytes, count, row, weight_scale, a, out),
+            3 => gemv::<I, 2, 3>(isa, w, row_bytes, count, row, weight_scale, a, out),
+            4 => gemv::<I, 2, 4>(isa, w, row_bytes, count, row, weight_scale, a, out),
+            5 => gemv::<I, 2, 5>(isa, w, row_bytes, count, row, weight_scale, a, out),
+            6 => gemv::<I, 2, 6>(isa, w, row_bytes, count, row, weight_scale, a, out),
+            7 => gemv::<I, 2, 7>(isa, w, row_bytes, count, row, weight_scale, a, out),
+            8 => gemv::<I, 2, 8>(isa, w, row_bytes, count, row, weight_scale, a, out),
+            tokens => unreachable!("{tokens} tokens row by row"),
         }
     }
 }
@@ -132,10 +164,12 @@ pub(crate) unsafe fn gemv_rows<I: Isa>(
 /// Rows that are asked for ahead of those that are multiplied, in bytes.
 const AHEAD: usize = 5 << 10;
 
+/// R rows at a time with T tokens.
+///
 /// # Safety
 /// As [`gemv_rows`], for the rows that `row` gives for all below `count`; past them it gives any.
 #[inline(always)]
-unsafe fn gemv<I: Isa>(
+unsafe fn gemv<I: Isa, const R: usize, const T: usize>(
     isa: I,
     w: &[u8],
     row_bytes: usize,
@@ -145,25 +179,39 @@ unsafe fn gemv<I: Isa>(
     a: Activations<'_>,
     out: OutPtr,
 ) {
-    let (factor, sum) = (weight_scale / a.scales[0], a.sums[0]);
+    let width = 4 * row_bytes;
+    let mut codes = [&a.codes[..width]; T];
+    let mut factors = [0.0; T];
+    for t in 0..T {
+        codes[t] = &a.codes[t * width..][..width];
+        factors[t] = weight_scale / a.scales[t];
+    }
     let ahead = AHEAD.div_ceil(row_bytes).max(2);
     let stored = |i: usize| &w[row(i) * row_bytes..][..row_bytes];
     let next = |i: usize| w.as_ptr().wrapping_add(row(i + ahead) * row_bytes);
-    let put = |i: usize, dot: i32| {
+    let put = |t: usize, i: usize, dot: i32| {
         // SAFETY: the caller's contract.
-        unsafe { out.write(0, row(i), (dot - sum) as f32 * factor) }
+        unsafe { out.write(t, row(i), (dot - a.sums[t]) as f32 * factors[t]) }
     };
     let mut i = 0;
-    while i + 4 <= count {
-        let rows = [stored(i), stored(i + 1), stored(i + 2), stored(i + 3)];
-        let dots = isa.dot_rows(rows, [next(i), next(i + 1), next(i + 2), next(i + 3)], a.codes);
-        for k in 0..4 {
-            put(i + k, dots[k]);
+    while i + R <= count {
+        let (mut rows, mut nexts) = ([stored(i); R], [next(i); R]);
+        for r in 1..R {
+            (rows[r], nexts[r]) = (stored(i + r), next(i + r));
         }
-        i += 4;
+        let dots = isa.dot_tile::<R, T>(rows, nexts, codes);
+        for t in 0..T {
+            for r in 0..R {
+                put(t, i + r, dots[t][r]);
+            }
+        }
+        i += R;
     }
     while i < count {
-        put(i, isa.dot_rows([stored(i)], [next(i)], a.codes)[0]);
+        let dots = isa.dot_tile::<1, T>([stored(i)], [next(i)], codes);
+        for t in 0..T {
+            put(t, i, dots[t][0]);
+        }
         i += 1;
     }
 }

@@ -18,8 +18,8 @@ pub(crate) const BLOCK: usize = 2 * PANEL;
 pub(crate) enum PanelSource<'a> {
     /// Stored rows, at most [`BLOCK`], each `row_bytes` long.
     Rows { w: &'a [u8], row_bytes: usize },
-    /// A matrix stored by columns of `column_bytes`, and which of its columns stand for the inputs; without a list, all.
-    Columns { w: &'a [u8], column_bytes: usize, list: Option<&'a [u32]> },
+    /// A matrix stored by columns of `column_bytes`.
+    Columns { w: &'a [u8], column_bytes: usize },
 }
 
 /// Multiplies `count` outputs from `first` on, at most [`BLOCK`] and `first` a multiple of it, with every token of `a`, and
@@ -58,6 +58,7 @@ pub(crate) unsafe fn matmul_block<I: Isa>(
             // SAFETY: the caller's contract, handed on.
             step = unsafe {
                 match left {
+                    32.. => tile::<I, 32>(isa, panel, weight_scale, a, t, first, count, out),
                     12.. => tile::<I, 12>(isa, panel, weight_scale, a, t, first, count, out),
                     8.. => tile::<I, 8>(isa, panel, weight_scale, a, t, first, count, out),
                     6.. => tile::<I, 6>(isa, panel, weight_scale, a, t, first, count, out),
@@ -94,17 +95,14 @@ fn unpack<I: Isa>(
                 isa.panel_rows(rows, panel, half);
             }
         }
-        PanelSource::Columns { w, column_bytes, list } => {
+        PanelSource::Columns { w, column_bytes } => {
             let columns = w.len() / column_bytes;
             let at = (first + skip) / CHUNK * 64;
             for (quad, codes) in panel.as_chunks_mut::<{ PANEL * 4 }>().0.iter_mut().enumerate() {
                 let mut lines = [&w[at..][..64].as_chunks::<64>().0[0]; 4];
                 for i in 0..4 {
-                    let k = 4 * quad + i;
-                    let column = match list {
-                        Some(list) => list.get(k).map_or(0, |&c| c as usize),
-                        None => k.min(columns - 1),
-                    };
+                    // Past the last column the activations are zero.
+                    let column = (4 * quad + i).min(columns - 1);
                     lines[i] = &w[column * column_bytes + at..][..64].as_chunks::<64>().0[0];
                 }
                 isa.panel_columns(lines, (first + skip) % CHUNK / PANEL, codes);
