@@ -171,13 +171,15 @@ impl Session {
     fn answer(&mut self) -> anyhow::Result<()> {
         self.interrupted.store(false, Ordering::Relaxed);
         let result = self.answer_until_interrupted();
-        self.between_answers();
+        if self.between_answers() && !self.terminal {
+            bail!(Interrupted); // even if it came when the answer had just ended
+        }
         result
     }
 
-    /// A terminal hands Ctrl-C over as a key while a line is edited.
-    fn between_answers(&self) {
-        self.interrupted.store(!self.terminal, Ordering::Relaxed);
+    /// Whether Ctrl-C was pressed. A terminal hands it over as a key while a line is edited.
+    fn between_answers(&self) -> bool {
+        self.interrupted.swap(!self.terminal, Ordering::Relaxed)
     }
 
     fn answer_until_interrupted(&mut self) -> anyhow::Result<()> {
