@@ -1,9 +1,12 @@
-//! Choosing the next token: sampler and stop conditions.
+//! Choosing the next token: sampler, stop conditions and speculation.
 
 mod run;
 mod sampler;
+mod speculate;
 mod stop;
 
 pub use run::{Generated, generate};
 pub use sampler::{SampleError, Sampler, SamplerConfig, SamplerConfigError};
+pub(crate) use speculate::MOST as MOST_PROPOSED;
+pub use speculate::Speculation;
 pub use stop::{FinishReason, StopConditions};
