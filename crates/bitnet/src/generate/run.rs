@@ -140,7 +140,8 @@ fn decode(
         next.clear();
         next.extend(history.last());
         // Each step gives one token more than were guessed.
-        guesses = speculator.propose(history, end - history.len() - 1, &mut next);
+        let room = (end - history.len()).min(engine.options().max_rows) - 1;
+        guesses = speculator.propose(history, room, &mut next);
     };
     // What was held back: the start of a stop string that did not come, an unfinished character.
     let rest = text.finish().to_owned();
