@@ -114,7 +114,7 @@ fn every_sampler_draws_the_same() {
     let mut engine = engine(640, 512);
     for prompt in [REPETITIVE, PLAIN] {
         for config in configs() {
-            same(&mut engine, &config, &tokens(80), prompt, usize::MAX);
+            same(&mut engine, &config, &tokens(60), prompt, usize::MAX);
         }
     }
     let (_, right) = same(&mut engine, &SamplerConfig::greedy(), &tokens(400), REPETITIVE, usize::MAX);
@@ -128,11 +128,11 @@ fn every_end_is_the_same() {
     for max_rows in [5, 512] {
         let mut engine = engine(200, max_rows);
         for config in [&greedy, &sampled] {
-            for count in (0..40).step_by(3) {
+            for count in (0..40).step_by(6) {
                 let (finish, _) = same(&mut engine, config, &tokens(count), REPETITIVE, usize::MAX);
                 assert_eq!(finish, FinishReason::Length);
                 let (finish, _) = same(&mut engine, config, &tokens(40), REPETITIVE, count + 1);
-                assert!(count == 39 || finish == FinishReason::Cancelled);
+                assert!(count >= 39 || finish == FinishReason::Cancelled);
             }
             let (finish, _) = same(&mut engine, config, &StopConditions::default(), REPETITIVE, usize::MAX);
             assert_eq!(finish, FinishReason::ContextFull);
