@@ -161,14 +161,18 @@ fn other_sequences_may_leave_no_room_for_proposals() {
     let other = engine.open();
     let tokens_of_other = vec![1; 130];
     engine.feed(&[Feed { sequence: other, tokens: &tokens_of_other, wanted: Wanted::Nothing }]).unwrap();
-    // One page is left to the sequence, which ends exactly with it.
+    // One page is left to the sequence, whose caller ends it exactly with that; proposals reach beyond.
     let prompt = engine.model().prompt(REPETITIVE, Specials::AsText).unwrap();
     let sequence = engine.open();
     let mut texts = Vec::new();
     for speculation in [Speculation::Off, Speculation::Always] {
-        let stop = StopConditions { speculation, ..tokens(65 - prompt.len()) };
+        let stop = StopConditions { speculation, ..tokens(150) };
+        let mut pieces = 0;
         let mut sampler = Sampler::new(SamplerConfig::greedy()).unwrap();
-        let mut emit = |_: &str| ControlFlow::Continue(());
+        let mut emit = |_: &str| {
+            pieces += 1;
+            if pieces == 65 - prompt.len() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
         texts.push(generate(&mut engine, sequence, &prompt, &mut sampler, &stop, &mut emit).unwrap().tokens);
         engine.truncate(sequence, 0);
     }
