@@ -1,6 +1,7 @@
 //! The engine: one model, its threads, its cache, and the sequences that share them.
 
 use crate::Error;
+use crate::generate::MOST_PROPOSED;
 use crate::model::{Config, Model, Profile, Row, Scratch, Unfinished};
 use bitnet_kernels::{Compute, KvStore, KvType, Logits, PAGE};
 use std::sync::Arc;
@@ -28,7 +29,7 @@ impl EngineOptions {
 
     /// The memory that an engine of these sizes takes for a model of the shape of `config`, without its weights.
     pub fn bytes(&self, config: &Config, threads: usize) -> EngineBytes {
-        let logits = config.vocab_size.saturating_mul(size_of::<f32>());
+        let logits = self.logits(config).saturating_mul(size_of::<f32>());
         EngineBytes {
             kv_cache: self.kv_bytes(config),
             buffers: Scratch::bytes(config, self.rows(), threads).saturating_add(logits),
@@ -44,6 +45,11 @@ impl EngineOptions {
         page.unwrap_or(usize::MAX).saturating_mul(self.pages())
     }
 
+    /// Logits that are kept room for: what one sequence asks for at most while it generates.
+    fn logits(&self, config: &Config) -> usize {
+        config.vocab_size.saturating_mul((1 + MOST_PROPOSED).min(self.rows()))
+    }
+
     /// A step has no more rows than the context.
     fn rows(&self) -> usize {
         self.max_rows.clamp(1, self.context.max(1))
@@ -55,7 +61,8 @@ impl EngineOptions {
 pub struct EngineBytes {
     /// The key/value cache when all of it is in use.
     pub kv_cache: usize,
-    /// The activations of a step and the logits of one token.
+    /// The activations of a step, and the logits of one token and of those that [`generate`](crate::generate::generate)
+    /// lets a step check.
     pub buffers: usize,
 }
 
@@ -129,7 +136,7 @@ impl Engine {
             pages,
             sequences: Vec::new(),
             rows: Vec::with_capacity(options.max_rows),
-            logits: vec![0.0; config.vocab_size],
+            logits: vec![0.0; options.logits(config)],
             cancel: Arc::default(),
             options,
             model,
@@ -216,6 +223,12 @@ impl Engine {
                 Err(error)
             }
         }
+    }
+
+    /// The logits of the `index`-th wanted token of the last [`Engine::feed`] again.
+    pub(crate) fn logits(&self, index: usize) -> &[f32] {
+        let vocab = self.model.config().vocab_size;
+        &self.logits[index * vocab..][..vocab]
     }
 
     /// Checks that all tokens exist and fit, and gives the sequences the pages they need.

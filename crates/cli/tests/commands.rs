@@ -85,10 +85,11 @@ fn run_prints_the_continuation_and_statistics() {
     assert_eq!(first.code, 0);
     let story = String::from_utf8(first.stdout.clone()).unwrap();
     assert!(story.ends_with('\n') && !story.contains("Once upon a time"), "{story:?}");
-    for word in ["prompt", "generated", "tokens/s", "seed", "threads", "first token"] {
+    for word in ["prompt", "generated", "tokens/s", "accepted", "seed", "threads", "first token"] {
         assert!(first.stderr.contains(word), "{}", first.stderr);
     }
     assert_eq!(bitnet(&greedy).stdout, first.stdout);
+    assert_eq!(bitnet(&[&greedy[..], &["--no-speculation"]].concat()).stdout, first.stdout);
     let quiet = bitnet(&[&greedy[..], &["--quiet"]].concat());
     assert_eq!((quiet.stdout, quiet.stderr.as_str()), (first.stdout, ""));
     let object = json(&[&greedy[..], &["--json"]].concat());

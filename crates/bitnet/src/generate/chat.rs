@@ -207,11 +207,13 @@ impl Chat {
 impl Answer {
     /// This part and the one after it.
     fn and(mut self, next: &Self) -> Self {
-        let Generated { finish, tokens, prompt_time, decode_time } = &next.generated;
+        let Generated { finish, tokens, prompt_time, decode_time, proposed, accepted } = &next.generated;
         self.generated.finish = finish.clone();
         self.generated.tokens.extend(tokens);
         self.generated.prompt_time += *prompt_time;
         self.generated.decode_time += *decode_time;
+        self.generated.proposed += proposed;
+        self.generated.accepted += accepted;
         self.prompt_tokens += next.prompt_tokens;
         self.cached_tokens += next.cached_tokens;
         self

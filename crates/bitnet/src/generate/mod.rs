@@ -1,11 +1,14 @@
-//! Choosing the next token: sampler and stop conditions; conversations.
+//! Choosing the next token: sampler, stop conditions and speculation; conversations.
 
 mod chat;
 mod run;
 mod sampler;
+mod speculate;
 mod stop;
 
 pub use chat::{Answer, Chat};
 pub use run::{Generated, generate};
 pub use sampler::{SampleError, Sampler, SamplerConfig, SamplerConfigError};
+pub(crate) use speculate::MOST as MOST_PROPOSED;
+pub use speculate::Speculation;
 pub use stop::{FinishReason, StopConditions};

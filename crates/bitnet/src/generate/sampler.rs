@@ -190,6 +190,11 @@ impl Sampler {
     /// Which logits the next choice looks at: where only so many of the greatest can be chosen, those, and those that biases
     /// and penalties change.
     pub fn wanted(&mut self, history: &[u32]) -> Logits<'_> {
+        self.wanted_while(history, &[])
+    }
+
+    /// The same for the choices after `history` and after each further token of `proposed`, all in one.
+    pub(super) fn wanted_while(&mut self, history: &[u32], proposed: &[u32]) -> Logits<'_> {
         let c = &self.config;
         let top = match c.top_k {
             _ if c.temperature == 0.0 => 1,
@@ -200,6 +205,7 @@ impl Sampler {
         self.also.extend(c.logit_bias.iter().map(|(id, _)| id));
         if c.penalises() {
             self.also.extend(&history[history.len().saturating_sub(c.repeat_last_n as usize)..]);
+            self.also.extend(proposed);
         }
         self.also.sort_unstable();
         self.also.dedup();

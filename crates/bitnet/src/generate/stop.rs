@@ -1,5 +1,7 @@
 //! When a generation ends.
 
+use super::Speculation;
+
 /// Why a generation ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FinishReason {
@@ -26,6 +28,8 @@ pub struct StopConditions {
     pub strings: Vec<String>,
     /// Most tokens to generate.
     pub max_tokens: Option<usize>,
+    /// How it gets there; this changes nothing but the time.
+    pub speculation: Speculation,
 }
 
 impl StopConditions {

@@ -107,6 +107,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         ids: model.special().stop.clone(),
         strings: Vec::new(),
         max_tokens: usize::try_from(args.n_predict).ok(),
+        ..StopConditions::default()
     };
     let name = model.file().to_owned();
     let options = args.model.options(context, model.config());

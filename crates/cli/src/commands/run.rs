@@ -3,7 +3,7 @@ use crate::sampling::SamplingArgs;
 use crate::source;
 use anyhow::{bail, ensure};
 use bitnet::Engine;
-use bitnet::generate::{FinishReason, Generated, StopConditions, generate};
+use bitnet::generate::{FinishReason, Generated, Speculation, StopConditions, generate};
 use bitnet::text::Specials;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -41,6 +41,9 @@ pub struct Args {
     /// Recognise control tokens such as <|eot_id|> in the prompt
     #[arg(long)]
     special: bool,
+    /// Do not let a step check tokens that may come next because they came before; the text is the same
+    #[arg(long)]
+    no_speculation: bool,
     /// Print one JSON object with text, tokens and statistics at the end
     #[arg(long)]
     json: bool,
@@ -68,6 +71,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         ids: if args.ignore_eos { Vec::new() } else { model.special().stop.clone() },
         strings: args.stop.clone(),
         max_tokens: usize::try_from(args.n_predict).ok(),
+        speculation: if args.no_speculation { Speculation::Off } else { Speculation::Adaptive },
     };
     let options = args.model.options(context, model.config());
     let mut engine = Engine::new(model, compute, options)?;
@@ -146,13 +150,15 @@ impl Statistics {
 
     fn print(&self) {
         notice(format_args!(
-            "\nprompt     {:>6} tokens  {:>8.2} tokens/s\ngenerated  {:>6} tokens  {:>8.2} tokens/s  (ended: {})\n\
-             load {:.2} s, first token after {:.3} s, seed {}, {}, {} threads",
+            "\nprompt     {:>6} tokens  {:>8.2} tokens/s\ngenerated  {:>6} tokens  {:>8.2} tokens/s  (ended: {}; \
+             speculation: {} of {} accepted)\nload {:.2} s, first token after {:.3} s, seed {}, {}, {} threads",
             self.prompt_tokens,
             self.prompt_rate(),
             self.generated.tokens.len(),
             self.decode_rate(),
             self.finish().replace('_', " "),
+            self.generated.accepted,
+            self.generated.proposed,
             self.load_time.as_secs_f64(),
             self.first_token.as_secs_f64(),
             self.seed,
@@ -169,6 +175,8 @@ impl Statistics {
             "prompt_tokens": self.prompt_tokens,
             "prompt_tokens_per_second": self.prompt_rate(),
             "generated_tokens_per_second": self.decode_rate(),
+            "proposed_tokens": self.generated.proposed,
+            "accepted_tokens": self.generated.accepted,
             "load_seconds": self.load_time.as_secs_f64(),
             "first_token_seconds": self.first_token.as_secs_f64(),
             "seed": self.seed,
