@@ -6,7 +6,7 @@ mod common;
 use bitnet::generate::{
     FinishReason, Generated, Sampler, SamplerConfig, Speculation, StopConditions, generate,
 };
-use bitnet::kernels::{Compute, best};
+use bitnet::kernels::{Compute, KvType, best};
 use bitnet::model::{Model, Strategy};
 use bitnet::text::Specials;
 use bitnet::{Engine, EngineOptions, Feed, Wanted};
@@ -19,7 +19,8 @@ const PLAIN: &str = "Once upon a time";
 fn engine(context: usize, max_rows: usize) -> Engine {
     let compute = Compute::new(best(), 2);
     let model = Model::load(&common::gguf("demo"), &compute, Strategy::Sparse).unwrap();
-    Engine::new(model, compute, EngineOptions { context, sequences: 1, max_rows }).unwrap()
+    Engine::new(model, compute, EngineOptions { context, sequences: 1, max_rows, cache_type: KvType::F32 })
+        .unwrap()
 }
 
 /// All that a caller can see: the pieces of text, how it ended, the cache, and what the sampler would draw next. `pieces` is
