@@ -1,14 +1,14 @@
 //! The output head: all logits, or only those that can still be chosen.
 
 use crate::compute::{Compute, FloatMatrix, Rows};
-use crate::screen::{BLOCK, Probe, Screen, dither, upper_bound};
+use crate::screen::{BLOCK, Probe, Screen, fill_part, upper_bound};
 use crate::ternary::OutPtr;
 
 /// The output head of a model.
 pub struct Head {
     /// The weights, `[vocabulary][columns]`.
     pub matrix: FloatMatrix,
-    /// Their four-bit copy, where one was made.
+    /// Their small copy, where one was made.
     pub screen: Option<Screen>,
 }
 
@@ -35,12 +35,23 @@ pub struct HeadScratch {
     widest: Vec<f32>,
     select: Vec<f32>,
     list: Vec<u32>,
+    /// Least and greatest values of the logits of `list`.
+    ranges: Vec<[f32; 2]>,
     exact: Vec<f32>,
     /// A stored row for each thread.
     rows: Vec<u8>,
-    /// Tokens that were screened, and rows that were computed for them.
-    screened: u64,
-    survivors: u64,
+    counts: HeadCounts,
+}
+
+/// What the screen did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HeadCounts {
+    /// Tokens whose head was screened.
+    pub tokens: u64,
+    /// Rows that its coarse codes left open, in all.
+    pub open: u64,
+    /// Rows that were computed exactly, in all.
+    pub exact: u64,
 }
 
 /// How many times as many rows as are wanted are computed first, to know how great the last wanted one must be.
@@ -59,39 +70,33 @@ impl HeadScratch {
             widest: vec![0.0; GROUP * blocks],
             select: Vec::with_capacity(rows),
             list: Vec::with_capacity(rows),
+            ranges: Vec::with_capacity(rows),
             exact: Vec::with_capacity(rows),
             rows: vec![0; threads * columns * size_of::<f32>()],
-            screened: 0,
-            survivors: 0,
+            counts: HeadCounts::default(),
         }
     }
-    /// Tokens whose head was screened, and how many rows survived in all, since the last call.
-    pub fn take_counts(&mut self) -> (u64, u64) {
-        (std::mem::take(&mut self.screened), std::mem::take(&mut self.survivors))
+    /// What the screen did since the last call.
+    pub fn take_counts(&mut self) -> HeadCounts {
+        std::mem::take(&mut self.counts)
     }
 }
 
 impl Compute {
-    /// Makes the four-bit copy of the rows `first` and following of `matrix`, as many as `codes` and `scales` have room for.
+    /// Makes the `part`-th part of the small copy of `matrix`, which has [`Screen::PART`] rows, or what is left of them.
     ///
     /// # Panics
-    /// If the lengths do not fit.
-    pub fn screen_rows(&self, matrix: &FloatMatrix, first: usize, codes: &mut [u8], scales: &mut [u8]) {
-        let (dither, mut row) = (dither(matrix.columns), vec![0.0; matrix.columns]);
+    /// If the matrix has no such part.
+    pub fn screen_part(&self, matrix: &FloatMatrix, part: usize, out: &mut [u8]) {
         let row_bytes = matrix.columns * matrix.ty.size();
-        let scales = scales.as_chunks_mut::<{ Screen::SCALE_BYTES }>().0;
-        let rows = codes.chunks_exact_mut(Screen::row_bytes(matrix.columns));
-        assert_eq!(rows.len(), scales.len());
-        for (i, (codes, scale)) in rows.zip(scales).enumerate() {
-            let stored = &matrix.bytes[(first + i) * row_bytes..][..row_bytes];
-            let (min, step) = if self.kernels.decode_row(matrix.ty, stored, &mut row) {
-                self.kernels.screen_row(&row, &dither, codes)
-            } else {
-                (0.0, f32::INFINITY)
-            };
-            scale[..4].copy_from_slice(&min.to_le_bytes());
-            scale[4..].copy_from_slice(&step.to_le_bytes());
-        }
+        let stored = &matrix.bytes[part * Screen::PART * row_bytes..];
+        let decode = |i: usize, row: &mut [f32]| {
+            self.kernels.decode_row(matrix.ty, &stored[i * row_bytes..][..row_bytes], row)
+        };
+        let screen_row = |row: &[f32], dither: &_, coarse: &mut [u8], fine: &mut [u8]| {
+            self.kernels.screen_row(row, dither, coarse, fine)
+        };
+        fill_part(matrix.columns, out, decode, screen_row);
     }
 
     /// Logits: out (`[tokens][vocabulary]`) = x (`[tokens][columns]`) · matrixᵀ, those that `wanted` asks for of each token.
@@ -187,7 +192,7 @@ impl Compute {
         scratch: &mut HeadScratch,
         out: &mut [f32],
     ) -> bool {
-        let HeadScratch { probes, tops, widest, select, list, exact, rows, screened, survivors } = scratch;
+        let HeadScratch { probes, tops, widest, select, list, ranges, exact, rows, counts } = scratch;
         let blocks = matrix.rows.div_ceil(BLOCK);
         let (probe, tops) = (&probes[token], &tops[token * blocks..][..blocks]);
         let widest = &widest[token * blocks..][..blocks];
@@ -205,15 +210,13 @@ impl Compute {
             let rows = block * BLOCK..(block * BLOCK + BLOCK).min(matrix.rows);
             list.extend(rows.filter(|&r| out[r] >= first_floor).map(|r| r as u32));
         }
-        let limit = matrix.rows / 8;
+        let limit = matrix.rows / 4;
         if list.len() > limit {
             return false;
         }
-        self.exact_logits(matrix, x, list, 0, rows, exact);
-        // Their exact logits: `top` of them are not below this one, so nothing below it matters.
-        select.clear();
-        select.extend_from_slice(exact);
-        let floor = kth_greatest(select, top);
+        self.narrow(screen, probe, list, 0, out, ranges);
+        // `top` of them are not below this one, so nothing below it matters.
+        let floor = floor_of(ranges, top, select);
         let begun = list.len();
         for (block, (top, widest)) in tops.iter().zip(widest).enumerate() {
             // Every logit and its own bound follow only where the block's widest bound does not already tell.
@@ -228,32 +231,62 @@ impl Compute {
             };
             list.extend(rows.filter(open).map(|r| r as u32));
         }
-        list.extend_from_slice(also);
         if list.len() > limit {
             return false;
         }
-        self.exact_logits(matrix, x, list, begun, rows, exact);
+        self.narrow(screen, probe, list, begun, out, ranges);
+        let floor = floor_of(ranges, top, select);
+        let open = list.len();
+        let mut i = 0;
+        list.retain(|_| {
+            i += 1;
+            ranges[i - 1][1] >= floor
+        });
+        list.extend_from_slice(also);
+        if list.len() > limit / 2 {
+            return false;
+        }
+        self.exact_logits(matrix, x, list, rows, exact);
         out.fill(f32::NEG_INFINITY);
         for (&row, &logit) in list.iter().zip(&*exact) {
             out[row as usize] = logit;
         }
-        *screened += 1;
-        *survivors += list.len() as u64;
+        counts.tokens += 1;
+        counts.open += open as u64;
+        counts.exact += list.len() as u64;
         true
     }
 
-    /// Appends the exact logits of the rows `list[begun..]` to `exact`; NaN where a row could not be read.
+    /// Appends the ranges of the logits of the rows `list[begun..]`.
+    fn narrow(
+        &self,
+        screen: &Screen,
+        probe: &Probe,
+        list: &[u32],
+        begun: usize,
+        logits: &[f32],
+        ranges: &mut Vec<[f32; 2]>,
+    ) {
+        ranges.resize(list.len(), [0.0; 2]);
+        let (list, out) = (&list[begun..], Rows::new(&mut ranges[begun..], 1));
+        self.pool.run_ranges(list.len(), 32, |range, _| {
+            // SAFETY: each range is one task.
+            let out = unsafe { out.rows(range.start, range.len()) };
+            self.kernels.narrow(screen, probe, &list[range], logits, out);
+        });
+    }
+
+    /// The exact logits of the rows `list`; NaN where a row could not be read.
     fn exact_logits(
         &self,
         matrix: &FloatMatrix,
         x: &[f32],
         list: &[u32],
-        begun: usize,
         rows: &mut [u8],
         exact: &mut Vec<f32>,
     ) {
         exact.resize(list.len(), 0.0);
-        let (list, out) = (&list[begun..], Rows::new(&mut exact[begun..], 1));
+        let out = Rows::new(exact, 1);
         let row_bytes = matrix.columns * matrix.ty.size();
         let rows = Rows::new(rows, matrix.columns * size_of::<f32>());
         self.pool.run_ranges(list.len(), 8, |range, worker| {
@@ -271,6 +304,14 @@ impl Compute {
             }
         });
     }
+}
+
+/// What at least `k` of the logits of these ranges are not below.
+fn floor_of(ranges: &[[f32; 2]], k: usize, select: &mut Vec<f32>) -> f32 {
+    select.clear();
+    select.extend(ranges.iter().map(|range| range[0]));
+    // Fewer than k are no reason to leave any out.
+    if select.len() < k { f32::NEG_INFINITY } else { kth_greatest(select, k) }
 }
 
 /// The k-th greatest, or the least where there are fewer. A NaN counts as greater than all.

@@ -26,7 +26,7 @@ pub mod ternary;
 pub use compute::{
     Activation, Compute, FloatMatrix, QuantizedRows, Reader, TernaryMatrix, Workspace, positive,
 };
-pub use head::{Head, HeadScratch, Logits};
+pub use head::{Head, HeadCounts, HeadScratch, Logits};
 pub use kv::{KvShape, KvStore, KvType};
 pub use memory::{Aligned, Bytes, HugeBuffer, Plain};
 pub use ops::{FloatType, PAGE};

@@ -1,8 +1,9 @@
 //! A small copy of the output head that tells which rows can matter.
 //!
 //! The head is more than half of what a decoded token reads, and almost all of its logits are thrown away. So it is kept a
-//! second time in four bits, and that copy gives every logit within a known bound; only rows whose upper bound reaches
-//! the k-th greatest exact logit are then computed from the original. The caller sees exact values or none.
+//! second time in four bits, and that copy gives every logit within a known bound. What those codes leave of each weight
+//! is kept in four more bits, which narrow the bound of the few rows that are still open; only rows whose upper bound
+//! then reaches the k-th greatest lower one are computed from the original. The caller sees exact values or none.
 //!
 //! # The bound
 //!
@@ -10,11 +11,17 @@
 //! `c_i = round((w_i - min) / step + u_i)`, and `w_i = min + step (c_i - u_i + e_i)`, where every e_i is uniform in
 //! [-1/2, 1/2], independent of the row and of the other e_j (subtractive dither; Schuchman 1964). A uniform variable of
 //! width 1 is sub-Gaussian with variance 1/12, so the logit's error `step Σ e_i h_i` exceeds `step z |h| / √12` with
-//! probability at most `2 exp(-z² / 2)`. With z = 9.2, all 128,256 rows of a step together stay within it except with
-//! probability 1.1e-13. What else is inexact has bounds that never fail, and they are added: the rounding of h to 16 bits
-//! and of the codes, and the rounding of the exact logit itself.
+//! probability at most `2 exp(-z² / 2)`. What is left, e_i + 1/2, is stored in the same way in steps of 1 / [`FINE`], with
+//! another dither. With z = 9.2, all 128,256 rows of a step together stay within both bounds except with probability
+//! 2.2e-13. What else is inexact has bounds that never fail, and they are added: the rounding of h to 16 bits and of the
+//! codes, and the rounding of the exact logit itself.
 //!
 //! The dither is a fixed sequence, so that results are the same everywhere; it knows nothing of any model.
+//!
+//! # Layout
+//!
+//! Parts of [`Screen::PART`] rows, the last one shorter: the codes of all rows of the part, then the finer codes of all,
+//! then least weight and step of each row, two float32, a step of infinity where the row is not finite.
 
 use crate::isa::Isa;
 use crate::memory::{Aligned, Bytes};
@@ -28,64 +35,123 @@ const AHEAD: usize = 5 << 10;
 /// See the module.
 const Z: f64 = 9.2;
 
-/// The four-bit copy of a float matrix.
+/// Steps that a step is divided into: a little less than 15, so that no rounding leads past code 15.
+const FINE: f64 = 14.999;
+
+/// The copy of a float matrix in four and four bits.
 pub struct Screen {
-    codes: Bytes,
-    /// Least weight and step of each row, two float32; a step of infinity where the row is not finite.
-    scales: Bytes,
+    bytes: Bytes,
     rows: usize,
     columns: usize,
-    dither: Vec<f32>,
+    dither: Dither,
+}
+
+/// Where a row's codes and its scales are.
+struct Place {
+    coarse: usize,
+    fine: usize,
+    scales: usize,
 }
 
 impl Screen {
+    /// Rows that are stored together.
+    pub const PART: usize = 1024;
+
+    /// Bytes of a copy of `rows` rows.
+    pub const fn bytes(rows: usize, columns: usize) -> usize {
+        rows * (2 * Self::row_bytes(columns) + SCALE_BYTES)
+    }
     /// Bytes of a row's codes.
-    pub const fn row_bytes(columns: usize) -> usize {
+    const fn row_bytes(columns: usize) -> usize {
         columns.div_ceil(CHUNK) * (CHUNK / 2)
     }
-    /// Bytes of a row's scales.
-    pub const SCALE_BYTES: usize = 8;
 
-    /// A copy that [`crate::Compute::screen_rows`] made.
+    /// A copy whose parts [`crate::Compute::screen_part`] made.
     ///
     /// # Panics
-    /// If the lengths do not fit.
-    pub fn new(codes: Bytes, scales: Bytes, rows: usize, columns: usize) -> Self {
-        assert_eq!(codes.len(), rows * Self::row_bytes(columns));
-        assert_eq!(scales.len(), rows * Self::SCALE_BYTES);
-        Self { codes, scales, rows, columns, dither: dither(columns) }
+    /// If the length does not fit.
+    pub fn new(bytes: Bytes, rows: usize, columns: usize) -> Self {
+        assert_eq!(bytes.len(), Self::bytes(rows, columns));
+        Self { bytes, rows, columns, dither: Dither::new(columns) }
     }
     /// Rows.
     pub fn rows(&self) -> usize {
         self.rows
     }
-    /// Stored bytes.
-    pub fn byte_len(&self) -> usize {
-        self.codes.len() + self.scales.len()
+    /// Bytes that a pass over all rows reads, and those of another row whose bound is narrowed.
+    pub fn pass_bytes(&self) -> (usize, usize) {
+        let row = Self::row_bytes(self.columns);
+        (self.rows * (row + SCALE_BYTES), row)
     }
-    pub(crate) fn codes(&self, row: usize, count: usize) -> &[u8] {
-        let bytes = Self::row_bytes(self.columns);
-        &self.codes[row * bytes..][..count * bytes]
+    fn place(&self, row: usize) -> Place {
+        let (part, bytes) = (row / Self::PART, Self::row_bytes(self.columns));
+        let (start, count) = (part * Self::PART, Self::PART.min(self.rows - part * Self::PART));
+        let coarse = Self::bytes(start, self.columns);
+        let (fine, scales) = (coarse + count * bytes, coarse + 2 * count * bytes);
+        let at = row - start;
+        Place { coarse: coarse + at * bytes, fine: fine + at * bytes, scales: scales + at * SCALE_BYTES }
     }
-    pub(crate) fn scales(&self, row: usize) -> (f32, f32) {
-        let [a, b, c, d, e, f, g, h] = self.scales.as_chunks::<8>().0[row];
+    /// Codes of `count` rows of one part.
+    fn coarse(&self, row: usize, count: usize) -> &[u8] {
+        &self.bytes[self.place(row).coarse..][..count * Self::row_bytes(self.columns)]
+    }
+    fn fine(&self, row: usize) -> &[u8] {
+        &self.bytes[self.place(row).fine..][..Self::row_bytes(self.columns)]
+    }
+    fn scales(&self, row: usize) -> (f32, f32) {
+        let bytes = self.bytes[self.place(row).scales..].first_chunk();
+        let [a, b, c, d, e, f, g, h] = *bytes.unwrap_or(&[0; SCALE_BYTES]);
         (f32::from_le_bytes([a, b, c, d]), f32::from_le_bytes([e, f, g, h]))
     }
 }
 
-/// The dither of each column.
-pub(crate) fn dither(columns: usize) -> Vec<f32> {
-    let mut state = 0u64;
-    let next = |_| {
-        // SplitMix64; the middle of one of 2^24 intervals.
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        let bits = (z ^ (z >> 31)) >> 40;
-        ((bits as f64 + 0.5) / f64::from(1 << 24) - 0.5) as f32
-    };
-    (0..columns).map(next).collect()
+/// Least weight and step of a row.
+const SCALE_BYTES: usize = 8;
+
+/// Makes the copy of some rows, `part` being as long as their number asks for. `decode` writes the i-th of them to a row of
+/// floats, or says that it is not finite.
+pub(crate) fn fill_part(
+    columns: usize,
+    part: &mut [u8],
+    mut decode: impl FnMut(usize, &mut [f32]) -> bool,
+    screen_row: impl Fn(&[f32], &Dither, &mut [u8], &mut [u8]) -> (f32, f32),
+) {
+    let rows = part.len() / Screen::bytes(1, columns);
+    let (dither, mut row) = (Dither::new(columns), vec![0.0; columns]);
+    let bytes = Screen::row_bytes(columns);
+    let (coarse, rest) = part.split_at_mut(rows * bytes);
+    let (fine, scales) = rest.split_at_mut(rows * bytes);
+    let codes = coarse.chunks_exact_mut(bytes).zip(fine.chunks_exact_mut(bytes));
+    for (i, ((coarse, fine), scale)) in codes.zip(scales.as_chunks_mut::<SCALE_BYTES>().0).enumerate() {
+        let (min, step) = match decode(i, &mut row) {
+            true => screen_row(&row, &dither, coarse, fine),
+            false => (0.0, f32::INFINITY),
+        };
+        scale[..4].copy_from_slice(&min.to_le_bytes());
+        scale[4..].copy_from_slice(&step.to_le_bytes());
+    }
+}
+
+/// The dither of each column, for the codes and for the finer ones.
+pub(crate) struct Dither {
+    coarse: Vec<f32>,
+    fine: Vec<f32>,
+}
+
+impl Dither {
+    fn new(columns: usize) -> Self {
+        let mut state = 0u64;
+        let mut next = |_| {
+            // SplitMix64; the middle of one of 2^24 intervals.
+            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut z = state;
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            let bits = (z ^ (z >> 31)) >> 40;
+            ((bits as f64 + 0.5) / f64::from(1 << 24) - 0.5) as f32
+        };
+        Self { coarse: (0..columns).map(&mut next).collect(), fine: (0..columns).map(next).collect() }
+    }
 }
 
 /// A hidden state in 16 bits, h ≈ scale (256 high + low), and what the bounds need to know of it.
@@ -93,11 +159,11 @@ pub(crate) struct Probe {
     high: Aligned<i8>,
     low: Aligned<i8>,
     scale: f64,
-    /// Σ h and Σ u h of the rounded h.
+    /// Σ h of the rounded h, and Σ u h with either dither.
     sum: f64,
-    dithered: f64,
-    /// What a row's step and its greatest weight are multiplied with in the bound.
-    by_step: f64,
+    dithered: [f64; 2],
+    /// What a row's step, before and after the finer codes, and its greatest weight are multiplied with in the bound.
+    by_step: [f64; 2],
     by_weight: f64,
 }
 
@@ -105,7 +171,7 @@ impl Probe {
     pub(crate) fn new(columns: usize) -> Self {
         let width = columns.next_multiple_of(CHUNK);
         let (high, low) = (Aligned::zeroed(width), Aligned::zeroed(width));
-        Self { high, low, scale: 0.0, sum: 0.0, dithered: 0.0, by_step: 0.0, by_weight: 0.0 }
+        Self { high, low, scale: 0.0, sum: 0.0, dithered: [0.0; 2], by_step: [0.0; 2], by_weight: 0.0 }
     }
 
     /// Takes in `h`; false where it is not finite.
@@ -117,7 +183,7 @@ impl Probe {
         }
         self.scale = f64::from(top) / TOP;
         let inverse = if top > 0.0 { 1.0 / self.scale } else { 0.0 };
-        let (mut sum, mut dithered, mut square, mut size, mut lost) = (0.0, 0.0, 0.0, 0.0, 0.0);
+        let (mut sum, mut dithered, mut square, mut size, mut lost) = (0.0, [0.0; 2], 0.0, 0.0, 0.0);
         for (i, &h) in h.iter().enumerate() {
             let h = f64::from(h);
             let code = ((h * inverse).round() as i32).clamp(-TOP as i32, TOP as i32);
@@ -126,18 +192,26 @@ impl Probe {
             self.low[i] = (code - 256 * high) as i8;
             let rounded = self.scale * f64::from(code);
             sum += rounded;
-            dithered += rounded * f64::from(screen.dither[i]);
+            dithered[0] += rounded * f64::from(screen.dither.coarse[i]);
+            dithered[1] += rounded * f64::from(screen.dither.fine[i]);
             square += rounded * rounded;
             size += h.abs();
             lost += (h - rounded).abs();
         }
         (self.sum, self.dithered) = (sum, dithered);
         // A code is computed in float32 from numbers up to 16: its error stays below 2^-18.
-        self.by_step = Z * (square / 12.0).sqrt() + size / f64::from(1 << 17);
+        let (spread, inexact) = (Z * (square / 12.0).sqrt(), size / f64::from(1 << 17));
+        self.by_step = [spread + inexact, spread / FINE + inexact];
         // A float32 sum in sixteen lanes: each term is rounded fewer than n / 16 + 8 times, by 2^-24 each; twice that.
         let roundings = (h.len() / 16 + 8) as f64 / f64::from(1 << 23);
         self.by_weight = lost + size * roundings;
         true
+    }
+
+    /// How far the logit of a row is off at most, by its codes (0) and by both kinds (1), but for the rounding of the logit.
+    #[inline(always)]
+    fn bound(&self, min: f64, step: f64, kind: usize) -> f64 {
+        step * self.by_step[kind] + min.abs().max((min + 15.0 * step).abs()) * self.by_weight
     }
 
     /// The logits of rows by their sums of codes times high and low parts, and how far at most the exact ones are from them.
@@ -147,9 +221,8 @@ impl Probe {
             let (min, step) = (f64::from(rows.min[i]), f64::from(rows.step[i]));
             // Both sums are below 2^31, so this is exact.
             let dot = self.scale * (256.0 * f64::from(rows.high[i]) + f64::from(rows.low[i]));
-            let logit = min * self.sum + step * (dot - self.dithered);
-            let weight = min.abs().max((min + 15.0 * step).abs());
-            let bound = step * self.by_step + weight * self.by_weight + logit.abs() / f64::from(1 << 21);
+            let logit = min * self.sum + step * (dot - self.dithered[0]);
+            let bound = self.bound(min, step, 0) + logit.abs() / f64::from(1 << 21);
             (logits[i], bounds[i]) = (logit as f32, bound as f32);
         }
         // A row that is not finite is always computed.
@@ -172,9 +245,15 @@ struct BlockRows {
     low: [i32; BLOCK],
 }
 
-/// Stores a row of weights, all finite, as codes. Returns least weight and step.
+/// Stores a row of weights, all finite, as codes of both kinds. Returns least weight and step.
 #[inline(always)]
-pub(crate) fn screen_row<I: Isa>(isa: I, row: &[f32], dither: &[f32], codes: &mut [u8]) -> (f32, f32) {
+pub(crate) fn screen_row<I: Isa>(
+    isa: I,
+    row: &[f32],
+    dither: &Dither,
+    coarse: &mut [u8],
+    fine: &mut [u8],
+) -> (f32, f32) {
     let (blocks, tail) = row.as_chunks::<16>();
     let (mut tops, mut bottoms) = (isa.splat(f32::NEG_INFINITY), isa.splat(f32::NEG_INFINITY));
     for block in blocks {
@@ -193,27 +272,38 @@ pub(crate) fn screen_row<I: Isa>(isa: I, row: &[f32], dither: &[f32], codes: &mu
     let step = (max - min) / 15.0 * (1.0 + 1e-6);
     let inverse = if step > 0.0 { 1.0 / step } else { 0.0 };
     let (least, inverse) = (isa.splat(min), isa.splat(inverse));
-    let mut chunk_codes = [0i8; CHUNK];
-    for (c, out) in codes.as_chunks_mut::<{ CHUNK / 2 }>().0.iter_mut().enumerate() {
+    let (half, steps) = (isa.splat(0.5), isa.splat(FINE as f32));
+    let mut codes = [[0i8; CHUNK]; 2];
+    let out = coarse.as_chunks_mut::<{ CHUNK / 2 }>().0.iter_mut();
+    for (c, out) in out.zip(fine.as_chunks_mut::<{ CHUNK / 2 }>().0.iter_mut()).enumerate() {
         for i in 0..CHUNK / 16 {
             let at = CHUNK * c + 16 * i;
-            let place = &mut chunk_codes.as_chunks_mut::<16>().0[i];
-            let (mut w, mut u) = ([min; 16], [0.0; 16]);
-            let (w, u) = match blocks.get(at / 16) {
-                Some(block) => (block, &dither.as_chunks::<16>().0[at / 16]),
+            let (mut w, mut u, mut v) = ([min; 16], [0.0; 16], [0.0; 16]);
+            let (w, u, v) = match blocks.get(at / 16) {
+                Some(block) => {
+                    let load = |d: &[f32]| isa.load(&d.as_chunks::<16>().0[at / 16]);
+                    (isa.load(block), load(&dither.coarse), load(&dither.fine))
+                }
                 None => {
                     let n = row.len().saturating_sub(at);
                     w[..n].copy_from_slice(&row[row.len() - n..]);
-                    u[..n].copy_from_slice(&dither[row.len() - n..]);
-                    (&w, &u)
+                    u[..n].copy_from_slice(&dither.coarse[row.len() - n..]);
+                    v[..n].copy_from_slice(&dither.fine[row.len() - n..]);
+                    (isa.load(&w), isa.load(&u), isa.load(&v))
                 }
             };
-            let scaled = isa.mul(isa.sub(isa.load(w), least), inverse);
-            isa.to_i8(isa.add(scaled, isa.load(u)), place);
-        }
-        for b in 0..CHUNK / 2 {
+            let place = |codes: &'_ mut [i8; CHUNK], v| isa.to_i8(v, &mut codes.as_chunks_mut::<16>().0[i]);
             // Codes are 0 to 15: the step is a little wide, and the dither less than a half.
-            out[b] = (chunk_codes[b] as u8 & 15) | (chunk_codes[b + 64] as u8) << 4;
+            let exact = isa.add(isa.mul(isa.sub(w, least), inverse), u);
+            let code = isa.round(exact);
+            place(&mut codes[0], code);
+            let left = isa.mul(isa.add(isa.sub(exact, code), half), steps);
+            place(&mut codes[1], isa.add(left, v));
+        }
+        for (codes, out) in codes.iter().zip([out.0, out.1]) {
+            for b in 0..CHUNK / 2 {
+                out[b] = (codes[b] as u8 & 15) | (codes[b + 64] as u8) << 4;
+            }
         }
     }
     (min, step)
@@ -231,7 +321,7 @@ pub(crate) fn screen_logits<I: Isa>(
 ) -> (f32, f32) {
     let bytes = Screen::row_bytes(screen.columns);
     let count = logits.len();
-    let codes = screen.codes(first, count);
+    let codes = screen.coarse(first, count);
     let row = |i: usize| &codes[i * bytes..][..bytes];
     let ahead = |row: &[u8]| row.as_ptr().wrapping_add(AHEAD);
     let mut rows = BlockRows { min: [0.0; BLOCK], step: [0.0; BLOCK], high: [0; BLOCK], low: [0; BLOCK] };
@@ -269,10 +359,37 @@ pub(crate) fn upper_bound(screen: &Screen, probe: &Probe, row: usize, logit: f32
     if step == f32::INFINITY {
         return f32::INFINITY;
     }
-    let weight = f64::from(min).abs().max((f64::from(min) + 15.0 * f64::from(step)).abs());
-    let bound = f64::from(step) * probe.by_step + weight * probe.by_weight;
     // The logit as it was stored has lost a rounding more.
-    logit + (bound + f64::from(logit.abs()) / f64::from(1 << 21)) as f32
+    let bound = probe.bound(f64::from(min), f64::from(step), 0) + f64::from(logit.abs()) / f64::from(1 << 21);
+    logit + bound as f32
+}
+
+/// Least and greatest values that the logits of the rows `list` can have, by the logits that [`screen_logits`] gave.
+#[inline(always)]
+pub(crate) fn narrow<I: Isa>(
+    isa: I,
+    screen: &Screen,
+    probe: &Probe,
+    list: &[u32],
+    logits: &[f32],
+    ranges: &mut [[f32; 2]],
+) {
+    for (i, (&row, range)) in list.iter().zip(ranges).enumerate() {
+        // These rows are anywhere.
+        let ahead = list.get(i + 2).map_or(std::ptr::null(), |&row| screen.fine(row as usize).as_ptr());
+        let [[high, low]] = isa.nibble_dots([screen.fine(row as usize)], [ahead], &probe.high, &probe.low);
+        let (min, step) = screen.scales(row as usize);
+        if step == f32::INFINITY {
+            *range = [f32::NEG_INFINITY, f32::INFINITY];
+            continue;
+        }
+        let (coarse, step) = (f64::from(logits[row as usize]), f64::from(step));
+        let dot = probe.scale * (256.0 * f64::from(high) + f64::from(low));
+        let logit = coarse + step * ((dot - probe.dithered[1]) / FINE - 0.5 * probe.sum);
+        let rounding = (coarse.abs() + logit.abs()) / f64::from(1 << 21);
+        let bound = probe.bound(f64::from(min), step, 1) + rounding;
+        *range = [(logit - bound) as f32, (logit + bound) as f32];
+    }
 }
 
 /// The definition of [`Isa::nibble_dots`].

@@ -7,7 +7,7 @@ use crate::isa::scalar::Scalar;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{avx2::Avx2, avx512::Avx512};
 use crate::ops::{self, FloatType};
-use crate::screen::{self, Probe, Screen};
+use crate::screen::{self, Dither, Probe, Screen};
 use crate::ternary::panel::{self, PanelSource};
 use crate::ternary::{self, Activations, Layout, OutPtr, Which, columns};
 
@@ -30,8 +30,9 @@ pub struct Kernels {
     finish_columns: unsafe fn(&[i32], usize, i32, f32, &mut [f32]),
     head_rows: unsafe fn(FloatType, &[u8], &[f32], usize, usize, OutPtr),
     head_listed: unsafe fn(FloatType, &[u8], &[f32], &[u32], &mut [f32]),
-    screen_row: unsafe fn(&[f32], &[f32], &mut [u8]) -> (f32, f32),
+    screen_row: unsafe fn(&[f32], &Dither, &mut [u8], &mut [u8]) -> (f32, f32),
     screen_logits: unsafe fn(&Screen, &Probe, usize, &mut [f32]) -> (f32, f32),
+    narrow: unsafe fn(&Screen, &Probe, &[u32], &[f32], &mut [[f32; 2]]),
     stream_read: unsafe fn(&[f32]) -> f32,
 }
 
@@ -44,7 +45,7 @@ macro_rules! kernels {
             pub(super) static KERNELS: Kernels = Kernels {
                 name: $name, rmsnorm, quantize, add, relu2_mul, silu_mul, rope, attend, join, code_queries, decode_row,
                 gemv_rows, matmul_block, add_columns, finish_columns, head_rows,
-                head_listed, screen_row, screen_logits, stream_read,
+                head_listed, screen_row, screen_logits, narrow, stream_read,
             };
             $(#[target_feature(enable = $features)])?
             unsafe fn rmsnorm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
@@ -126,14 +127,22 @@ macro_rules! kernels {
                 ops::head_listed($isa, ty, w, x, list, out);
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn screen_row(row: &[f32], dither: &[f32], codes: &mut [u8]) -> (f32, f32) {
-                screen::screen_row($isa, row, dither, codes)
+            unsafe fn screen_row(
+                row: &[f32], dither: &Dither, coarse: &mut [u8], fine: &mut [u8],
+            ) -> (f32, f32) {
+                screen::screen_row($isa, row, dither, coarse, fine)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn screen_logits(
                 screen: &Screen, probe: &Probe, first: usize, logits: &mut [f32],
             ) -> (f32, f32) {
                 screen::screen_logits($isa, screen, probe, first, logits)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn narrow(
+                screen: &Screen, probe: &Probe, list: &[u32], logits: &[f32], ranges: &mut [[f32; 2]],
+            ) {
+                screen::narrow($isa, screen, probe, list, logits, ranges);
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn stream_read(floats: &[f32]) -> f32 {
@@ -357,9 +366,15 @@ impl Kernels {
         // SAFETY: as above.
         unsafe { (self.head_listed)(ty, w, x, list, out) }
     }
-    pub(crate) fn screen_row(&self, row: &[f32], dither: &[f32], codes: &mut [u8]) -> (f32, f32) {
+    pub(crate) fn screen_row(
+        &self,
+        row: &[f32],
+        dither: &Dither,
+        coarse: &mut [u8],
+        fine: &mut [u8],
+    ) -> (f32, f32) {
         // SAFETY: as above.
-        unsafe { (self.screen_row)(row, dither, codes) }
+        unsafe { (self.screen_row)(row, dither, coarse, fine) }
     }
     pub(crate) fn screen_logits(
         &self,
@@ -370,6 +385,17 @@ impl Kernels {
     ) -> (f32, f32) {
         // SAFETY: as above.
         unsafe { (self.screen_logits)(screen, probe, first, logits) }
+    }
+    pub(crate) fn narrow(
+        &self,
+        screen: &Screen,
+        probe: &Probe,
+        list: &[u32],
+        logits: &[f32],
+        ranges: &mut [[f32; 2]],
+    ) {
+        // SAFETY: as above.
+        unsafe { (self.narrow)(screen, probe, list, logits, ranges) }
     }
     pub(crate) fn stream_read(&self, floats: &[f32]) -> f32 {
         // SAFETY: as above.

@@ -2,9 +2,7 @@
 
 use super::{Model, Phase, Profile};
 use bitnet_kernels::ternary::Layout;
-use bitnet_kernels::{
-    Aligned, Compute, HeadScratch, KvStore, Logits, QuantizedRows, Screen, Workspace, positive,
-};
+use bitnet_kernels::{Aligned, Compute, HeadScratch, KvStore, Logits, QuantizedRows, Workspace, positive};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// One token of a step.
@@ -228,12 +226,15 @@ impl Model {
         let (delta, logits) =
             (&delta[..wanted * config.hidden_size], &mut logits[..wanted * config.vocab_size]);
         compute.head(&weights.head, delta, |i| choice(&rows[ids[i] as usize]), head, logits);
-        let (screened, survivors) = head.take_counts();
-        profile.count_head(screened, survivors);
-        let screen = weights.head.screen.as_ref().filter(|_| screened > 0).map_or(0, Screen::byte_len);
+        let counts = head.take_counts();
+        profile.count_head(counts);
         let matrix = weights.head.matrix.byte_len();
-        let all = if wanted as u64 > screened { matrix } else { 0 };
-        profile.lap(Phase::Head, screen + all + matrix / config.vocab_size * survivors as usize);
+        let mut bytes = if wanted as u64 > counts.tokens { matrix } else { 0 };
+        if let Some(screen) = weights.head.screen.as_ref().filter(|_| counts.tokens > 0) {
+            let (pass, row) = screen.pass_bytes();
+            bytes += pass + row * counts.open as usize + matrix / config.vocab_size * counts.exact as usize;
+        }
+        profile.lap(Phase::Head, bytes);
         Ok(())
     }
 }

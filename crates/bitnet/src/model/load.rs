@@ -132,7 +132,11 @@ impl Model {
             file: "random weights".into(),
             weight_bytes: weights.embedding.byte_len()
                 + matrices.sum::<usize>()
-                + weights.head.screen.as_ref().map_or(0, Screen::byte_len),
+                + weights
+                    .head
+                    .screen
+                    .as_ref()
+                    .map_or(0, |_| Screen::bytes(config.vocab_size, config.hidden_size)),
             config,
             weights,
             tokenizer: None,

@@ -1,5 +1,6 @@
 //! Where the time of a step goes.
 
+use bitnet_kernels::HeadCounts;
 use std::time::{Duration, Instant};
 
 /// A phase of the forward pass.
@@ -50,13 +51,13 @@ impl Phase {
 #[derive(Clone, Debug)]
 pub struct Profile {
     phases: [(Duration, u64); Phase::ALL.len()],
-    head: (u64, u64),
+    head: HeadCounts,
     since: Instant,
 }
 
 impl Default for Profile {
     fn default() -> Self {
-        Self { phases: Default::default(), head: (0, 0), since: Instant::now() }
+        Self { phases: Default::default(), head: HeadCounts::default(), since: Instant::now() }
     }
 }
 
@@ -69,13 +70,14 @@ impl Profile {
     pub fn get(&self, phase: Phase) -> (Duration, u64) {
         self.phases[phase as usize]
     }
-    /// Tokens whose head was screened, and the rows that had to be computed exactly for them, in all.
-    pub fn head(&self) -> (u64, u64) {
+    /// What the screen of the output head did.
+    pub fn head(&self) -> HeadCounts {
         self.head
     }
-    pub(crate) fn count_head(&mut self, screened: u64, survivors: u64) {
-        self.head.0 += screened;
-        self.head.1 += survivors;
+    pub(crate) fn count_head(&mut self, counts: HeadCounts) {
+        self.head.tokens += counts.tokens;
+        self.head.open += counts.open;
+        self.head.exact += counts.exact;
     }
     pub(crate) fn begin(&mut self) {
         self.since = Instant::now();

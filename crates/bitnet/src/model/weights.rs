@@ -88,7 +88,7 @@ enum Store {
     Rows { columns: usize, format: Option<RowFormat> },
     /// I2_S or rows of another type, to be stored by columns.
     Columns { rows: usize, columns: usize, format: Option<RowFormat> },
-    /// The four-bit copy of the head: first all codes, then all scales.
+    /// The small copy of the head.
     Screen { rows: usize, columns: usize, ty: FloatType },
 }
 
@@ -381,8 +381,7 @@ impl<'a> WeightPlan<'a> {
         let screen = screens.then(|| {
             let (tensor, ty) = output.unwrap_or(embedding);
             let (rows, columns) = (config.vocab_size, hidden);
-            let bytes = rows * (Screen::row_bytes(columns) + Screen::SCALE_BYTES);
-            planner.place(tensor, bytes, Store::Screen { rows, columns, ty }, 1.0)
+            planner.place(tensor, Screen::bytes(rows, columns), Store::Screen { rows, columns, ty }, 1.0)
         });
         let mut place = |matrix| if screens { Planner::mapped(matrix) } else { planner.copied(matrix) };
         let (embedding, head) = (place(embedding), output.map(place));
@@ -445,10 +444,7 @@ impl<'a> WeightPlan<'a> {
         });
         let layers = layers.collect();
         let embedding = float(embedding);
-        let screen = screen.map(|range| {
-            let split = range.start + vocab * Screen::row_bytes(hidden);
-            Screen::new(take(range.start..split), take(split..range.end), vocab, hidden)
-        });
+        let screen = screen.map(|range| Screen::new(take(range), vocab, hidden));
         let head = Head { matrix: head.map_or_else(|| embedding.clone(), float), screen };
         Ok(Weights { embedding, head, output_norm, layers })
     }
@@ -523,24 +519,15 @@ fn random_screen(
     columns: usize,
     compute: &Compute,
 ) -> Result<Screen, Error> {
-    let split = rows * Screen::row_bytes(columns);
-    let bytes = split + rows * Screen::SCALE_BYTES;
+    let bytes = Screen::bytes(rows, columns);
     let mut buffer = HugeBuffer::new(bytes).ok_or(Error::NoMemory { what: "weights", bytes })?;
-    {
-        const ROWS: usize = 1024;
-        let (codes, scales) = buffer.split_at_mut(split);
-        let parts = codes
-            .chunks_mut(ROWS * Screen::row_bytes(columns))
-            .zip(scales.chunks_mut(ROWS * Screen::SCALE_BYTES));
-        let parts: Vec<_> = parts.map(Mutex::new).collect();
-        compute.pool().run(parts.len(), |part, _| {
-            let (codes, scales) = &mut *parts[part].lock().unwrap_or_else(PoisonError::into_inner);
-            compute.screen_rows(matrix, part * ROWS, codes, scales);
-        });
-    }
-    let buffer = Arc::new(buffer);
-    let (codes, scales) = (Bytes::new(buffer.clone(), 0..split), Bytes::new(buffer, split..bytes));
-    Ok(Screen::new(codes, scales, rows, columns))
+    let parts: Vec<_> = buffer.chunks_mut(Screen::bytes(Screen::PART, columns)).map(Mutex::new).collect();
+    compute.pool().run(parts.len(), |part, _| {
+        let out = &mut *parts[part].lock().unwrap_or_else(PoisonError::into_inner);
+        compute.screen_part(matrix, part, out);
+    });
+    drop(parts);
+    Ok(Screen::new(Bytes::new(Arc::new(buffer), 0..bytes), rows, columns))
 }
 
 /// Fills `bytes` with `f` of random words, the same for any number of threads.
@@ -565,8 +552,6 @@ struct Part<'a, 'b> {
     /// Offset of `target` in the tensor's place.
     at: usize,
     target: &'b mut [u8],
-    /// The scales that go with the codes of a screen.
-    scales: &'b mut [u8],
 }
 
 fn fill(
@@ -589,21 +574,14 @@ fn fill(
             Store::Floats | Store::Blocks(_) | Store::Ternary => PART,
             Store::Rows { columns, .. } => row_bytes(columns) * (PART / row_bytes(columns)).max(1),
             Store::Columns { rows, .. } => CHUNK * columns::column_bytes(rows),
-            Store::Screen { columns, .. } => Screen::row_bytes(columns) * 1024,
+            Store::Screen { columns, .. } => Screen::bytes(Screen::PART, columns),
         };
-        let mut scales: &mut [u8] = &mut [];
-        let mut scale_part = 0;
-        if let Store::Screen { rows, columns, .. } = placed.store {
-            (place, scales) = place.split_at_mut(rows * Screen::row_bytes(columns));
-            scale_part = part / Screen::row_bytes(columns) * Screen::SCALE_BYTES;
-        }
         let mut at = 0;
         while !place.is_empty() {
             let (target, tail) = place.split_at_mut(part.min(place.len()));
-            let (part_scales, scales_tail) = scales.split_at_mut(scale_part.min(scales.len()));
-            (place, scales) = (tail, scales_tail);
+            place = tail;
             let len = target.len();
-            parts.push(Mutex::new(Part { placed, at, target, scales: part_scales }));
+            parts.push(Mutex::new(Part { placed, at, target }));
             at += len;
         }
     }
@@ -619,7 +597,7 @@ fn fill(
             part => part - 2,
         };
         let mut part = parts[task].lock().unwrap_or_else(PoisonError::into_inner);
-        let Part { placed, at, target, scales } = &mut *part;
+        let Part { placed, at, target } = &mut *part;
         let source = gguf.tensor_bytes(placed.tensor);
         match placed.store {
             Store::Floats | Store::Ternary => {
@@ -673,12 +651,12 @@ fn fill(
                 let start = placed.tensor.offset as usize;
                 let bytes = Bytes::new(file.clone(), start..start + source.len());
                 let matrix = FloatMatrix::new(bytes, ty, rows, columns);
-                let first = *at / Screen::row_bytes(columns);
-                compute.screen_rows(&matrix, first, target, scales);
-                let (row, done) =
-                    ((source.len() / rows) as u64, (target.len() / Screen::row_bytes(columns)) as u64);
+                let part = *at / Screen::bytes(Screen::PART, columns);
+                compute.screen_part(&matrix, part, target);
+                let row = (source.len() / rows) as u64;
+                let (first, count) = (part * Screen::PART, target.len() / Screen::bytes(1, columns));
                 let start = placed.tensor.offset + first as u64 * row;
-                gguf.advise_dontneed(start..start + done * row);
+                gguf.advise_dontneed(start..start + count as u64 * row);
             }
         }
         let ternary = !matches!(placed.store, Store::Floats | Store::Blocks(_) | Store::Screen { .. });

@@ -145,9 +145,10 @@ fn profile(engine: &mut Engine, args: &Args, tokens: usize) {
         bytes += b as f64;
     }
     line("sum", time, bytes);
-    let (screened, survivors) = engine.profile().head();
-    if screened > 0 {
-        eprintln!("head: {:.0} rows a token computed exactly", survivors as f64 / screened as f64);
+    let head = engine.profile().head();
+    if head.tokens > 0 {
+        let (open, exact) = (head.open as f64 / head.tokens as f64, head.exact as f64 / head.tokens as f64);
+        eprintln!("head: {open:.0} rows a token left open by the coarse copy, {exact:.0} computed exactly");
     }
 }
 
