@@ -69,7 +69,7 @@ impl HeadScratch {
             tops: vec![0.0; GROUP * blocks],
             widest: vec![0.0; GROUP * blocks],
             select: Vec::with_capacity(rows),
-            list: Vec::with_capacity(rows),
+            list: Vec::with_capacity(rows + BLOCK),
             ranges: Vec::with_capacity(rows),
             exact: Vec::with_capacity(rows),
             rows: vec![0; threads * columns * size_of::<f32>()],
@@ -207,8 +207,7 @@ impl Compute {
         let first_floor = kth_greatest(select, FIRST * top);
         list.clear();
         for (block, _) in tops.iter().enumerate().filter(|(_, top)| **top >= first_floor) {
-            let rows = block * BLOCK..(block * BLOCK + BLOCK).min(matrix.rows);
-            list.extend(rows.filter(|&r| out[r] >= first_floor).map(|r| r as u32));
+            push_rows(list, out, block, |logit| logit >= first_floor);
         }
         let limit = matrix.rows / 4;
         if list.len() > limit {
@@ -223,14 +222,14 @@ impl Compute {
             if top + widest < floor {
                 continue;
             }
-            let rows = block * BLOCK..(block * BLOCK + BLOCK).min(matrix.rows);
             let near = floor - widest;
-            let open = |r: &usize| {
-                let logit = out[*r];
-                logit >= near && logit < first_floor && upper_bound(screen, probe, *r, logit) >= floor
-            };
-            list.extend(rows.filter(open).map(|r| r as u32));
+            push_rows(list, out, block, |logit| logit >= near && logit < first_floor);
         }
+        let mut i = 0;
+        list.retain(|&row| {
+            i += 1;
+            i <= begun || upper_bound(screen, probe, row as usize, out[row as usize]) >= floor
+        });
         if list.len() > limit {
             return false;
         }
@@ -304,6 +303,21 @@ impl Compute {
             }
         });
     }
+}
+
+/// Appends the rows of a block whose logits are `wanted`.
+#[inline]
+fn push_rows(list: &mut Vec<u32>, logits: &[f32], block: usize, wanted: impl Fn(f32) -> bool) {
+    let first = block * BLOCK;
+    let logits = &logits[first..logits.len().min(first + BLOCK)];
+    let mut count = list.len();
+    list.resize(count + BLOCK, 0);
+    // Every row is written and stays if it is wanted: a branch would be guessed wrong too often.
+    for (i, &logit) in logits.iter().enumerate() {
+        list[count] = (first + i) as u32;
+        count += usize::from(wanted(logit));
+    }
+    list.truncate(count);
 }
 
 /// What at least `k` of the logits of these ranges are not below.

@@ -30,7 +30,7 @@ use crate::memory::{Aligned, Bytes};
 const CHUNK: usize = 128;
 
 /// Bytes that are asked for ahead of those that are multiplied.
-const AHEAD: usize = 5 << 10;
+const AHEAD: usize = 2560;
 
 /// See the module.
 const Z: f64 = 9.2;
