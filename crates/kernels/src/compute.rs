@@ -7,7 +7,8 @@ use crate::memory::{Aligned, Bytes};
 use crate::ops::FloatType;
 use crate::pool::Pool;
 use crate::table::Kernels;
-use crate::ternary::panel::{BLOCK, PanelSource};
+use crate::ternary::lookup;
+use crate::ternary::panel::{BLOCK, Part, Source};
 use crate::ternary::{self, Activations, Layout, OutPtr, ROW_TOKENS, Which, columns};
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -200,8 +201,8 @@ pub struct Workspace {
     columns: usize,
     /// Two rows of floats for each thread.
     floats: Aligned<f32>,
-    /// A block of unpacked weights for each thread.
-    panels: Aligned<u8>,
+    /// Scratch of a product with several tokens for each thread: a block of unpacked weights, or tables and sums.
+    scratch: Aligned<u8>,
     /// Sums of a product by columns, for each thread and token.
     sums: Aligned<i32>,
 }
@@ -213,13 +214,17 @@ impl Workspace {
         Self {
             columns: width,
             floats: Aligned::zeroed(threads * 2 * width),
-            panels: Aligned::zeroed(threads * BLOCK * width),
+            scratch: Aligned::zeroed(threads * Self::scratch(width)),
             sums: Aligned::zeroed(threads * ROW_TOKENS * width),
         }
     }
     /// Its size in bytes.
     pub const fn bytes(columns: usize, threads: usize) -> usize {
-        threads * ternary::row_bytes(columns) * 4 * (2 * 4 + BLOCK + 4 * ROW_TOKENS)
+        let width = ternary::row_bytes(columns) * 4;
+        threads * (width * (2 * 4 + 4 * ROW_TOKENS) + Self::scratch(width))
+    }
+    const fn scratch(width: usize) -> usize {
+        if BLOCK * width > lookup::SCRATCH { BLOCK * width } else { lookup::SCRATCH }
     }
 }
 
@@ -393,7 +398,7 @@ impl Compute {
             jobs.into_iter().for_each(|(matrix, out)| self.few_by_columns(q, work, matrix, out));
             return;
         }
-        // Many tokens take a block of panels at a time; few take some 16 KiB of rows.
+        // Few tokens take some 16 KiB of rows at a time.
         let row_bytes = ternary::row_bytes(q.columns);
         let few = q.tokens <= ROW_TOKENS;
         let grain = if few { ((16 << 10) / row_bytes).max(4) & !3 } else { BLOCK };
@@ -417,23 +422,35 @@ impl Compute {
             });
             return;
         }
-        let panels = Rows::new(&mut work.panels, work.columns * BLOCK);
-        self.pool.run(end / BLOCK, |task, worker| {
-            let (matrix, out, first, count) = job(task * BLOCK);
-            let w = &matrix.bytes[..];
-            let source = match matrix.layout {
-                Layout::Rows => {
-                    PanelSource::Rows { w: &w[first * row_bytes..][..count * row_bytes], row_bytes }
-                }
-                Layout::Columns => {
-                    PanelSource::Columns { w, column_bytes: columns::column_bytes(matrix.rows) }
-                }
-            };
-            let a = q.view();
-            // SAFETY: each worker runs one task at a time; these rows of every token are this task's alone and lie in the
+        // Tables are made for some tokens and serve as many outputs as there can be, panels for some outputs and serve all tokens.
+        let (mut tiles, mut grain) = (1, BLOCK);
+        if self.kernels.looks_up() {
+            tiles = q.tokens.div_ceil(lookup::LANES);
+            let ranges = (4 * self.pool.threads()).div_ceil(tiles).max(end.div_ceil(lookup::OUTPUTS));
+            grain = end.div_ceil(ranges).next_multiple_of(BLOCK);
+        }
+        let scratch = Workspace::scratch(work.columns);
+        let scratch = Rows::new(&mut work.scratch, scratch);
+        self.pool.run(end.div_ceil(grain) * tiles, |task, worker| {
+            let range = task / tiles * grain..(task / tiles * grain + grain).min(end);
+            let parts = plan.map(|(matrix, out, begin)| {
+                let first = range.start.saturating_sub(begin).min(matrix.rows);
+                let count = range.end.saturating_sub(begin).min(matrix.rows) - first;
+                let w = &matrix.bytes[..];
+                let source = match matrix.layout {
+                    Layout::Rows => {
+                        Source::Rows { w: &w[first * row_bytes..][..count * row_bytes], row_bytes }
+                    }
+                    Layout::Columns => {
+                        Source::Columns { w, column_bytes: columns::column_bytes(matrix.rows) }
+                    }
+                };
+                Part { source, weight_scale: matrix.scale, first, count, out }
+            });
+            // SAFETY: each worker runs one task at a time; these rows of these tokens are this task's alone and lie in the
             // output, whose length was checked.
             unsafe {
-                self.kernels.matmul_block(source, matrix.scale, a, panels.row(worker), first, count, out);
+                self.kernels.matmul(&parts, q.view(), task % tiles * lookup::LANES, scratch.row(worker));
             }
         });
     }

@@ -109,19 +109,13 @@ struct Line([u8; 64]);
 
 /// Numbers whose every bit pattern is valid, zero bits being zero.
 pub trait Plain: Copy + sealed::Sealed {}
-impl Plain for f32 {}
-impl Plain for i8 {}
-impl Plain for u8 {}
-impl Plain for i32 {}
-impl Plain for u16 {}
 mod sealed {
     pub trait Sealed {}
-    impl Sealed for f32 {}
-    impl Sealed for i8 {}
-    impl Sealed for u8 {}
-    impl Sealed for i32 {}
-    impl Sealed for u16 {}
 }
+macro_rules! plain {
+    ($($number:ty),+) => { $(impl Plain for $number {} impl sealed::Sealed for $number {})+ };
+}
+plain!(f32, i8, u8, i16, u16, i32, u64);
 
 /// Bytes as numbers in the machine's own order.
 ///

@@ -8,7 +8,7 @@ use crate::isa::scalar::Scalar;
 use crate::isa::{avx2::Avx2, avx512::Avx512};
 use crate::ops::{self, FloatType};
 use crate::screen::{self, Dither, Probe, Screen};
-use crate::ternary::panel::{self, PanelSource};
+use crate::ternary::panel::Part;
 use crate::ternary::{self, Activations, Layout, OutPtr, Which, columns};
 
 /// The kernels of one instruction set. One is only to be had where the CPU can run it: [`supported`], [`best`].
@@ -25,7 +25,8 @@ pub struct Kernels {
     code_queries: unsafe fn(&[f32], usize, &mut [i8], &mut [f32], &mut [[i32; 2]]),
     decode_row: unsafe fn(FloatType, &[u8], &mut [f32]) -> bool,
     gemv_rows: unsafe fn(&[u8], usize, Which<'_>, f32, Activations<'_>, OutPtr),
-    matmul_block: unsafe fn(PanelSource<'_>, f32, Activations<'_>, &mut [u8], usize, usize, OutPtr),
+    matmul: unsafe fn(&[Part<'_>], Activations<'_>, usize, &mut [u8]),
+    looks_up: unsafe fn() -> bool,
     add_columns: unsafe fn(&[u8], usize, &[u32], &[i8], &mut [i32]),
     finish_columns: unsafe fn(&[i32], usize, i32, f32, &mut [f32]),
     head_rows: unsafe fn(FloatType, &[u8], &[f32], usize, usize, OutPtr),
@@ -44,7 +45,7 @@ macro_rules! kernels {
             use super::*;
             pub(super) static KERNELS: Kernels = Kernels {
                 name: $name, rmsnorm, quantize, add, relu2_mul, silu_mul, rope, attend, join, code_queries, decode_row,
-                gemv_rows, matmul_block, add_columns, finish_columns, head_rows,
+                gemv_rows, matmul, looks_up, add_columns, finish_columns, head_rows,
                 head_listed, screen_row, screen_logits, narrow, stream_read,
             };
             $(#[target_feature(enable = $features)])?
@@ -98,13 +99,14 @@ macro_rules! kernels {
                 unsafe { ternary::gemv_rows(isa, w, row_bytes, which, weight_scale, a, out) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn matmul_block(
-                source: PanelSource<'_>, weight_scale: f32, a: Activations<'_>, panels: &mut [u8], first: usize,
-                count: usize, out: OutPtr,
-            ) {
+            unsafe fn matmul(parts: &[Part<'_>], a: Activations<'_>, t0: usize, scratch: &mut [u8]) {
                 let isa = $isa;
                 // SAFETY: the caller's contract, handed on.
-                unsafe { panel::matmul_block(isa, source, weight_scale, a, panels, first, count, out) }
+                unsafe { ternary::matmul(isa, parts, a, t0, scratch) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn looks_up() -> bool {
+                ternary::looks_up($isa)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn add_columns(w: &[u8], column_bytes: usize, list: &[u32], q: &[i8], sums: &mut [i32]) {
@@ -312,19 +314,20 @@ impl Kernels {
         unsafe { (self.gemv_rows)(w, row_bytes, which, weight_scale, a, out) }
     }
     /// # Safety
-    /// As [`panel::matmul_block`].
-    pub(crate) unsafe fn matmul_block(
+    /// As [`ternary::matmul`].
+    pub(crate) unsafe fn matmul(
         &self,
-        source: PanelSource<'_>,
-        weight_scale: f32,
+        parts: &[Part<'_>],
         a: Activations<'_>,
-        panels: &mut [u8],
-        first: usize,
-        count: usize,
-        out: OutPtr,
+        t0: usize,
+        scratch: &mut [u8],
     ) {
         // SAFETY: as above, and the caller's contract.
-        unsafe { (self.matmul_block)(source, weight_scale, a, panels, first, count, out) }
+        unsafe { (self.matmul)(parts, a, t0, scratch) }
+    }
+    pub(crate) fn looks_up(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { (self.looks_up)() }
     }
     pub(crate) fn add_columns(
         &self,

@@ -2,8 +2,9 @@
 //!
 //! Every intrinsic below needs only AVX2 or F16C, which the existence of an [`Avx2`] value proves.
 
-use super::{GROUP, Isa, PANEL, check_split, column_chunks, nibble_chunks, panel_quads, row_chunks};
+use super::{GROUP, Isa, LANES, check_split, column_chunks, nibble_chunks, row_chunks};
 use crate::attention::FETCH;
+use crate::ternary::lookup;
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX2 and F16C, and AVX-VNNI where `VNNI` is true.
@@ -32,7 +33,8 @@ macro_rules! both {
 
 impl<const VNNI: bool> Isa for Avx2<VNNI> {
     type F = [__m256; 2];
-    const PANEL_TOKENS: usize = if VNNI { 6 } else { 4 };
+    const PANEL_TOKENS: usize = 1;
+    const LOOKS_UP: bool = true;
 
     #[inline(always)]
     fn prefetch(self, p: *const u8) {
@@ -226,98 +228,9 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         out
     }
     #[inline(always)]
-    fn panel_rows(self, rows: [&[u8]; 16], panel: &mut [u8], half: usize) {
-        let bytes = rows[0].len();
-        for row in rows {
-            assert_eq!(row.len(), bytes);
-        }
-        assert!(panel.len() == 4 * bytes * PANEL && bytes.is_multiple_of(64) && half < PANEL / 16);
-        // SAFETY: `self` proves AVX2; the loads are 32 bytes of a row, the stores 32 bytes of one of the 64 quads of a chunk,
-        // each 4 * PANEL bytes, as the lengths just checked allow.
-        unsafe {
-            let three = _mm256_set1_epi8(3);
-            for block in 0..bytes / 32 {
-                for eight in 0..2 {
-                    let mut v = [_mm256_setzero_si256(); 8];
-                    for r in 0..8 {
-                        v[r] = _mm256_loadu_si256(rows[8 * eight + r].as_ptr().add(32 * block).cast());
-                    }
-                    let v = transpose(v);
-                    for d in 0..8 {
-                        let quad = 64 * (block / 2) + 8 * (block % 2) + d;
-                        let out = panel.as_mut_ptr().add(quad * 4 * PANEL + 64 * half + 32 * eight);
-                        let field = |f: usize| out.add(16 * f * 4 * PANEL).cast();
-                        _mm256_storeu_si256(field(0), _mm256_and_si256(_mm256_srli_epi16::<6>(v[d]), three));
-                        _mm256_storeu_si256(field(1), _mm256_and_si256(_mm256_srli_epi16::<4>(v[d]), three));
-                        _mm256_storeu_si256(field(2), _mm256_and_si256(_mm256_srli_epi16::<2>(v[d]), three));
-                        _mm256_storeu_si256(field(3), _mm256_and_si256(v[d], three));
-                    }
-                }
-            }
-        }
-    }
-    #[inline(always)]
-    fn panel_columns(self, columns: [&[u8; 64]; 4], part: usize, codes: &mut [u8]) {
-        assert_eq!(codes.len(), 4 * PANEL);
-        // SAFETY: `self` proves AVX2; each column has 64 bytes, `codes` room for the four stores.
-        unsafe {
-            let shift = _mm_cvtsi32_si128(6 - 2 * (part as i32 / 2));
-            let three = _mm256_set1_epi8(3);
-            for half in 0..2 {
-                let mut v = [_mm256_setzero_si256(); 4];
-                for i in 0..4 {
-                    v[i] = _mm256_loadu_si256(columns[i].as_ptr().add(32 * half).cast());
-                }
-                let v = interleave(v);
-                for k in 0..2 {
-                    let out = codes.as_mut_ptr().add(64 * k + 32 * half).cast();
-                    let word = _mm256_srl_epi16(v[part % 2 * 2 + k], shift);
-                    _mm256_storeu_si256(out, _mm256_and_si256(word, three));
-                }
-            }
-        }
-    }
-    #[inline(always)]
-    fn panel_tile<const T: usize>(self, panel: &[u8], a: [&[i8]; T], dots: &mut [[i32; PANEL]; T]) {
-        let quads = panel_quads(panel, a);
-        // A product pair is at most 2 * 2 * 128 = 512, so 63 of them stay below 2^15.
-        let run = if VNNI { quads.max(1) } else { 63 };
-        // SAFETY: the CPU has the instructions, as `self` proves; quad i < quads reads panel bytes below 128 i + 128 and
-        // codes below 4 i + 4.
-        unsafe {
-            let ones = _mm256_set1_epi16(1);
-            for half in 0..2 {
-                let mut start = 0;
-                while start < quads {
-                    let end = (start + run).min(quads);
-                    let mut sums = [[_mm256_setzero_si256(); 2]; T];
-                    for i in start..end {
-                        let at = panel.as_ptr().add(128 * i + 64 * half);
-                        let w0 = _mm256_loadu_si256(at.cast());
-                        let w1 = _mm256_loadu_si256(at.add(32).cast());
-                        for t in 0..T {
-                            let q =
-                                _mm256_set1_epi32(a[t].as_ptr().add(4 * i).cast::<i32>().read_unaligned());
-                            if VNNI {
-                                sums[t][0] = _mm256_dpbusd_avx_epi32(sums[t][0], w0, q);
-                                sums[t][1] = _mm256_dpbusd_avx_epi32(sums[t][1], w1, q);
-                            } else {
-                                sums[t][0] = _mm256_add_epi16(sums[t][0], _mm256_maddubs_epi16(w0, q));
-                                sums[t][1] = _mm256_add_epi16(sums[t][1], _mm256_maddubs_epi16(w1, q));
-                            }
-                        }
-                    }
-                    for t in 0..T {
-                        for k in 0..2 {
-                            let out = dots[t].as_mut_ptr().add(16 * half + 8 * k).cast();
-                            let sum = if VNNI { sums[t][k] } else { _mm256_madd_epi16(sums[t][k], ones) };
-                            _mm256_storeu_si256(out, _mm256_add_epi32(_mm256_loadu_si256(out), sum));
-                        }
-                    }
-                    start = end;
-                }
-            }
-        }
+    fn add_looked_up(self, tables: &[[i16; LANES]], numbers: &[u64], sums: &mut [[i16; LANES]]) {
+        // SAFETY: `self` proves AVX2.
+        unsafe { add_looked_up(tables, numbers, sums) }
     }
     #[inline(always)]
     fn add_columns(
@@ -432,32 +345,25 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
     }
 }
 
-/// Transposes eight registers of eight 32-bit lanes.
+/// As [`Isa::add_looked_up`].
 ///
 /// # Safety
 /// Needs AVX2.
 #[inline(always)]
-unsafe fn transpose(v: [__m256i; 8]) -> [__m256i; 8] {
-    // SAFETY: the caller has AVX2; no memory is touched.
-    unsafe {
-        let zero = _mm256_setzero_si256();
-        let (mut a, mut b, mut out) = ([zero; 8], [zero; 8], [zero; 8]);
-        for i in 0..4 {
-            a[2 * i] = _mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-            a[2 * i + 1] = _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+pub(super) unsafe fn add_looked_up(tables: &[[i16; LANES]], numbers: &[u64], sums: &mut [[i16; LANES]]) {
+    assert_eq!(tables.len(), lookup::ROWS);
+    let tables = tables.as_ptr().cast::<u8>();
+    for (&number, sum) in numbers.iter().zip(sums) {
+        // SAFETY: the caller has AVX2. The row is below `ROWS`, whatever the number.
+        unsafe {
+            let mut total = _mm256_loadu_si256(sum.as_ptr().cast());
+            for g in 0..lookup::GROUPS {
+                let row = (number >> (8 * g)) as usize % 128;
+                let at = tables.add(32 * lookup::SUMS * g + 32 * row);
+                total = _mm256_add_epi16(total, _mm256_loadu_si256(at.cast()));
+            }
+            _mm256_storeu_si256(sum.as_mut_ptr().cast(), total);
         }
-        // b[4 i + j]: column j of each 128-bit lane, of rows 4 i to 4 i + 3.
-        for i in 0..2 {
-            b[4 * i] = _mm256_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
-            b[4 * i + 1] = _mm256_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
-            b[4 * i + 2] = _mm256_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
-            b[4 * i + 3] = _mm256_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
-        }
-        for j in 0..4 {
-            out[j] = _mm256_permute2x128_si256::<0x20>(b[j], b[4 + j]);
-            out[4 + j] = _mm256_permute2x128_si256::<0x31>(b[j], b[4 + j]);
-        }
-        out
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Every intrinsic below needs only those sets, which the existence of an [`Avx512`] value proves.
 
-use super::{GROUP, Isa, PANEL, check_split, column_chunks, nibble_chunks, panel_quads, row_chunks};
+use super::{GROUP, Isa, LANES, PANEL, check_split, column_chunks, nibble_chunks, panel_quads, row_chunks};
 use crate::attention::FETCH;
 use std::arch::x86_64::*;
 
@@ -26,11 +26,8 @@ impl<const VNNI: bool, const AMX: bool> Avx512<VNNI, AMX> {
 
 impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
     type F = __m512;
-    const PANEL_TOKENS: usize = match (VNNI, AMX) {
-        (_, true) => 32,
-        (true, _) => 12,
-        _ => 6,
-    };
+    const PANEL_TOKENS: usize = if AMX { 32 } else { 12 };
+    const LOOKS_UP: bool = !VNNI;
 
     #[inline(always)]
     fn prefetch(self, p: *const u8) {
@@ -249,7 +246,12 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
             return;
         }
         // SAFETY: the CPU has the instructions, as `self` proves, and the lengths were checked above.
-        unsafe { if VNNI { panel_vnni(panel, a, quads, dots) } else { panel_maddubs(panel, a, quads, dots) } }
+        unsafe { panel_vnni(panel, a, quads, dots) }
+    }
+    #[inline(always)]
+    fn add_looked_up(self, tables: &[[i16; LANES]], numbers: &[u64], sums: &mut [[i16; LANES]]) {
+        // SAFETY: AVX-512F comes with AVX2.
+        unsafe { super::avx2::add_looked_up(tables, numbers, sums) }
     }
     #[inline(always)]
     fn add_columns(
@@ -439,44 +441,6 @@ unsafe fn panel_vnni<const T: usize>(
                 let out = dots[t].as_mut_ptr().add(16 * half).cast();
                 _mm512_storeu_si512(out, _mm512_add_epi32(_mm512_loadu_si512(out), sums[t][half]));
             }
-        }
-    }
-}
-
-/// # Safety
-/// Needs AVX-512 F and BW, `quads` quads in the panel and 4 `quads` codes in each `a`.
-#[inline(always)]
-unsafe fn panel_maddubs<const T: usize>(
-    panel: &[u8],
-    a: [&[i8]; T],
-    quads: usize,
-    dots: &mut [[i32; PANEL]; T],
-) {
-    // SAFETY: quad i < quads reads panel bytes below 128 i + 128 and codes below 4 i + 4.
-    unsafe {
-        let ones = _mm512_set1_epi16(1);
-        let mut start = 0;
-        while start < quads {
-            // A product pair is at most 2 * 2 * 128 = 512, so 63 of them stay below 2^15.
-            let end = (start + 63).min(quads);
-            let mut sums = [[_mm512_setzero_si512(); 2]; T];
-            for i in start..end {
-                let w0 = _mm512_loadu_si512(panel.as_ptr().add(128 * i).cast());
-                let w1 = _mm512_loadu_si512(panel.as_ptr().add(128 * i + 64).cast());
-                for t in 0..T {
-                    let q = _mm512_set1_epi32(a[t].as_ptr().add(4 * i).cast::<i32>().read_unaligned());
-                    sums[t][0] = _mm512_add_epi16(sums[t][0], _mm512_maddubs_epi16(w0, q));
-                    sums[t][1] = _mm512_add_epi16(sums[t][1], _mm512_maddubs_epi16(w1, q));
-                }
-            }
-            for t in 0..T {
-                for half in 0..2 {
-                    let out = dots[t].as_mut_ptr().add(16 * half).cast();
-                    let sum = _mm512_madd_epi16(sums[t][half], ones);
-                    _mm512_storeu_si512(out, _mm512_add_epi32(_mm512_loadu_si512(out), sum));
-                }
-            }
-            start = end;
         }
     }
 }

@@ -17,6 +17,7 @@ pub(crate) mod scalar;
 
 use crate::screen;
 use crate::ternary::columns::{self, GROUP};
+use crate::ternary::lookup::{self, LANES};
 use crate::ternary::panel::{self, PANEL};
 
 /// Primitives over sixteen float32 lanes, and the exact integer dot product.
@@ -28,6 +29,8 @@ pub(crate) trait Isa: Copy {
     type F: Copy;
     /// Most tokens of a panel's tile whose sums fit the registers: one of 1, 2, 4, 6, 8, 12, 32.
     const PANEL_TOKENS: usize;
+    /// Whether products with several tokens are looked up and not multiplied.
+    const LOOKS_UP: bool = false;
     /// Rows of a float tile of four tokens: 4, or 1 where sixty-four sums of four lanes are more than the registers hold.
     const HEAD_ROWS: usize = 4;
 
@@ -85,6 +88,12 @@ pub(crate) trait Isa: Copy {
     #[inline(always)]
     fn panel_tile<const T: usize>(self, panel: &[u8], a: [&[i8]; T], dots: &mut [[i32; PANEL]; T]) {
         panel::panel_tile(panel, a, dots);
+    }
+    /// Adds to the sums of each output, one of each token, what the tables have for the output's groups, whose numbers are the bytes
+    /// of a word.
+    #[inline(always)]
+    fn add_looked_up(self, tables: &[[i16; LANES]], numbers: &[u64], sums: &mut [[i16; LANES]]) {
+        lookup::add_looked_up(tables, numbers, sums);
     }
     /// Adds eight stored columns, each times its factor, to `sums` as [`columns::add_columns`] says. `ahead`: as above.
     #[inline(always)]

@@ -9,6 +9,7 @@
 
 pub mod blocks;
 pub mod columns;
+pub(crate) mod lookup;
 pub mod pack;
 pub(crate) mod panel;
 
@@ -159,6 +160,39 @@ unsafe fn gemv_tokens<I: Isa>(
             tokens => unreachable!("{tokens} tokens row by row"),
         }
     }
+}
+
+/// Multiplies the outputs of `parts` with tokens of `a`: those from `t0` on by [`lookup`] where [`looks_up`] says so, else all, at most
+/// a block of each part, by [`panel`]. `scratch` as there.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+pub(crate) unsafe fn matmul<I: Isa>(
+    isa: I,
+    parts: &[panel::Part<'_>],
+    a: Activations<'_>,
+    t0: usize,
+    scratch: &mut [u8],
+) {
+    // SAFETY: the caller's contract, handed on.
+    unsafe {
+        if I::LOOKS_UP {
+            lookup::matmul(isa, parts, a, t0, scratch);
+        } else {
+            for part in parts {
+                if part.count > 0 {
+                    panel::matmul(isa, part, a, scratch);
+                }
+            }
+        }
+    }
+}
+
+/// [`Isa::LOOKS_UP`].
+#[inline(always)]
+pub(crate) fn looks_up<I: Isa>(_: I) -> bool {
+    I::LOOKS_UP
 }
 
 /// Rows that are asked for ahead of those that are multiplied, in bytes.

@@ -13,32 +13,34 @@ pub(crate) const PANEL: usize = 32;
 /// Outputs that a task unpacks and multiplies.
 pub(crate) const BLOCK: usize = 2 * PANEL;
 
-/// Where the weights of a panel come from.
+/// Where the weights of some outputs are.
 #[derive(Clone, Copy)]
-pub(crate) enum PanelSource<'a> {
-    /// Stored rows, at most [`BLOCK`], each `row_bytes` long.
+pub(crate) enum Source<'a> {
+    /// In their rows alone, each `row_bytes` long.
     Rows { w: &'a [u8], row_bytes: usize },
-    /// A matrix stored by columns of `column_bytes`.
+    /// In a matrix stored by columns of `column_bytes`.
     Columns { w: &'a [u8], column_bytes: usize },
 }
 
-/// Multiplies `count` outputs from `first` on, at most [`BLOCK`] and `first` a multiple of it, with every token of `a`, and
-/// writes output o of token t to `out` at (t, o), as `(Σ w q) * (weight_scale / s)`. `panels` is scratch of [`BLOCK`] bytes
-/// for each input.
+/// Some outputs of a matrix: `count` from `first` on, which is a multiple of [`BLOCK`]. That of token t and output o goes to
+/// `out` at (t, o), as `(Σ w q) * (weight_scale / s)`.
+#[derive(Clone, Copy)]
+pub(crate) struct Part<'a> {
+    pub(crate) source: Source<'a>,
+    pub(crate) weight_scale: f32,
+    pub(crate) first: usize,
+    pub(crate) count: usize,
+    pub(crate) out: OutPtr,
+}
+
+/// Multiplies the outputs of `part`, at most [`BLOCK`], with every token of `a`. `panels` is scratch of [`BLOCK`] bytes for
+/// each input.
 ///
 /// # Safety
-/// `out` must have room for all those elements, and nobody else may touch them meanwhile.
+/// The part's `out` must have room for all its elements, and nobody else may touch them meanwhile.
 #[inline(always)]
-pub(crate) unsafe fn matmul_block<I: Isa>(
-    isa: I,
-    source: PanelSource<'_>,
-    weight_scale: f32,
-    a: Activations<'_>,
-    panels: &mut [u8],
-    first: usize,
-    count: usize,
-    out: OutPtr,
-) {
+pub(crate) unsafe fn matmul<I: Isa>(isa: I, part: &Part<'_>, a: Activations<'_>, panels: &mut [u8]) {
+    let Part { source, weight_scale, first, count, out } = *part;
     let width = a.codes.len() / a.scales.len();
     let parts = count.div_ceil(PANEL);
     for part in 0..parts {
@@ -74,16 +76,9 @@ pub(crate) unsafe fn matmul_block<I: Isa>(
 
 /// Unpacks `count` outputs, the first being `first + skip` and row `skip` of the source.
 #[inline(always)]
-fn unpack<I: Isa>(
-    isa: I,
-    source: PanelSource<'_>,
-    panel: &mut [u8],
-    first: usize,
-    skip: usize,
-    count: usize,
-) {
+fn unpack<I: Isa>(isa: I, source: Source<'_>, panel: &mut [u8], first: usize, skip: usize, count: usize) {
     match source {
-        PanelSource::Rows { w, row_bytes } => {
+        Source::Rows { w, row_bytes } => {
             for half in 0..PANEL / 16 {
                 let mut rows: [&[u8]; 16] = [&w[..row_bytes]; 16];
                 for r in 0..16 {
@@ -95,7 +90,7 @@ fn unpack<I: Isa>(
                 isa.panel_rows(rows, panel, half);
             }
         }
-        PanelSource::Columns { w, column_bytes } => {
+        Source::Columns { w, column_bytes } => {
             let columns = w.len() / column_bytes;
             let at = (first + skip) / CHUNK * 64;
             for (quad, codes) in panel.as_chunks_mut::<{ PANEL * 4 }>().0.iter_mut().enumerate() {
@@ -114,7 +109,7 @@ fn unpack<I: Isa>(
 /// A panel against T tokens from `t0`. Returns T.
 ///
 /// # Safety
-/// As [`matmul_block`].
+/// As [`matmul`].
 #[inline(always)]
 unsafe fn tile<I: Isa, const T: usize>(
     isa: I,
