@@ -425,7 +425,7 @@ impl Compute {
         // Tables are made for some tokens and serve as many outputs as there can be, panels for some outputs and serve all tokens.
         let (mut tiles, mut grain) = (1, BLOCK);
         if self.kernels.looks_up() {
-            tiles = q.tokens.div_ceil(lookup::LANES);
+            tiles = q.tokens.div_ceil(lookup::TOKENS);
             let ranges = (4 * self.pool.threads()).div_ceil(tiles).max(end.div_ceil(lookup::OUTPUTS));
             grain = end.div_ceil(ranges).next_multiple_of(BLOCK);
         }
@@ -450,7 +450,7 @@ impl Compute {
             // SAFETY: each worker runs one task at a time; these rows of these tokens are this task's alone and lie in the
             // output, whose length was checked.
             unsafe {
-                self.kernels.matmul(&parts, q.view(), task % tiles * lookup::LANES, scratch.row(worker));
+                self.kernels.matmul(&parts, q.view(), task % tiles * lookup::TOKENS, scratch.row(worker));
             }
         });
     }

@@ -2,9 +2,9 @@
 //!
 //! Every intrinsic below needs only AVX2 or F16C, which the existence of an [`Avx2`] value proves.
 
-use super::{GROUP, Isa, LANES, check_split, column_chunks, nibble_chunks, row_chunks};
+use super::{GROUP, GROUPS, Isa, LANES, check_split, column_chunks, nibble_chunks, row_chunks};
 use crate::attention::FETCH;
-use crate::ternary::lookup;
+use crate::ternary::lookup::{self, Places};
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX2 and F16C, and AVX-VNNI where `VNNI` is true.
@@ -228,9 +228,14 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         out
     }
     #[inline(always)]
-    fn add_looked_up(self, tables: &[[i16; LANES]], numbers: &[u64], sums: &mut [[i16; LANES]]) {
+    fn fill_tables(self, q: &[[i8; 4 * GROUPS]; LANES], tables: &mut [[i16; LANES]]) {
         // SAFETY: `self` proves AVX2.
-        unsafe { add_looked_up(tables, numbers, sums) }
+        unsafe { fill_tables(q, tables) }
+    }
+    #[inline(always)]
+    unsafe fn add_looked_up(self, tables: &[[i16; LANES]], places: &[Places], sums: &mut [[i16; LANES]]) {
+        // SAFETY: `self` proves AVX2; the rest is the caller's contract.
+        unsafe { add_looked_up(tables, places, sums) }
     }
     #[inline(always)]
     fn add_columns(
@@ -345,22 +350,71 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
     }
 }
 
-/// As [`Isa::add_looked_up`].
+/// As [`Isa::fill_tables`].
 ///
 /// # Safety
 /// Needs AVX2.
 #[inline(always)]
-pub(super) unsafe fn add_looked_up(tables: &[[i16; LANES]], numbers: &[u64], sums: &mut [[i16; LANES]]) {
+pub(super) unsafe fn fill_tables(q: &[[i8; 4 * GROUPS]; LANES], tables: &mut [[i16; LANES]]) {
+    assert_eq!(tables.len(), lookup::ROWS);
+    // SAFETY: the caller has AVX2. Group g < 8 writes the 81 rows from 81 g on.
+    unsafe {
+        // Tokens become lanes: bytes are interleaved with those of the token 8, 4, 2, 1 further on, within 128 bits, so that input
+        // 16 h + j of all tokens is half h of register j.
+        let mut v = [_mm256_setzero_si256(); LANES];
+        for t in 0..LANES {
+            v[t] = _mm256_loadu_si256(q[t].as_ptr().cast());
+        }
+        for _ in 0..4 {
+            let u = v;
+            for i in 0..LANES / 2 {
+                v[2 * i] = _mm256_unpacklo_epi8(u[i], u[i + LANES / 2]);
+                v[2 * i + 1] = _mm256_unpackhi_epi8(u[i], u[i + LANES / 2]);
+            }
+        }
+        for g in 0..GROUPS {
+            let (low, high) = (v[g], v[g + GROUPS]);
+            let inputs = [
+                _mm256_cvtepi8_epi16(_mm256_castsi256_si128(low)),
+                _mm256_cvtepi8_epi16(_mm256_castsi256_si128(high)),
+                _mm256_cvtepi8_epi16(_mm256_extracti128_si256::<1>(low)),
+                _mm256_cvtepi8_epi16(_mm256_extracti128_si256::<1>(high)),
+            ];
+            let zero = _mm256_setzero_si256();
+            let mut weighed = [[zero; 3]; 4];
+            for i in 0..4 {
+                weighed[i] = [_mm256_sub_epi16(zero, inputs[i]), zero, inputs[i]];
+            }
+            let mut low = [zero; 9];
+            for i in 0..9 {
+                low[i] = _mm256_add_epi16(weighed[0][i % 3], weighed[1][i / 3]);
+            }
+            for h in 0..9 {
+                let high = _mm256_add_epi16(weighed[2][h % 3], weighed[3][h / 3]);
+                for i in 0..9 {
+                    let row = tables.as_mut_ptr().add(lookup::SUMS * g + 9 * h + i);
+                    _mm256_storeu_si256(row.cast(), _mm256_add_epi16(low[i], high));
+                }
+            }
+        }
+    }
+}
+
+/// As [`Isa::add_looked_up`].
+///
+/// # Safety
+/// Needs AVX2, and what is asked for there.
+#[inline(always)]
+pub(super) unsafe fn add_looked_up(tables: &[[i16; LANES]], places: &[Places], sums: &mut [[i16; LANES]]) {
     assert_eq!(tables.len(), lookup::ROWS);
     let tables = tables.as_ptr().cast::<u8>();
-    for (&number, sum) in numbers.iter().zip(sums) {
-        // SAFETY: the caller has AVX2. The row is below `ROWS`, whatever the number.
+    for (places, sum) in places.iter().zip(sums) {
+        // SAFETY: the caller has AVX2. Each row lies in the tables, as the places say.
         unsafe {
             let mut total = _mm256_loadu_si256(sum.as_ptr().cast());
-            for g in 0..lookup::GROUPS {
-                let row = (number >> (8 * g)) as usize % 128;
-                let at = tables.add(32 * lookup::SUMS * g + 32 * row);
-                total = _mm256_add_epi16(total, _mm256_loadu_si256(at.cast()));
+            for g in 0..GROUPS {
+                let row = tables.add(lookup::ROW_BYTES * lookup::SUMS * g + places[g] as usize);
+                total = _mm256_add_epi16(total, _mm256_loadu_si256(row.cast()));
             }
             _mm256_storeu_si256(sum.as_mut_ptr().cast(), total);
         }

@@ -2,8 +2,11 @@
 //!
 //! Every intrinsic below needs only those sets, which the existence of an [`Avx512`] value proves.
 
-use super::{GROUP, Isa, LANES, PANEL, check_split, column_chunks, nibble_chunks, panel_quads, row_chunks};
+use super::{
+    GROUP, GROUPS, Isa, LANES, PANEL, check_split, column_chunks, nibble_chunks, panel_quads, row_chunks,
+};
 use crate::attention::FETCH;
+use crate::ternary::lookup::Places;
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX-512 F and BW, VNNI where `VNNI` is true, and where `AMX` is true AMX for int8 too, which the
@@ -249,9 +252,14 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
         unsafe { panel_vnni(panel, a, quads, dots) }
     }
     #[inline(always)]
-    fn add_looked_up(self, tables: &[[i16; LANES]], numbers: &[u64], sums: &mut [[i16; LANES]]) {
+    fn fill_tables(self, q: &[[i8; 4 * GROUPS]; LANES], tables: &mut [[i16; LANES]]) {
         // SAFETY: AVX-512F comes with AVX2.
-        unsafe { super::avx2::add_looked_up(tables, numbers, sums) }
+        unsafe { super::avx2::fill_tables(q, tables) }
+    }
+    #[inline(always)]
+    unsafe fn add_looked_up(self, tables: &[[i16; LANES]], places: &[Places], sums: &mut [[i16; LANES]]) {
+        // SAFETY: AVX-512F comes with AVX2; the rest is the caller's contract.
+        unsafe { super::avx2::add_looked_up(tables, places, sums) }
     }
     #[inline(always)]
     fn add_columns(

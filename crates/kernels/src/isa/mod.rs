@@ -17,7 +17,7 @@ pub(crate) mod scalar;
 
 use crate::screen;
 use crate::ternary::columns::{self, GROUP};
-use crate::ternary::lookup::{self, LANES};
+use crate::ternary::lookup::{self, GROUPS, LANES, Places};
 use crate::ternary::panel::{self, PANEL};
 
 /// Primitives over sixteen float32 lanes, and the exact integer dot product.
@@ -89,11 +89,19 @@ pub(crate) trait Isa: Copy {
     fn panel_tile<const T: usize>(self, panel: &[u8], a: [&[i8]; T], dots: &mut [[i32; PANEL]; T]) {
         panel::panel_tile(panel, a, dots);
     }
-    /// Adds to the sums of each output, one of each token, what the tables have for the output's groups, whose numbers are the bytes
-    /// of a word.
+    /// Fills the tables of a step of [`lookup`], whose activations are `q`: row d0 + 3 d1 + 9 d2 + 27 d3 of group g has for each token the
+    /// sum of (d - 1) q, the group's inputs being g, g + 8, g + 16, g + 24.
     #[inline(always)]
-    fn add_looked_up(self, tables: &[[i16; LANES]], numbers: &[u64], sums: &mut [[i16; LANES]]) {
-        lookup::add_looked_up(tables, numbers, sums);
+    fn fill_tables(self, q: &[[i8; 4 * GROUPS]; LANES], tables: &mut [[i16; LANES]]) {
+        lookup::fill_tables(q, tables);
+    }
+    /// Adds to the sums of each output, a lane being a token, the rows at its places in the tables, wrapping.
+    ///
+    /// # Safety
+    /// The tables must be those of [`lookup`], and every place that of one of the first 128 rows from a table's first on.
+    #[inline(always)]
+    unsafe fn add_looked_up(self, tables: &[[i16; LANES]], places: &[Places], sums: &mut [[i16; LANES]]) {
+        lookup::add_looked_up(tables, places, sums);
     }
     /// Adds eight stored columns, each times its factor, to `sums` as [`columns::add_columns`] says. `ahead`: as above.
     #[inline(always)]

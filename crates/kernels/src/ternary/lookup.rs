@@ -12,8 +12,11 @@ use crate::memory::cast_mut;
 /// Tokens side by side.
 pub(crate) const LANES: usize = 16;
 
-/// Most outputs of a task: making the tables costs as much as some hundred of them.
-pub(crate) const OUTPUTS: usize = 36 * BLOCK;
+/// Most tokens of a task: the numbers of the weights in the tables are worked out once for all of them.
+pub(crate) const TOKENS: usize = 4 * LANES;
+
+/// Most outputs of a task, for all of which a table is made once.
+pub(crate) const OUTPUTS: usize = 24 * BLOCK;
 
 /// Groups of four inputs in a step.
 pub(crate) const GROUPS: usize = 8;
@@ -25,13 +28,20 @@ const STEPS: usize = CHUNK / (4 * GROUPS);
 pub(crate) const SUMS: usize = 81;
 
 /// Rows of the tables of a step: a group's number is read as one below 128.
-pub(crate) const ROWS: usize = SUMS * (GROUPS - 1) + 128;
+pub(crate) const ROWS: usize = (SUMS * (GROUPS - 1) + 128).next_multiple_of(2);
+
+/// Of an output, where the rows of a step's groups begin in the tables of each, in bytes.
+pub(crate) type Places = [u16; GROUPS];
+
+/// Bytes of a row.
+pub(crate) const ROW_BYTES: usize = 2 * LANES;
 
 /// Bytes of scratch of a task.
-pub(crate) const SCRATCH: usize = ROWS * 2 * LANES + OUTPUTS * (2 * LANES + 4 * LANES + 8 * STEPS);
+pub(crate) const SCRATCH: usize =
+    ROWS * ROW_BYTES + OUTPUTS * (TOKENS * (2 + 4) + STEPS * size_of::<Places>());
 
-/// Multiplies the outputs of `parts`, at most [`OUTPUTS`] when each part is filled up to whole blocks, with the [`LANES`] tokens from
-/// `t0` on, as [`super::panel::matmul`] does. `scratch`: [`SCRATCH`] bytes.
+/// Multiplies the outputs of `parts`, at most [`OUTPUTS`] when each part is filled up to whole blocks, with the tokens from `t0` on, at
+/// most [`TOKENS`], as [`super::panel::matmul`] does. `scratch`: [`SCRATCH`] bytes.
 ///
 /// # Safety
 /// As there.
@@ -44,84 +54,79 @@ pub(crate) unsafe fn matmul<I: Isa>(
     scratch: &mut [u8],
 ) {
     let width = a.codes.len() / a.scales.len();
-    let tokens = (a.scales.len() - t0).min(LANES);
+    let tiles = (a.scales.len() - t0).min(TOKENS).div_ceil(LANES);
     let outputs = parts.iter().map(|part| part.count.next_multiple_of(BLOCK)).sum::<usize>();
-    let (tables, rest) = scratch.split_at_mut(ROWS * 2 * LANES);
-    let (narrow, rest) = rest.split_at_mut(outputs * 2 * LANES);
-    let (wide, rest) = rest.split_at_mut(outputs * 4 * LANES);
+    let (tables, rest) = scratch.split_at_mut(ROWS * ROW_BYTES);
+    let (narrow, rest) = rest.split_at_mut(tiles * outputs * 2 * LANES);
+    let (wide, rest) = rest.split_at_mut(tiles * outputs * 4 * LANES);
     let tables = cast_mut::<i16>(tables).as_chunks_mut::<LANES>().0;
     let narrow = cast_mut::<i16>(narrow).as_chunks_mut::<LANES>().0;
     let wide = cast_mut::<i32>(wide).as_chunks_mut::<LANES>().0;
-    let numbers = &mut cast_mut::<u64>(rest)[..outputs * STEPS];
+    let places = &mut cast_mut::<u16>(rest).as_chunks_mut::<GROUPS>().0[..outputs * STEPS];
     narrow.fill([0; LANES]);
     wide.fill([0; LANES]);
+    let rows = matches!(parts[0].source, Source::Rows { .. });
     // Of each token, what the sums in 16 bits may have reached at most.
-    let mut reach = [0; LANES];
+    let mut reach = [[0; LANES]; TOKENS / LANES];
     for chunk in 0..width / CHUNK {
         let mut base = 0;
         for part in parts {
             for first in (0..part.count).step_by(BLOCK) {
-                number(part, first, chunk, &mut numbers[base..], outputs);
+                place(isa, part, first, chunk, &mut places[base..], outputs);
                 base += BLOCK;
             }
         }
-        for step in 0..STEPS {
-            let mut q = [[0i16; LANES]; 4 * GROUPS];
-            for t in 0..tokens {
-                let codes = &a.codes[(t0 + t) * width + chunk * CHUNK..][..CHUNK];
-                for g in 0..GROUPS {
+        for tile in 0..tiles {
+            let t0 = t0 + tile * LANES;
+            let tokens = (a.scales.len() - t0).min(LANES);
+            let (narrow, wide) =
+                (&mut narrow[tile * outputs..][..outputs], &mut wide[tile * outputs..][..outputs]);
+            let reach = &mut reach[tile];
+            for step in 0..STEPS {
+                // The inputs of group g are 8 i + g of the step.
+                let mut q = [[0; 4 * GROUPS]; LANES];
+                let (mut reaches, mut any, mut full) = ([0; LANES], 0, false);
+                for t in 0..tokens {
+                    let codes = &a.codes[(t0 + t) * width + chunk * CHUNK..][..CHUNK];
                     for i in 0..4 {
-                        let at = match parts[0].source {
-                            Source::Rows { .. } => CHUNK / 4 * i + GROUPS * step + g,
-                            Source::Columns { .. } => 4 * (GROUPS * step + g) + i,
-                        };
-                        q[4 * g + i][t] = i16::from(codes[at]);
+                        let at = if rows { CHUNK / 4 * i + GROUPS * step } else { GROUPS * (4 * step + i) };
+                        q[t][GROUPS * i..][..GROUPS].copy_from_slice(&codes[at..][..GROUPS]);
                     }
+                    for q in q[t] {
+                        reaches[t] += i32::from(q).abs();
+                    }
+                    any |= reaches[t];
+                    reach[t] += reaches[t];
+                    full |= reach[t] > i32::from(i16::MAX);
                 }
-            }
-            let mut reaches = [0; LANES];
-            for q in &q {
-                for t in 0..LANES {
-                    reaches[t] += i32::from(q[t]).abs();
+                if any == 0 {
+                    continue;
                 }
+                if full {
+                    widen(narrow, wide);
+                    *reach = reaches;
+                }
+                isa.fill_tables(&q, tables);
+                // SAFETY: a number of four digits of two bits is at most 120.
+                unsafe { isa.add_looked_up(tables, &places[step * outputs..][..outputs], narrow) }
             }
-            let (mut any, mut full) = (0, false);
-            for t in 0..LANES {
-                any |= reaches[t];
-                reach[t] += reaches[t];
-                full |= reach[t] > i32::from(i16::MAX);
-            }
-            if any == 0 {
-                continue;
-            }
-            if full {
-                widen(narrow, wide);
-                reach = reaches;
-            }
-            for g in 0..GROUPS {
-                table(&q[4 * g..][..4], &mut tables[SUMS * g..][..SUMS]);
-            }
-            isa.add_looked_up(tables, &numbers[step * outputs..][..outputs], narrow);
         }
     }
     widen(narrow, wide);
     let mut base = 0;
     for part in parts {
         for first in (0..part.count).step_by(BLOCK) {
-            let sums = &wide[base..][..BLOCK];
-            for t in 0..tokens {
-                let factor = part.weight_scale / a.scales[t0 + t];
+            for t in t0..(t0 + TOKENS).min(a.scales.len()) {
+                let sums = &wide[(t - t0) / LANES * outputs + base..][..BLOCK];
+                let factor = part.weight_scale / a.scales[t];
                 let mut y = [0.0; BLOCK];
                 for o in 0..BLOCK {
-                    let at = match part.source {
-                        Source::Rows { .. } => o,
-                        Source::Columns { .. } => COLUMN_ORDER[o] as usize,
-                    };
-                    y[o] = sums[at][t] as f32 * factor;
+                    let at = if rows { o } else { COLUMN_ORDER[o] as usize };
+                    y[o] = sums[at][(t - t0) % LANES] as f32 * factor;
                 }
                 let count = (part.count - first).min(BLOCK);
                 // SAFETY: the caller's contract: these outputs are ours and in bounds.
-                unsafe { part.out.write_all(t0 + t, part.first + first, &y[..count]) }
+                unsafe { part.out.write_all(t, part.first + first, &y[..count]) }
             }
             base += BLOCK;
         }
@@ -139,39 +144,37 @@ fn widen(narrow: &mut [[i16; LANES]], wide: &mut [[i32; LANES]]) {
     }
 }
 
-/// The 81 sums of four inputs: that of the digits d, each a weight and 1, at d0 + 3 d1 + 9 d2 + 27 d3.
+/// The definition of [`Isa::fill_tables`].
 #[inline(always)]
-fn table(q: &[[i16; LANES]], table: &mut [[i16; LANES]]) {
-    let (mut low, mut high) = ([[0; LANES]; 9], [[0; LANES]; 9]);
-    for i in 0..9 {
-        let (a, b) = (i as i16 % 3 - 1, i as i16 / 3 - 1);
-        for t in 0..LANES {
-            low[i][t] = a * q[0][t] + b * q[1][t];
-            high[i][t] = a * q[2][t] + b * q[3][t];
-        }
-    }
-    for (i, rows) in table.as_chunks_mut::<9>().0.iter_mut().enumerate() {
-        for (row, low) in rows.iter_mut().zip(&low) {
+pub(crate) fn fill_tables(q: &[[i8; 4 * GROUPS]; LANES], tables: &mut [[i16; LANES]]) {
+    for g in 0..GROUPS {
+        for (number, row) in tables[SUMS * g..][..SUMS].iter_mut().enumerate() {
             for t in 0..LANES {
-                row[t] = low[t] + high[i][t];
+                let digit = |i: usize| (number / [1, 3, 9, 27][i] % 3) as i16 - 1;
+                row[t] = (0..4).map(|i| digit(i) * i16::from(q[t][GROUPS * i + g])).sum();
             }
         }
     }
 }
 
-/// The numbers in the tables of a block's outputs from `first` of the part on: those of a step's groups in a word, the words of step s
-/// from `numbers[s * stride]` on.
+/// Works out the places of a block's outputs, from `first` of the part on, those of step s from `places[s * stride]` on.
 #[inline(always)]
-fn number(part: &Part<'_>, first: usize, chunk: usize, numbers: &mut [u64], stride: usize) {
+fn place<I: Isa>(isa: I, part: &Part<'_>, first: usize, chunk: usize, places: &mut [Places], stride: usize) {
     match part.source {
         Source::Rows { w, row_bytes } => {
             for r in 0..BLOCK {
                 // Outputs past the last are computed as the last, and not written.
                 let row = (first + r).min(part.count - 1);
-                let words = w[row * row_bytes + 64 * chunk..][..64].as_chunks::<8>().0;
+                let line = &w[row * row_bytes + 64 * chunk..][..64].as_chunks::<64>().0[0];
+                isa.prefetch(line.as_ptr().wrapping_add(64));
+                let mut number = [0; 64];
+                for i in 0..64 {
+                    number[i] = digits([line[i] >> 6, line[i] >> 4, line[i] >> 2, line[i]]);
+                }
                 for s in 0..STEPS {
-                    let word = u64::from_le_bytes(words[s]);
-                    numbers[s * stride + r] = digits([word >> 6, word >> 4, word >> 2, word]);
+                    for g in 0..GROUPS {
+                        places[s * stride + r][g] = u16::from(number[GROUPS * s + g]) * ROW_BYTES as u16;
+                    }
                 }
             }
         }
@@ -180,56 +183,47 @@ fn number(part: &Part<'_>, first: usize, chunk: usize, numbers: &mut [u64], stri
             let output = part.first + first;
             let (at, shift) = (output / CHUNK * 64, 6 - 2 * (output % CHUNK / 64));
             for s in 0..STEPS {
-                let mut groups = [[0u8; 64]; GROUPS];
+                let mut numbers = [[0; 64]; GROUPS];
                 for g in 0..GROUPS {
-                    let mut lines = [[0u64; 8]; 4];
-                    for i in 0..4 {
-                        // Past the last column the activations are zero.
-                        let column = (CHUNK * chunk + 4 * (GROUPS * s + g) + i).min(columns - 1);
-                        let line = w[column * column_bytes + at..][..64].as_chunks::<8>().0;
-                        for k in 0..8 {
-                            lines[i][k] = u64::from_le_bytes(line[k]) >> shift;
-                        }
-                    }
-                    for k in 0..8 {
-                        let word = digits([lines[0][k], lines[1][k], lines[2][k], lines[3][k]]);
-                        groups[g][8 * k..][..8].copy_from_slice(&word.to_le_bytes());
+                    // Past the last column the activations are zero.
+                    let column = |i: usize| (CHUNK * chunk + GROUPS * (4 * s + i) + g).min(columns - 1);
+                    let line = |i: usize| &w[column(i) * column_bytes + at..][..64].as_chunks::<64>().0[0];
+                    let lines = [line(0), line(1), line(2), line(3)];
+                    for o in 0..64 {
+                        let d = [lines[0][o], lines[1][o], lines[2][o], lines[3][o]];
+                        numbers[g][o] = digits([d[0] >> shift, d[1] >> shift, d[2] >> shift, d[3] >> shift]);
                     }
                 }
+                let places = &mut places[s * stride..][..BLOCK];
                 for o in 0..BLOCK {
-                    let mut word = 0;
                     for g in 0..GROUPS {
-                        word |= u64::from(groups[g][o]) << (8 * g);
+                        places[o][g] = u16::from(numbers[g][o]) * ROW_BYTES as u16;
                     }
-                    numbers[s * stride + o] = word;
                 }
             }
         }
     }
 }
 
-/// d0 + 3 d1 + 9 d2 + 27 d3 in each byte, of the lowest two bits of the bytes d.
+/// d0 + 3 d1 + 9 d2 + 27 d3, of the lowest two bits of each d.
 #[inline(always)]
-fn digits(d: [u64; 4]) -> u64 {
-    let digit = |i: usize| d[i] & 0x0303_0303_0303_0303;
-    let mut number = digit(3);
+fn digits(d: [u8; 4]) -> u8 {
+    let mut number = d[3] & 3;
     for i in [2, 1, 0] {
-        number = number + (number << 1) + digit(i);
+        number = number + number + number + (d[i] & 3);
     }
     number
 }
 
 /// The definition of [`Isa::add_looked_up`].
 #[inline(always)]
-pub(crate) fn add_looked_up(tables: &[[i16; LANES]], numbers: &[u64], sums: &mut [[i16; LANES]]) {
-    for (number, sum) in numbers.iter().zip(sums) {
-        let mut total = *sum;
+pub(crate) fn add_looked_up(tables: &[[i16; LANES]], places: &[Places], sums: &mut [[i16; LANES]]) {
+    for (places, sum) in places.iter().zip(sums) {
         for g in 0..GROUPS {
-            let row = tables[SUMS * g + (number >> (8 * g)) as usize % 128];
+            let row = tables[SUMS * g + places[g] as usize / ROW_BYTES % 128];
             for t in 0..LANES {
-                total[t] = total[t].wrapping_add(row[t]);
+                sum[t] = sum[t].wrapping_add(row[t]);
             }
         }
-        *sum = total;
     }
 }
