@@ -426,7 +426,7 @@ impl Compute {
         let (mut tiles, mut grain) = (1, BLOCK);
         if self.kernels.looks_up() {
             tiles = q.tokens.div_ceil(lookup::TOKENS);
-            let ranges = (4 * self.pool.threads()).div_ceil(tiles).max(end.div_ceil(lookup::OUTPUTS));
+            let ranges = (2 * self.pool.threads()).div_ceil(tiles).max(end.div_ceil(lookup::OUTPUTS));
             grain = end.div_ceil(ranges).next_multiple_of(BLOCK);
         }
         let scratch = Workspace::scratch(work.columns);

@@ -137,10 +137,12 @@ pub(crate) unsafe fn matmul<I: Isa>(
 #[inline(always)]
 fn widen(narrow: &mut [[i16; LANES]], wide: &mut [[i32; LANES]]) {
     for (narrow, wide) in narrow.iter_mut().zip(wide) {
+        // In copies, which the compiler knows to lie apart.
+        let (from, mut to) = (*narrow, *wide);
         for t in 0..LANES {
-            wide[t] += i32::from(narrow[t]);
+            to[t] += i32::from(from[t]);
         }
-        *narrow = [0; LANES];
+        (*narrow, *wide) = ([0; LANES], to);
     }
 }
 
