@@ -137,18 +137,18 @@ fn head(bencher: Bencher<'_, '_>, name: &str, screened: bool) {
     // Halves from 2^-14 to 2, of both signs.
     let stored = numbers(ROWS * HIDDEN).flat_map(|x| ((x * 65535.0) as u16 & 0xbfff).to_le_bytes());
     let matrix = FloatMatrix::new(bytes(stored.collect()), FloatType::F16, ROWS, HIDDEN);
-    let (mut four, mut scales) =
-        (vec![0; ROWS * Screen::row_bytes(HIDDEN)], vec![0; ROWS * Screen::SCALE_BYTES]);
-    compute.screen_rows(&matrix, 0, &mut four, &mut scales);
-    let screen = Screen::new(bytes(four), bytes(scales), ROWS, HIDDEN);
+    let mut copy = vec![0; Screen::bytes(ROWS, HIDDEN)];
+    for (part, out) in copy.chunks_mut(Screen::bytes(Screen::PART, HIDDEN)).enumerate() {
+        compute.screen_part(&matrix, part, out);
+    }
+    let screen = Screen::new(bytes(copy), ROWS, HIDDEN);
     let (read, wanted) = match screened {
-        true => (screen.byte_len(), Logits::Best { top: 1, also: &[] }),
+        true => (screen.pass_bytes().0, Logits::Best { top: 1, also: &[] }),
         false => (matrix.byte_len(), Logits::Every),
     };
     let head = Head { matrix, screen: screened.then_some(screen) };
     let (mut scratch, mut out) = (HeadScratch::new(ROWS, HIDDEN, 1), vec![0.0; ROWS]);
-    // A row that is itself the input stands out, as in a trained model.
-    let x: Vec<f32> = floats(HIDDEN);
+    let x = floats(HIDDEN);
     let bencher = bencher.counter(BytesCount::new(read));
     bencher.bench_local(|| compute.head(&head, &x, |_| wanted, &mut scratch, black_box(&mut out)));
 }
