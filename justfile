@@ -25,6 +25,10 @@ fmt:
 bench *args:
     cargo run --release -- bench {{args}}
 
+# Each kernel on its own; arguments choose, e.g. `just bench-kernels gemm`
+bench-kernels *args:
+    cargo bench -p bitnet-kernels --bench kernels -- {{args}}
+
 # Fuzz the GGUF parser for so many seconds (needs cargo-fuzz)
 fuzz seconds="60":
     mkdir -p fuzz/corpus/gguf

@@ -89,6 +89,7 @@ fn linear_is_exact_everywhere() {
         (13, 256, 300),
         (70, 512, 100),
         (9, 6912, 5),
+        (9, 256, 3300),
     ] {
         let (trits, other) = (random.trits(rows * columns), random.trits(3 * columns));
         let (w, v) = (matrix(&trits, columns, 0.37), matrix(&other, columns, 1.5));

@@ -229,3 +229,65 @@ pub(crate) fn add_looked_up(tables: &[[i16; LANES]], places: &[Places], sums: &m
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{OutPtr, columns, panel, row_bytes};
+    use super::*;
+    use crate::isa::scalar::Scalar;
+    use crate::memory::Aligned;
+
+    /// What is looked up is what is multiplied, by the definitions of both; of stored bytes that are no weights, nothing goes
+    /// out of bounds.
+    #[test]
+    fn sums_looked_up_equal_products() {
+        let byte = |i: usize| (i.wrapping_mul(2_654_435_761) >> 7) as u8;
+        // Without the digit 3.
+        let weights = |i: usize| byte(i) & !((byte(i) & 0xaa) >> 1);
+        for (tokens, inputs, rows) in [(9, 512, 100), (70, 300, 64), (17, 256, 321)] {
+            let width = 4 * row_bytes(inputs);
+            let mut codes: Vec<i8> = (0..tokens * width).map(|i| byte(i + 7) as i8).collect();
+            // Runs of the largest codes, and a step of zeros.
+            codes[..width].fill(-128);
+            codes.chunks_mut(width).for_each(|codes| codes[64..96].fill(0));
+            let sums: Vec<i32> = codes.chunks(width).map(|q| q.iter().map(|&q| i32::from(q)).sum()).collect();
+            let a = Activations { codes: &codes, scales: &vec![1.0; tokens], sums: &sums };
+            let column_bytes = columns::column_bytes(rows);
+            let run = |stored: &dyn Fn(usize) -> u8, by_columns: bool, looked_up: bool| {
+                let mut out = vec![f32::NAN; tokens * rows];
+                let ptr = OutPtr { ptr: out.as_mut_ptr(), stride: rows };
+                let bytes = if by_columns { inputs * column_bytes } else { rows * width / 4 };
+                let w: Vec<u8> = (0..bytes).map(stored).collect();
+                let part = |first: usize, count: usize| {
+                    let source = match by_columns {
+                        true => Source::Columns { w: &w, column_bytes },
+                        false => Source::Rows {
+                            w: &w[first * width / 4..][..count * width / 4],
+                            row_bytes: width / 4,
+                        },
+                    };
+                    Part { source, weight_scale: 1.0, first, count, out: ptr }
+                };
+                let mut scratch = Aligned::<u8>::zeroed(SCRATCH.max(BLOCK * width));
+                // SAFETY: the output has room for all tokens and rows.
+                unsafe {
+                    if looked_up {
+                        let parts = [part(0, BLOCK), part(BLOCK, rows - BLOCK)];
+                        (0..tokens)
+                            .step_by(TOKENS)
+                            .for_each(|t0| matmul(Scalar, &parts, a, t0, &mut scratch));
+                    } else {
+                        for first in (0..rows).step_by(BLOCK) {
+                            panel::matmul(Scalar, &part(first, (rows - first).min(BLOCK)), a, &mut scratch);
+                        }
+                    }
+                }
+                out
+            };
+            for by_columns in [false, true] {
+                assert_eq!(run(&weights, by_columns, true), run(&weights, by_columns, false));
+                run(&byte, by_columns, true);
+            }
+        }
+    }
+}
