@@ -3,7 +3,7 @@
 use crate::Error;
 use crate::generate::MOST_PROPOSED;
 use crate::model::{Config, Model, Profile, Row, Scratch, Unfinished};
-use bitnet_kernels::{Compute, KvStore, KvType, Logits, PAGE};
+use bitnet_kernels::{Compute, Counted, KvStore, KvType, Logits, PAGE, Part, PartBytes};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -18,22 +18,27 @@ pub struct EngineOptions {
     pub max_rows: usize,
     /// How the cache stores keys and values. Each type gives logits of its own; see [`KvType`].
     pub cache_type: KvType,
+    /// Tokens of which a feed wants all logits: room is kept for so many, and for what
+    /// [`generate`](crate::generate::generate) wants; more is taken when it is asked for.
+    pub logits: usize,
 }
 
 impl EngineOptions {
     /// One sequence over the model's own context (at most 4096 tokens), steps of up to 512 rows, an exact cache.
     pub fn for_model(config: &Config) -> Self {
         let context = config.context_length.min(4096);
-        Self { context, sequences: 1, max_rows: 512, cache_type: KvType::F32 }
+        Self { context, sequences: 1, max_rows: 512, cache_type: KvType::F32, logits: 1 }
     }
 
     /// The memory that an engine of these sizes takes for a model of the shape of `config`, without its weights.
-    pub fn bytes(&self, config: &Config, threads: usize) -> EngineBytes {
+    pub fn bytes(&self, config: &Config, threads: usize) -> PartBytes {
+        let mut bytes = PartBytes::default();
         let logits = self.logits(config).saturating_mul(size_of::<f32>());
-        EngineBytes {
-            kv_cache: self.kv_bytes(config),
-            buffers: Scratch::bytes(config, self.rows(), threads).saturating_add(logits),
-        }
+        let rows = config.kv_shape(self.cache_type).row_bytes() * self.rows();
+        bytes[Part::Cache as usize] = self.kv_bytes(config);
+        bytes[Part::Scratch as usize] =
+            (Scratch::bytes(config, self.rows(), threads) + rows).saturating_add(logits);
+        bytes
     }
 
     fn pages(&self) -> usize {
@@ -45,25 +50,16 @@ impl EngineOptions {
         page.unwrap_or(usize::MAX).saturating_mul(self.pages())
     }
 
-    /// Logits that are kept room for: what one sequence asks for at most while it generates.
+    /// Logits that are kept room for.
     fn logits(&self, config: &Config) -> usize {
-        config.vocab_size.saturating_mul((1 + MOST_PROPOSED).min(self.rows()))
+        let generating = (1 + MOST_PROPOSED).min(self.rows());
+        config.vocab_size.saturating_mul(self.logits.max(self.sequences).max(generating))
     }
 
     /// A step has no more rows than the context.
     fn rows(&self) -> usize {
         self.max_rows.clamp(1, self.context.max(1))
     }
-}
-
-/// The memory an engine takes besides the weights, in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct EngineBytes {
-    /// The key/value cache when all of it is in use.
-    pub kv_cache: usize,
-    /// The activations of a step, and the logits of one token and of those that [`generate`](crate::generate::generate)
-    /// lets a step check.
-    pub buffers: usize,
 }
 
 /// A sequence of an engine.
@@ -113,6 +109,9 @@ pub struct Engine {
     scratch: Scratch,
     rows: Vec<Row>,
     logits: Vec<f32>,
+    /// Most pages that were in use at once.
+    touched: usize,
+    counted: Counted,
     cancel: Arc<AtomicBool>,
 }
 
@@ -129,6 +128,7 @@ impl Engine {
         let kv = KvStore::new(config.kv_shape(options.cache_type), pages, options.max_rows)
             .filter(|_| u32::try_from(pages).is_ok())
             .ok_or(Error::NoMemory { what: "the key/value cache", bytes })?;
+        let logits = vec![0.0; options.logits(config)];
         Ok(Self {
             scratch: Scratch::new(&model, &compute, options.max_rows),
             kv,
@@ -136,7 +136,9 @@ impl Engine {
             pages,
             sequences: Vec::new(),
             rows: Vec::with_capacity(options.max_rows),
-            logits: vec![0.0; options.logits(config)],
+            touched: 0,
+            counted: Counted::new(Part::Scratch, size_of_val(&logits[..])),
+            logits,
             cancel: Arc::default(),
             options,
             model,
@@ -159,6 +161,11 @@ impl Engine {
     /// The sizes the engine was built with.
     pub fn options(&self) -> EngineOptions {
         self.options
+    }
+
+    /// Bytes of the cache that were ever in use: it takes memory as it is written to.
+    pub fn cache_touched(&self) -> usize {
+        self.touched * self.kv.shape().page_bytes().unwrap_or(0)
     }
 
     /// While `flag` is up, [`Engine::feed`] gives [`Error::Cancelled`]; a feed in progress ends before the model's next
@@ -211,8 +218,10 @@ impl Engine {
         self.reserve(feeds)?;
         let vocab = self.model.config().vocab_size;
         let total: usize = feeds.iter().map(|feed| feed.wanted.count(feed.tokens.len())).sum();
-        if self.logits.len() < total * vocab {
+        if let Some(more) = (total * vocab).checked_sub(self.logits.len()) {
+            self.logits.reserve_exact(more);
             self.logits.resize(total * vocab, 0.0);
+            self.counted.add(Part::Scratch, more * size_of::<f32>());
         }
         match self.run_steps(feeds) {
             Ok(()) => Ok(&self.logits[..total * vocab]),
@@ -262,6 +271,7 @@ impl Engine {
             let from = self.free.len() - pages;
             sequence.pages.extend(self.free.drain(from..).rev());
         }
+        self.touched = self.touched.max(self.pages - self.free.len());
         Ok(())
     }
 

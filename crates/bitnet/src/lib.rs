@@ -11,10 +11,12 @@ mod error;
 pub mod generate;
 #[cfg(feature = "hub")]
 pub mod hub;
+mod memory;
 pub mod model;
 pub mod text;
 
 pub use bitnet_gguf as gguf;
 pub use bitnet_kernels as kernels;
-pub use engine::{Engine, EngineBytes, EngineOptions, Feed, SequenceId, Wanted};
+pub use engine::{Engine, EngineOptions, Feed, SequenceId, Wanted};
 pub use error::Error;
+pub use memory::MemoryPlan;

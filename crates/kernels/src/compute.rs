@@ -3,7 +3,7 @@
 //! Every function checks its lengths once, splits its output into disjoint parts and returns when all are written. The
 //! result never depends on the number of threads: each element is computed whole by one task.
 
-use crate::memory::{Aligned, Bytes};
+use crate::memory::{Aligned, Bytes, Counted, Part, taken};
 use crate::ops::FloatType;
 use crate::pool::Pool;
 use crate::table::Kernels;
@@ -113,23 +113,35 @@ pub struct QuantizedRows {
     live: Vec<u32>,
     packed: Vec<i8>,
     begins: Vec<usize>,
+    _counted: Counted,
 }
 
 impl QuantizedRows {
     /// Room for `tokens` rows of at most `columns`.
     pub fn new(tokens: usize, columns: usize) -> Self {
         let width = ternary::row_bytes(columns) * 4;
+        let (scales, sums) = (vec![1.0; tokens], vec![0; tokens]);
+        let live = Vec::with_capacity(tokens.min(ROW_TOKENS) * width + 1);
+        let packed = Vec::with_capacity(tokens.min(ROW_TOKENS) * width + 1);
+        let lists = taken(&scales) + taken(&sums) + taken(&live) + taken(&packed);
         Self {
             codes: Aligned::zeroed(tokens * width),
-            scales: vec![1.0; tokens],
-            sums: vec![0; tokens],
+            scales,
+            sums,
             tokens: 0,
             columns: 0,
             layout: Layout::Rows,
-            live: Vec::with_capacity(tokens.min(ROW_TOKENS) * width + 1),
-            packed: Vec::with_capacity(tokens.min(ROW_TOKENS) * width + 1),
+            live,
+            packed,
             begins: Vec::with_capacity(ROW_TOKENS + 1),
+            _counted: Counted::new(Part::Scratch, lists),
         }
+    }
+    /// Its size in bytes.
+    pub const fn bytes(tokens: usize, columns: usize) -> usize {
+        let few = if tokens < ROW_TOKENS { tokens } else { ROW_TOKENS };
+        let width = ternary::row_bytes(columns) * 4;
+        tokens * (width + 8) + (4 + 1) * (few * width + 1)
     }
     /// The codes of one token in natural order, and the scale s = 127 / max|x| they were made with.
     pub fn row(&self, token: usize) -> (Vec<i8>, f32) {

@@ -1,6 +1,7 @@
 //! The output head: all logits, or only those that can still be chosen.
 
 use crate::compute::{Compute, FloatMatrix, Rows};
+use crate::memory::{Counted, Part, taken};
 use crate::screen::{BLOCK, Probe, Screen, fill_part, upper_bound};
 use crate::ternary::OutPtr;
 
@@ -41,6 +42,7 @@ pub struct HeadScratch {
     /// A stored row for each thread.
     rows: Vec<u8>,
     counts: HeadCounts,
+    counted: Counted,
 }
 
 /// What the screen did.
@@ -64,7 +66,7 @@ impl HeadScratch {
     /// For a head of this shape on `threads` threads.
     pub fn new(rows: usize, columns: usize, threads: usize) -> Self {
         let blocks = rows.div_ceil(BLOCK);
-        Self {
+        let mut scratch = Self {
             probes: (0..GROUP).map(|_| Probe::new(columns)).collect(),
             tops: vec![0.0; GROUP * blocks],
             widest: vec![0.0; GROUP * blocks],
@@ -74,7 +76,17 @@ impl HeadScratch {
             exact: Vec::with_capacity(rows),
             rows: vec![0; threads * columns * size_of::<f32>()],
             counts: HeadCounts::default(),
-        }
+            counted: Counted::default(),
+        };
+        let Self { tops, widest, select, list, ranges, exact, rows, .. } = &scratch;
+        let floats = taken(tops) + taken(widest) + taken(select) + taken(ranges) + taken(exact);
+        scratch.counted = Counted::new(Part::Scratch, floats + taken(list) + taken(rows));
+        scratch
+    }
+    /// Its size in bytes, but for the probes' alignment.
+    pub const fn bytes(rows: usize, columns: usize, threads: usize) -> usize {
+        let probes = 2 * GROUP * columns.next_multiple_of(128);
+        probes + 8 * GROUP * rows.div_ceil(BLOCK) + 4 * (5 * rows + BLOCK) + 4 * threads * columns
     }
     /// What the screen did since the last call.
     pub fn take_counts(&mut self) -> HeadCounts {
@@ -192,7 +204,7 @@ impl Compute {
         scratch: &mut HeadScratch,
         out: &mut [f32],
     ) -> bool {
-        let HeadScratch { probes, tops, widest, select, list, ranges, exact, rows, counts } = scratch;
+        let HeadScratch { probes, tops, widest, select, list, ranges, exact, rows, counts, .. } = scratch;
         let blocks = matrix.rows.div_ceil(BLOCK);
         let (probe, tops) = (&probes[token], &tops[token * blocks..][..blocks]);
         let widest = &widest[token * blocks..][..blocks];

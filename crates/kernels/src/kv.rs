@@ -3,7 +3,7 @@
 use crate::attention::{Codes, Segment, quads};
 use crate::compute::{Compute, Rows};
 use crate::half::f32_to_f16;
-use crate::memory::{Aligned, HugeBuffer, cast_mut};
+use crate::memory::{Aligned, Counted, HugeBuffer, Part, cast_mut, taken};
 use crate::ops::PAGE;
 
 /// How the cache stores a number. Each type is a definition of its own, the same bits on every machine.
@@ -45,6 +45,12 @@ impl KvShape {
         data.checked_add(self.part_floats()?.checked_mul(4 * self.heads)?)
     }
 
+    /// Bytes that attention takes for each row of a step.
+    pub fn row_bytes(&self) -> usize {
+        let coded = if self.ty == KvType::Q8 { 8 * quads(self.head_dim) + 12 } else { 0 };
+        self.query_heads * (8 + coded)
+    }
+
     /// Bytes of one page of one head of one layer:
     ///
     /// - floats: keys `[PAGE / 32][head_dim][32]`, two registers of positions side by side; values
@@ -84,6 +90,7 @@ pub struct KvStore {
     /// `[rows][query_heads][2]`: see [`crate::attention::attend`].
     states: Vec<f32>,
     queries: Queries,
+    _counted: Counted,
 }
 
 /// The queries of a step as integers: see [`Codes`]. Empty but for q8.
@@ -101,20 +108,43 @@ impl KvStore {
         let (head_bytes, part_floats) = (shape.head_bytes()?, shape.part_floats()?);
         let queries = rows.checked_mul(shape.query_heads)?;
         let coded = if shape.ty == KvType::Q8 { queries } else { 0 };
+        let states = vec![0.0; 2 * queries];
+        let queries = Queries {
+            parts: Aligned::zeroed(coded.checked_mul(8 * quads(shape.head_dim))?),
+            scales: vec![0.0; coded],
+            starts: vec![[0; 2]; coded],
+        };
+        let lists = taken(&states) + taken(&queries.scales) + taken(&queries.starts);
         Some(Self {
             shape,
             head_bytes,
-            data: HugeBuffer::new(head_bytes * shape.heads * shape.layers * pages)?,
+            data: HugeBuffer::new(Part::Cache, head_bytes * shape.heads * shape.layers * pages)?,
             pages,
-            parts: HugeBuffer::new(4 * part_floats * shape.heads * pages)?,
+            parts: HugeBuffer::new(Part::Cache, 4 * part_floats * shape.heads * pages)?,
             part_floats,
-            states: vec![0.0; 2 * queries],
-            queries: Queries {
-                parts: Aligned::zeroed(coded.checked_mul(8 * quads(shape.head_dim))?),
-                scales: vec![0.0; coded],
-                starts: vec![[0; 2]; coded],
-            },
+            states,
+            queries,
+            _counted: Counted::new(Part::Scratch, lists),
         })
+    }
+
+    /// The keys and values of a page, of all layers and heads; the same on every machine. Bytes of positions that were never
+    /// written are of no account.
+    ///
+    /// # Panics
+    /// If there is no such page.
+    pub fn page(&self, page: u32) -> &[u8] {
+        let len = self.data.len() / self.pages.max(1);
+        &self.data[page as usize * len..][..len]
+    }
+
+    /// As [`Self::page`]. Any bytes are valid, though they may be numbers that are not finite.
+    ///
+    /// # Panics
+    /// If there is no such page.
+    pub fn page_mut(&mut self, page: u32) -> &mut [u8] {
+        let len = self.data.len() / self.pages.max(1);
+        &mut self.data[page as usize * len..][..len]
     }
 
     /// The shape it was made with.

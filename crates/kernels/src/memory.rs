@@ -3,12 +3,97 @@
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+/// What memory is taken for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Ternary matrices, and an embedding or head that was copied.
+    Weights,
+    /// The four-bit copy of the head.
+    HeadCopy,
+    /// Keys and values.
+    Cache,
+    /// What a step computes in.
+    Scratch,
+    /// Tables of a tokenizer.
+    Vocabulary,
+}
+
+impl Part {
+    /// All, in the order of their discriminants.
+    pub const ALL: [Self; 5] = [Self::Weights, Self::HeadCopy, Self::Cache, Self::Scratch, Self::Vocabulary];
+
+    /// What it is, for a person.
+    pub const fn name(self) -> &'static str {
+        ["weights", "head copy", "cache", "scratch", "vocabulary"][self as usize]
+    }
+}
+
+/// Bytes for each part, in the order of [`Part::ALL`].
+pub type PartBytes = [usize; Part::ALL.len()];
+
+static LIVE: [AtomicUsize; Part::ALL.len()] = [const { AtomicUsize::new(0) }; Part::ALL.len()];
+static ALL: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+/// What the process holds now, and the most that it ever held in all: every buffer of this crate, and whatever else was
+/// [`Counted`]. Memory that was taken but never written to is counted though the system may not have given it yet.
+pub fn memory_use() -> (PartBytes, usize) {
+    (LIVE.each_ref().map(|part| part.load(Relaxed)), PEAK.load(Relaxed))
+}
+
+/// Bytes that count as held in [`memory_use`] for as long as this lives.
+#[derive(Debug, Default)]
+pub struct Counted(PartBytes);
+
+impl Counted {
+    /// `bytes` for `part`.
+    pub fn new(part: Part, bytes: usize) -> Self {
+        let mut counted = Self::default();
+        counted.add(part, bytes);
+        counted
+    }
+    /// So many bytes more.
+    pub fn add(&mut self, part: Part, bytes: usize) {
+        self.0[part as usize] += bytes;
+        LIVE[part as usize].fetch_add(bytes, Relaxed);
+        PEAK.fetch_max(ALL.fetch_add(bytes, Relaxed) + bytes, Relaxed);
+    }
+    /// Lets `bytes` of `from` count for `to`.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub fn shift(&mut self, from: Part, to: Part, bytes: usize) {
+        assert!(bytes <= self.0[from as usize]);
+        self.0[from as usize] -= bytes;
+        LIVE[from as usize].fetch_sub(bytes, Relaxed);
+        self.0[to as usize] += bytes;
+        LIVE[to as usize].fetch_add(bytes, Relaxed);
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        for (live, bytes) in LIVE.iter().zip(self.0) {
+            live.fetch_sub(bytes, Relaxed);
+            ALL.fetch_sub(bytes, Relaxed);
+        }
+    }
+}
+
+/// The bytes that a list has taken.
+pub(crate) fn taken<T>(list: &Vec<T>) -> usize {
+    list.capacity() * size_of::<T>()
+}
 
 /// A zeroed buffer aligned to 2 MiB, on huge pages where the system has them. Pages are taken from the system as they
 /// are first written.
 pub struct HugeBuffer {
     ptr: *mut u8,
     len: usize,
+    /// What it is taken for.
+    pub counted: Counted,
     #[cfg(unix)]
     map: (*mut libc::c_void, usize),
 }
@@ -21,9 +106,9 @@ unsafe impl Sync for HugeBuffer {}
 const ALIGN: usize = 2 << 20;
 
 impl HugeBuffer {
-    /// A buffer of `len` zero bytes, or None where the system has no room for it.
+    /// A buffer of `len` zero bytes for `part`, or None where the system has no room for it.
     #[cfg(unix)]
-    pub fn new(len: usize) -> Option<Self> {
+    pub fn new(part: Part, len: usize) -> Option<Self> {
         let size = len.checked_next_multiple_of(ALIGN)?.checked_add(ALIGN)?;
         let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
         // SAFETY: a new private mapping, no fixed address: nothing existing is touched.
@@ -40,16 +125,16 @@ impl HugeBuffer {
         unsafe {
             libc::madvise(ptr.cast(), size - ALIGN, libc::MADV_HUGEPAGE);
         }
-        Some(Self { ptr, len, map: (base, size) })
+        Some(Self { ptr, len, counted: Counted::new(part, len), map: (base, size) })
     }
 
-    /// A buffer of `len` zero bytes, or None where the system has no room for it.
+    /// A buffer of `len` zero bytes for `part`, or None where the system has no room for it.
     #[cfg(not(unix))]
-    pub fn new(len: usize) -> Option<Self> {
+    pub fn new(part: Part, len: usize) -> Option<Self> {
         let layout = std::alloc::Layout::from_size_align(len.max(1), ALIGN).ok()?;
         // SAFETY: the size is not zero.
         let ptr = unsafe { std::alloc::alloc_zeroed(layout) };
-        (!ptr.is_null()).then_some(Self { ptr, len })
+        (!ptr.is_null()).then(|| Self { ptr, len, counted: Counted::new(part, len) })
     }
 }
 
@@ -137,9 +222,11 @@ pub(crate) fn cast_mut<T: Plain>(bytes: &mut [u8]) -> &mut [T] {
 }
 
 /// A zeroed slice that begins on a cache line, so that no vector load from it touches two lines where it need not.
+/// It counts as [`Part::Scratch`].
 pub struct Aligned<T> {
     lines: Vec<Line>,
     len: usize,
+    _counted: Counted,
     of: PhantomData<T>,
 }
 
@@ -147,7 +234,7 @@ impl<T: Plain> Aligned<T> {
     /// `len` zeros.
     pub fn zeroed(len: usize) -> Self {
         let lines = vec![Line([0; 64]); (len * size_of::<T>()).div_ceil(64)];
-        Self { lines, len, of: PhantomData }
+        Self { len, _counted: Counted::new(Part::Scratch, taken(&lines)), lines, of: PhantomData }
     }
 }
 

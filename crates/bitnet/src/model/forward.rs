@@ -102,7 +102,13 @@ impl Scratch {
             + 2 * config.kv_width()
             + 2 * config.intermediate_size
             + config.rope_dim;
-        4 * row * max_rows + widest * max_rows + Workspace::bytes(widest, threads)
+        // Every buffer begins on a cache line.
+        const ALIGNMENT: usize = 32 * 64;
+        4 * row * max_rows
+            + QuantizedRows::bytes(max_rows, widest)
+            + Workspace::bytes(widest, threads)
+            + HeadScratch::bytes(config.vocab_size, config.hidden_size, threads)
+            + ALIGNMENT
     }
 }
 

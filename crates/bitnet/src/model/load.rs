@@ -3,23 +3,23 @@
 use super::config::{Keys, Repair};
 use super::rope::{angles, inverse_frequencies};
 use super::weights::WeightPlan;
-use super::{Config, Layer, Strategy, Weights};
-use crate::Error;
+use super::{Config, Strategy, Weights};
 use crate::text::{ChatTemplate, Specials, TemplateError, TemplateModel, Tokenizer, Vocab};
+use crate::{EngineOptions, Error, MemoryPlan};
 use bitnet_gguf::Gguf;
-use bitnet_kernels::{Compute, Screen, TernaryMatrix};
+use bitnet_kernels::{Compute, Part, PartBytes};
 use std::sync::{Arc, OnceLock};
 
 /// An immutable model: many sequences share it.
 pub struct Model {
-    file: String,
+    name: String,
+    file: Option<Arc<Gguf>>,
     config: Config,
     weights: Weights,
     tokenizer: Option<Tokenizer>,
     special: SpecialTokens,
     template: Option<String>,
     repairs: Vec<Repair>,
-    weight_bytes: usize,
     inverse_frequencies: Vec<f32>,
 }
 
@@ -66,9 +66,43 @@ impl<'a> ModelInfo<'a> {
         Ok(Self { config, repairs, special, gguf, plan, vocab, template })
     }
 
-    /// Bytes of all weights, in the engine's layout.
-    pub fn weight_bytes(&self) -> usize {
-        self.plan.byte_len()
+    /// The memory that the model takes with an engine of these sizes on `threads` threads.
+    pub fn memory(&self, options: &EngineOptions, threads: usize) -> MemoryPlan {
+        let mut vocabulary = PartBytes::default();
+        vocabulary[Part::Vocabulary as usize] = self.vocab.as_ref().map_or(0, Vocab::table_bytes);
+        MemoryPlan::default().and(self.plan.bytes()).and(vocabulary).and(options.bytes(&self.config, threads))
+    }
+
+    /// Reads the weights with all threads of `compute`. `file` is the one that this was read from.
+    ///
+    /// # Errors
+    /// What only the weights and the vocabulary themselves can show.
+    ///
+    /// # Panics
+    /// If it is another file.
+    pub fn load(self, file: &Arc<Gguf>, compute: &Compute) -> Result<Model, Error> {
+        assert!(std::ptr::eq(self.gguf, &raw const **file), "another file");
+        let Self { config, repairs, special, plan, vocab, template, .. } = self;
+        // The tokenizer is built while the other threads read the weights.
+        let tokenizer = OnceLock::new();
+        let weights = plan.load(&config, file, compute, || {
+            let built = vocab.as_ref().map(Tokenizer::new).transpose();
+            let _ = tokenizer.set(built);
+        });
+        let tokenizer = tokenizer.into_inner().unwrap_or(Ok(None));
+        let name = file.name().to_owned();
+        let tokenizer = tokenizer.map_err(|error| Error::Tokenizer { file: name.clone(), error })?;
+        Ok(Model {
+            inverse_frequencies: inverse_frequencies(config.rope_dim, config.rope_theta),
+            name,
+            file: Some(file.clone()),
+            config,
+            weights: weights?,
+            tokenizer,
+            special,
+            template: template.map(str::to_owned),
+            repairs,
+        })
     }
 
     /// Builds the tokenizer: for those who need no weights.
@@ -95,29 +129,7 @@ impl Model {
     /// # Errors
     /// As [`ModelInfo::new`], and what only the weights and the vocabulary themselves can show.
     pub fn load(gguf: &Arc<Gguf>, compute: &Compute, strategy: Strategy) -> Result<Self, Error> {
-        let ModelInfo { config, repairs, special, plan, vocab, template, .. } =
-            ModelInfo::new(gguf, strategy)?;
-        let weight_bytes = plan.byte_len();
-        // The tokenizer is built while the other threads read the weights.
-        let tokenizer = OnceLock::new();
-        let weights = plan.load(&config, gguf, compute, || {
-            let built = vocab.as_ref().map(Tokenizer::new).transpose();
-            let _ = tokenizer.set(built);
-        });
-        let tokenizer = tokenizer.into_inner().unwrap_or(Ok(None));
-        let file = gguf.name().to_owned();
-        let tokenizer = tokenizer.map_err(|error| Error::Tokenizer { file: file.clone(), error })?;
-        Ok(Self {
-            inverse_frequencies: inverse_frequencies(config.rope_dim, config.rope_theta),
-            file,
-            config,
-            weights: weights?,
-            tokenizer,
-            special,
-            template: template.map(str::to_owned),
-            repairs,
-            weight_bytes,
-        })
+        ModelInfo::new(gguf, strategy)?.load(gguf, compute)
     }
 
     /// A model of the shape of `config` with random weights and no tokenizer, for measuring speed without a file.
@@ -126,17 +138,10 @@ impl Model {
     /// [`Error::NoMemory`].
     pub fn random(config: Config, compute: &Compute, strategy: Strategy) -> Result<Self, Error> {
         let weights = Weights::random(&config, compute, strategy)?;
-        let matrices = weights.layers.iter().flat_map(Layer::matrices).map(TernaryMatrix::byte_len);
         Ok(Self {
             inverse_frequencies: inverse_frequencies(config.rope_dim, config.rope_theta),
-            file: "random weights".into(),
-            weight_bytes: weights.embedding.byte_len()
-                + matrices.sum::<usize>()
-                + weights
-                    .head
-                    .screen
-                    .as_ref()
-                    .map_or(0, |_| Screen::bytes(config.vocab_size, config.hidden_size)),
+            name: "random weights".into(),
+            file: None,
             config,
             weights,
             tokenizer: None,
@@ -151,9 +156,13 @@ impl Model {
         angles(&self.inverse_frequencies, position, cos, sin);
     }
 
-    /// The file the model came from.
+    /// The name of the file the model came from.
     pub fn file(&self) -> &str {
-        &self.file
+        &self.name
+    }
+    /// The file itself; a model of random weights has none.
+    pub fn gguf(&self) -> Option<&Gguf> {
+        self.file.as_deref()
     }
     /// The configuration.
     pub fn config(&self) -> &Config {
@@ -168,7 +177,7 @@ impl Model {
     /// # Errors
     /// [`Error::NoTokenizer`] where the file has none.
     pub fn tokenizer(&self) -> Result<&Tokenizer, Error> {
-        self.tokenizer.as_ref().ok_or_else(|| Error::NoTokenizer(self.file.clone()))
+        self.tokenizer.as_ref().ok_or_else(|| Error::NoTokenizer(self.name.clone()))
     }
     /// The tokens of `text`, after the token that begins a sequence where the model wants one.
     ///
@@ -193,7 +202,7 @@ impl Model {
             Some(name) => ChatTemplate::built_in(name, model),
             None => ChatTemplate::of_model(self.template.as_deref(), model),
         };
-        template.map_err(|error: TemplateError| Error::Template { file: self.file.clone(), error })
+        template.map_err(|error: TemplateError| Error::Template { file: self.name.clone(), error })
     }
     /// Special tokens.
     pub fn special(&self) -> &SpecialTokens {
@@ -202,10 +211,6 @@ impl Model {
     /// What was repaired on load.
     pub fn repairs(&self) -> &[Repair] {
         &self.repairs
-    }
-    /// Bytes of all weights, in the engine's layout.
-    pub fn weight_bytes(&self) -> usize {
-        self.weight_bytes
     }
 }
 

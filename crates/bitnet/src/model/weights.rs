@@ -8,7 +8,8 @@ use bitnet_kernels::blocks::BlockFormat;
 use bitnet_kernels::ternary::blocks::RowFormat;
 use bitnet_kernels::ternary::{CHUNK, Layout, columns, pack, row_bytes};
 use bitnet_kernels::{
-    Activation, Bytes, Compute, FloatMatrix, FloatType, Head, HugeBuffer, Screen, TernaryMatrix,
+    Activation, Bytes, Compute, FloatMatrix, FloatType, Head, HugeBuffer, Part as MemoryPart, PartBytes,
+    Screen, TernaryMatrix,
 };
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -389,9 +390,13 @@ impl<'a> WeightPlan<'a> {
         Ok(Self { planner, embedding, head, screen, output_norm, layers })
     }
 
-    /// Bytes of all weights in memory.
-    pub(crate) fn byte_len(&self) -> usize {
-        self.planner.end
+    /// Bytes that the weights take in memory.
+    pub(crate) fn bytes(&self) -> PartBytes {
+        let copy = self.screen.as_ref().map_or(0, ExactSizeIterator::len);
+        let mut bytes = PartBytes::default();
+        bytes[MemoryPart::Weights as usize] = self.planner.end - copy;
+        bytes[MemoryPart::HeadCopy as usize] = copy;
+        bytes
     }
 
     /// Reads the weights into one buffer with all threads of `compute`, checking every code, and gives the file's mapped
@@ -405,7 +410,10 @@ impl<'a> WeightPlan<'a> {
     ) -> Result<Weights, Error> {
         let Self { planner, embedding, head, screen, output_norm, layers } = self;
         let bytes = planner.end;
-        let mut buffer = HugeBuffer::new(bytes).ok_or(Error::NoMemory { what: "weights", bytes })?;
+        let mut buffer =
+            HugeBuffer::new(MemoryPart::Weights, bytes).ok_or(Error::NoMemory { what: "weights", bytes })?;
+        let copy = screen.as_ref().map_or(0, ExactSizeIterator::len);
+        buffer.counted.shift(MemoryPart::Weights, MemoryPart::HeadCopy, copy);
         fill(&planner, file, &mut buffer, compute, &beside)?;
         let buffer = Arc::new(buffer);
         let take = |range| Bytes::new(buffer.clone(), range);
@@ -451,6 +459,27 @@ impl<'a> WeightPlan<'a> {
 }
 
 impl Weights {
+    /// Rows and columns of the matrices of a layer, in their order.
+    fn shapes(config: &Config) -> [(usize, usize); 7] {
+        let (hidden, ff) = (config.hidden_size, config.intermediate_size);
+        let (q, kv) = (config.q_width(), config.kv_width());
+        [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (ff, hidden), (ff, hidden), (hidden, ff)]
+    }
+
+    /// Bytes that [`Self::random`] takes.
+    pub(crate) fn random_bytes(config: &Config, strategy: Strategy) -> PartBytes {
+        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        let [rows @ .., down] = Self::shapes(config);
+        let rows: usize = rows.iter().map(|(rows, columns)| Layout::Rows.bytes(*rows, *columns)).sum();
+        let layer = rows + strategy.down_layout(config).bytes(down.0, down.1);
+        let mut bytes = PartBytes::default();
+        bytes[MemoryPart::Weights as usize] = vocab * hidden * 2 + layer * config.n_layers;
+        if strategy.screens(vocab) {
+            bytes[MemoryPart::HeadCopy as usize] = Screen::bytes(vocab, hidden);
+        }
+        bytes
+    }
+
     /// Random weights of the shape of `config`, with an F16 head tied to the embedding: for measuring speed without a file.
     /// Half of the weights are zero.
     ///
@@ -458,15 +487,13 @@ impl Weights {
     /// [`Error::NoMemory`].
     pub fn random(config: &Config, compute: &Compute, strategy: Strategy) -> Result<Self, Error> {
         let (hidden, ff) = (config.hidden_size, config.intermediate_size);
-        let (q, kv) = (config.q_width(), config.kv_width());
-        let shapes =
-            [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (ff, hidden), (ff, hidden), (hidden, ff)];
-        let head = config.vocab_size * hidden * 2;
+        let q = config.q_width();
+        let (shapes, head) = (Self::shapes(config), config.vocab_size * hidden * 2);
         let layout = |index: usize| if index == 6 { strategy.down_layout(config) } else { Layout::Rows };
         let size = |index: usize| layout(index).bytes(shapes[index].0, shapes[index].1);
-        let layer: usize = (0..shapes.len()).map(size).sum();
-        let bytes = head + layer * config.n_layers;
-        let mut buffer = HugeBuffer::new(bytes).ok_or(Error::NoMemory { what: "weights", bytes })?;
+        let bytes = Self::random_bytes(config, strategy)[MemoryPart::Weights as usize];
+        let mut buffer =
+            HugeBuffer::new(MemoryPart::Weights, bytes).ok_or(Error::NoMemory { what: "weights", bytes })?;
         let (head_bytes, ternary) = buffer.split_at_mut(head);
         random_words(compute, head_bytes, |r| {
             // Halves of either sign between 2^-6 and 2^-5.
@@ -520,7 +547,8 @@ fn random_screen(
     compute: &Compute,
 ) -> Result<Screen, Error> {
     let bytes = Screen::bytes(rows, columns);
-    let mut buffer = HugeBuffer::new(bytes).ok_or(Error::NoMemory { what: "weights", bytes })?;
+    let mut buffer =
+        HugeBuffer::new(MemoryPart::HeadCopy, bytes).ok_or(Error::NoMemory { what: "weights", bytes })?;
     let parts: Vec<_> = buffer.chunks_mut(Screen::bytes(Screen::PART, columns)).map(Mutex::new).collect();
     compute.pool().run(parts.len(), |part, _| {
         let out = &mut *parts[part].lock().unwrap_or_else(PoisonError::into_inner);

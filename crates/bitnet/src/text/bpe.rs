@@ -37,6 +37,10 @@ impl Merges {
         }
     }
 
+    pub(super) fn allocation_size(&self) -> usize {
+        self.by_rank.capacity() * size_of::<Merge>() + self.ranks.allocation_size()
+    }
+
     /// Appends the merge of the next rank, or returns the rank that the pair has already.
     pub(super) fn push(&mut self, merge: Merge) -> Result<(), u32> {
         let Self { by_rank, ranks, hasher } = self;

@@ -2,6 +2,7 @@
 
 use std::hash::BuildHasher;
 
+use bitnet_kernels::{Counted, Part};
 use hashbrown::hash_table::Entry;
 use hashbrown::{DefaultHashBuilder, HashTable};
 
@@ -19,6 +20,18 @@ pub struct Vocab<'a> {
     pub merges: Vec<&'a str>,
     /// Whether a piece that is a token is that token, even where the merges would not lead to it.
     pub ignore_merges: bool,
+}
+
+impl Vocab<'_> {
+    /// Bytes that the tables of the tokenizer take.
+    pub fn table_bytes(&self) -> usize {
+        let (tokens, merges) = (self.tokens.len(), self.merges.len());
+        let texts: usize = self.tokens.iter().map(|token| token.len()).sum();
+        // A hash table has a power of two of places, at most seven eighths of them taken, and a byte for each.
+        let table = |n: usize| (n * 8 / 7 + 1).next_power_of_two() * (size_of::<u32>() + 1) + 64;
+        let token = size_of::<u32>() + size_of::<Kind>();
+        texts + tokens * token + table(tokens) + merges * size_of::<Merge>() + table(merges)
+    }
 }
 
 /// Whether control tokens such as `<|eot_id|>` are recognised in a text.
@@ -94,6 +107,7 @@ pub struct Tokenizer {
     user_defined: SpecialSet,
     /// Control and user-defined tokens.
     specials: SpecialSet,
+    _counted: Counted,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -160,7 +174,11 @@ impl Tokenizer {
             return Err(TokenizerError::MissingByte { byte });
         }
 
+        let merges = Merges::with_capacity(vocab.merges.len());
+        let lists = texts.bytes.capacity() + 4 * texts.ends.capacity() + kinds.capacity();
+        let tables = lists + index.allocation_size() + merges.allocation_size();
         let mut tokenizer = Self {
+            _counted: Counted::new(Part::Vocabulary, tables),
             user_defined: SpecialSet::new(&texts, &kinds, &[Kind::UserDefined])?,
             specials: SpecialSet::new(&texts, &kinds, &[Kind::UserDefined, Kind::Control])?,
             texts,
@@ -168,7 +186,7 @@ impl Tokenizer {
             index,
             hasher,
             byte_ids,
-            merges: Merges::with_capacity(vocab.merges.len()),
+            merges,
             ignore_merges: vocab.ignore_merges,
         };
         tokenizer.push_merges(&vocab.merges)?;
