@@ -1,10 +1,10 @@
-//! Memory is planned: an engine takes what it says, and decoding allocates nothing.
+//! Memory is planned: model and engine take what they say, it is accounted, and decoding allocates nothing.
 #![allow(clippy::unwrap_used)]
 
 mod common;
 
-use bitnet::kernels::{Compute, Logits, best};
-use bitnet::model::{Model, Strategy};
+use bitnet::kernels::{Compute, KvType, Logits, Part, best, memory_use};
+use bitnet::model::{ModelInfo, Strategy};
 use bitnet::{Engine, EngineOptions, Feed, Wanted};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -30,14 +30,48 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+fn takes_what_was_planned(
+    model: &str,
+    strategy: Strategy,
+    threads: usize,
+    cache_type: KvType,
+    max_rows: usize,
+) {
+    let gguf = common::gguf(model);
+    let info = ModelInfo::new(&gguf, strategy).unwrap();
+    let options = EngineOptions { cache_type, max_rows, ..EngineOptions::for_model(&info.config) };
+    let plan = info.memory(&options, threads);
+    let compute = Compute::new(best(), threads);
+    let engine = Engine::new(info.load(&gguf, &compute).unwrap(), compute, options).unwrap();
+    let (used, peak) = memory_use();
+    for part in Part::ALL {
+        let (planned, used) = (plan.of(part), used[part as usize]);
+        let slack = planned / 50 + 4096;
+        let what = format!("{model} {strategy:?} {cache_type:?} {max_rows}: {part:?}");
+        assert!(used <= planned && planned - used < slack, "{what}: planned {planned}, used {used}");
+    }
+    assert!(peak >= used.iter().sum());
+    drop(engine);
+}
+
 // One test, for other threads would be counted too.
 #[test]
 fn an_engine_takes_what_it_says_and_a_decoded_token_nothing() {
     let threads = 2;
+    for cache_type in [KvType::Q8, KvType::F16, KvType::F32] {
+        for strategy in [Strategy::Dense, Strategy::Sparse] {
+            for (model, max_rows) in [("demo", 512), ("gqa", 7), ("ragged", 128)] {
+                takes_what_was_planned(model, strategy, threads, cache_type, max_rows);
+            }
+        }
+    }
+    assert_eq!(memory_use().0, [0; 5], "all was given back");
+
     let compute = Compute::new(best(), threads);
-    let model = Model::load(&common::gguf("demo"), &compute, Strategy::Sparse).unwrap();
+    let gguf = common::gguf("demo");
+    let model = ModelInfo::new(&gguf, Strategy::Sparse).unwrap().load(&gguf, &compute).unwrap();
     let options = EngineOptions { context: 640, ..EngineOptions::for_model(model.config()) };
-    let planned = options.bytes(model.config(), threads).buffers;
+    let planned = options.bytes(model.config(), threads)[Part::Scratch as usize];
     let before = BYTES.load(Ordering::Relaxed);
     let mut engine = Engine::new(model, compute, options).unwrap();
     let taken = BYTES.load(Ordering::Relaxed) - before;

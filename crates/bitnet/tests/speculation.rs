@@ -19,7 +19,8 @@ const PLAIN: &str = "Once upon a time";
 fn engine(context: usize, max_rows: usize) -> Engine {
     let compute = Compute::new(best(), 2);
     let model = Model::load(&common::gguf("demo"), &compute, Strategy::Sparse).unwrap();
-    Engine::new(model, compute, EngineOptions { context, sequences: 1, max_rows, cache_type: KvType::F32 })
+    let options = EngineOptions { context, sequences: 1, max_rows, cache_type: KvType::F32, logits: 1 };
+    Engine::new(model, compute, options)
         .unwrap()
 }
 

@@ -7,6 +7,7 @@ mod commands;
 mod editor;
 mod hub;
 mod machine;
+mod memory;
 mod output;
 mod sampling;
 mod selftest;

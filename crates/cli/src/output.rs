@@ -134,12 +134,16 @@ pub fn rate(tokens: usize, time: Duration) -> f64 {
     if time.is_zero() { 0.0 } else { tokens as f64 / time.as_secs_f64() }
 }
 
-/// `1.2 GiB`, for a person.
+/// `1.25 GiB`, for a person.
 pub fn bytes(n: u64) -> String {
     let mut value = n as f64;
     for unit in ["bytes", "KiB", "MiB", "GiB"] {
         if value < 1024.0 {
-            return if unit == "bytes" { format!("{n} bytes") } else { format!("{value:.1} {unit}") };
+            return match unit {
+                "bytes" => format!("{n} bytes"),
+                "GiB" => format!("{value:.2} GiB"),
+                _ => format!("{value:.1} {unit}"),
+            };
         }
         value /= 1024.0;
     }

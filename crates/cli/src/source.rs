@@ -1,14 +1,15 @@
 //! Where models, threads and texts come from.
 
 use crate::hub;
+use crate::memory::{self, MemoryArgs};
 use crate::output::notice;
 use crate::selftest;
 use anyhow::{Context, bail};
 use bitnet::gguf::Gguf;
 use bitnet::hub::ModelName;
-use bitnet::kernels::{Compute, Kernels, KvType, allowed_threads, best, supported};
-use bitnet::model::{Config, Model, Repair, Strategy};
-use bitnet::{EngineOptions, Error};
+use bitnet::kernels::{Compute, Kernels, Part, PartBytes, allowed_threads, best, supported};
+use bitnet::model::{Config, Model, ModelInfo, Repair, Strategy};
+use bitnet::{Engine, EngineOptions, Error, MemoryPlan};
 use std::fmt::Display;
 use std::io::{IsTerminal, Read};
 use std::path::{Path, PathBuf};
@@ -37,36 +38,30 @@ pub struct ModelArgs {
     #[arg(long, value_name = "ISA", value_parser = parse_kernels)]
     kernels: Option<&'static Kernels>,
     #[command(flatten)]
-    pub cache: CacheArgs,
+    memory: MemoryArgs,
     /// Read every weight for every token, instead of only those that can matter; the result is the same
     #[arg(long)]
     dense: bool,
+    /// Tell what memory is taken for
+    #[arg(long, conflicts_with = "quiet")]
+    verbose: bool,
 }
 
-/// How keys and values are kept.
-#[derive(clap::Args)]
-pub struct CacheArgs {
-    /// How the cache stores keys and values: f16 takes half of the memory, q8 a quarter and a bit
-    #[arg(long, value_name = "TYPE", value_enum, default_value = "f32", aliases = ["cache-type-k", "cache-type-v"])]
-    cache_type: CacheType,
+/// What a command needs of its engine.
+pub struct Wish {
+    /// Tokens of context that were asked for; 0: all the model was trained with; None: the engine's default, or fewer.
+    pub context: Option<u32>,
+    pub sequences: usize,
+    pub max_rows: usize,
+    /// Tokens whose logits are wanted at once.
+    pub logits: usize,
+    /// Bytes that the command takes beside model and engine.
+    pub beside: usize,
 }
 
-#[derive(Clone, Copy, clap::ValueEnum)]
-enum CacheType {
-    F32,
-    F16,
-    #[value(alias = "q8_0")]
-    Q8,
-}
-
-impl CacheArgs {
-    /// The type as the engine names it.
-    pub fn ty(&self) -> KvType {
-        match self.cache_type {
-            CacheType::F32 => KvType::F32,
-            CacheType::F16 => KvType::F16,
-            CacheType::Q8 => KvType::Q8,
-        }
+impl Default for Wish {
+    fn default() -> Self {
+        Self { context: None, sequences: 1, max_rows: 512, logits: 1, beside: 0 }
     }
 }
 
@@ -142,20 +137,63 @@ impl ModelArgs {
         if self.dense { Strategy::Dense } else { Strategy::Sparse }
     }
 
-    /// Sizes of an engine for one sequence.
-    pub fn options(&self, context: usize, config: &Config) -> EngineOptions {
-        EngineOptions { context, cache_type: self.cache.ty(), ..EngineOptions::for_model(config) }
+    /// Plans the memory and then loads the model; tells what was repaired and what gave way.
+    pub fn load(&self, compute: &Compute, wish: &Wish) -> anyhow::Result<(Model, EngineOptions)> {
+        let (model, options) = self.load_file(&Arc::new(self.file.open()?), compute, wish)?;
+        self.file.note_repairs(model.repairs());
+        Ok((model, options))
     }
 
-    /// Loads the model and tells what was repaired.
-    pub fn load(&self, compute: &Compute) -> anyhow::Result<Model> {
-        let model = Model::load(&Arc::new(self.file.open()?), compute, self.strategy())?;
-        self.file.note_repairs(model.repairs());
-        Ok(model)
+    /// As [`Self::load`], of another file and without a word about repairs.
+    pub fn load_file(
+        &self,
+        gguf: &Arc<Gguf>,
+        compute: &Compute,
+        wish: &Wish,
+    ) -> anyhow::Result<(Model, EngineOptions)> {
+        let info = ModelInfo::new(gguf, self.strategy())?;
+        let threads = compute.pool().threads();
+        let options = self.plan(gguf.name(), &info.config, wish, |options| info.memory(options, threads))?;
+        Ok((info.load(gguf, compute)?, options))
+    }
+
+    /// Options that fulfil `wish` and fit in the memory there is.
+    pub fn plan(
+        &self,
+        model: &str,
+        config: &Config,
+        wish: &Wish,
+        plan: impl Fn(&EngineOptions) -> MemoryPlan,
+    ) -> anyhow::Result<EngineOptions> {
+        let options = EngineOptions {
+            context: self.context(wish.context, config),
+            sequences: wish.sequences,
+            max_rows: wish.max_rows,
+            cache_type: self.memory.cache_type(),
+            logits: wish.logits,
+        };
+        let mut beside = PartBytes::default();
+        beside[Part::Scratch as usize] = wish.beside;
+        let plan = |options: &EngineOptions| plan(options).and(beside);
+        let (options, shrunk) = self.memory.fit(model, options, wish.context.is_none(), plan)?;
+        if let Some(shrunk) = shrunk {
+            self.file.note(shrunk);
+        }
+        if self.verbose {
+            notice(format_args!("memory planned: {}", memory::sum(&plan(&options), &options)));
+        }
+        Ok(options)
+    }
+
+    /// With `--verbose`: the memory that was taken.
+    pub fn tell_memory(&self, engine: &Engine) {
+        if self.verbose {
+            memory::tell(engine);
+        }
     }
 
     /// Tokens of context: `asked` (0: all the model was trained with), or the engine's default.
-    pub fn context(&self, asked: Option<u32>, config: &Config) -> usize {
+    fn context(&self, asked: Option<u32>, config: &Config) -> usize {
         let context = context(asked, config);
         if context > config.context_length {
             let trained = config.context_length;

@@ -74,7 +74,8 @@ fn build(
 ) -> Engine {
     let compute = Compute::new(kernels, threads);
     let model = Model::load(gguf, &compute, strategy).unwrap();
-    Engine::new(model, compute, EngineOptions { context: 640, sequences, max_rows, cache_type }).unwrap()
+    let options = EngineOptions { context: 640, sequences, max_rows, cache_type, logits: 1 };
+    Engine::new(model, compute, options).unwrap()
 }
 
 /// The tensors of a safetensors file.

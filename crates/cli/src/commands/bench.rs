@@ -1,11 +1,12 @@
 //! `bitnet bench`: tokens per second, beside what the machine's memory allows.
 
-use crate::{output, source};
+use crate::output;
+use crate::source::{self, Wish};
 use anyhow::{Context, Result};
 use bitnet::generate::{Sampler, SamplerConfig};
-use bitnet::kernels::{HugeBuffer, Logits, TernaryMatrix};
+use bitnet::kernels::{HugeBuffer, Logits, Part, TernaryMatrix};
 use bitnet::model::{Config, Model, Phase};
-use bitnet::{Engine, EngineOptions, Feed, SequenceId, Wanted};
+use bitnet::{Engine, EngineOptions, Feed, MemoryPlan, SequenceId, Wanted};
 use serde::Serialize;
 use std::fmt::Write;
 use std::time::Instant;
@@ -73,16 +74,26 @@ struct Measurement {
 
 pub fn run(args: &Args) -> Result<()> {
     let compute = args.model.compute()?;
-    let model = match args.synthetic {
-        Some(_) => Model::random(Config::bitnet_2b_4t(), &compute, args.model.strategy())?,
-        None => args.model.load(&compute)?,
+    let batch = args.batch as usize;
+    let context = args.n_depth.saturating_add(args.n_prompt.max(args.n_gen + 1));
+    let wish = Wish {
+        context: Some(u32::try_from(context).unwrap_or(u32::MAX)),
+        sequences: batch,
+        beside: STREAM,
+        ..Wish::default()
+    };
+    let (model, options) = match args.synthetic {
+        Some(_) => {
+            let (config, strategy) = (Config::bitnet_2b_4t(), args.model.strategy());
+            let threads = compute.pool().threads();
+            let plan = |options: &EngineOptions| MemoryPlan::random(&config, strategy, options, threads);
+            let options = args.model.plan("random weights", &config, &wish, plan)?;
+            (Model::random(config, &compute, strategy)?, options)
+        }
+        None => args.model.load(&compute, &wish)?,
     };
     let name = model.config().name.clone().unwrap_or_else(|| model.file().to_owned());
     let bytes_per_step = bytes_per_step(&model);
-    let batch = args.batch as usize;
-    let context = args.n_depth.saturating_add(args.n_prompt.max(args.n_gen + 1));
-    let options =
-        EngineOptions { context, sequences: batch, max_rows: 512, cache_type: args.model.cache.ty() };
     let mut engine = Engine::new(model, compute, options)?;
     let sequences: Vec<SequenceId> = (0..batch).map(|_| engine.open()).collect();
 
@@ -102,6 +113,7 @@ pub fn run(args: &Args) -> Result<()> {
         profile(&mut engine, args, args.n_gen * batch * args.reps as usize);
         stream(&engine, &mut streams)?;
     }
+    args.model.tell_memory(&engine);
     streams.sort_by(f64::total_cmp);
     let stream = streams[streams.len() / 2];
     let rows = tests.into_iter().map(|(test, n_batch, rates)| {
@@ -159,9 +171,12 @@ fn bytes_per_step(model: &Model) -> usize {
     weights.head.matrix.byte_len() + ternary.sum::<usize>()
 }
 
-/// Adds the rates, in bytes a second, of three reads of half a gigabyte.
+/// Bytes of the buffer that is read to measure the memory.
+const STREAM: usize = 512 << 20;
+
+/// Adds the rates, in bytes a second, of three reads.
 fn stream(engine: &Engine, rates: &mut Vec<f64>) -> Result<()> {
-    let mut buffer = HugeBuffer::new(512 << 20).context("no memory for the bandwidth test")?;
+    let mut buffer = HugeBuffer::new(Part::Scratch, STREAM).context("no memory for the bandwidth test")?;
     buffer.fill(1);
     for _ in 0..3 {
         let start = Instant::now();

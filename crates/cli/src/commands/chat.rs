@@ -1,7 +1,7 @@
 use crate::editor::{Input, Lines, history_file};
 use crate::output::{self, Interrupted, hint, notice, rate};
 use crate::sampling::SamplingArgs;
-use crate::source;
+use crate::source::{self, Wish};
 use anyhow::{Context, bail, ensure};
 use bitnet::generate::{Answer, Chat, FinishReason, Sampler, SamplerConfig, StopConditions};
 use bitnet::text::{Message, Role};
@@ -99,9 +99,10 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let loaded = args.load.as_deref().map(load).transpose()?;
     let template = args.chat_template.as_deref().map(template).transpose()?;
     let compute = args.model.compute()?;
-    let model = args.model.load(&compute)?;
+    let wish = Wish { context: args.ctx_size, ..Wish::default() };
+    let (model, options) = args.model.load(&compute, &wish)?;
     args.sampling.check_biases(&model)?;
-    let context = args.model.context(args.ctx_size, model.config());
+    let context = options.context;
     let template = model.chat_template(template.as_deref())?;
     let stop = StopConditions {
         ids: model.special().stop.clone(),
@@ -110,7 +111,6 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         ..StopConditions::default()
     };
     let name = model.file().to_owned();
-    let options = args.model.options(context, model.config());
     let mut engine = Engine::new(model, compute, options)?;
     let mut chat = Chat::new(&mut engine, template);
     chat.set_messages(loaded.unwrap_or_default());

@@ -1,8 +1,10 @@
-use crate::{machine, output, selftest, source};
+use crate::source::{self, Wish};
+use crate::{machine, output, selftest};
 use anyhow::{Context, ensure};
-use bitnet::kernels::{Compute, HugeBuffer, Logits, TernaryMatrix, supported};
+use bitnet::kernels::{Compute, HugeBuffer, Logits, Part, TernaryMatrix, supported};
 use bitnet::model::{Config, Layer, Model};
 use bitnet::{Engine, EngineOptions, Feed, Wanted};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -45,9 +47,11 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         "cores",
         format!("{threads} threads for {logical} logical CPUs, one a physical core{affinity}{quota}"),
     )?;
-    if let Some((total, available)) = machine::memory() {
-        let limit = machine::cgroup_memory()
-            .map_or(String::new(), |limit| format!("; the control group allows {}", output::bytes(limit)));
+    if let Some((total, available, _)) = machine::memory() {
+        let limit = machine::cgroup_memory(Path::new("/")).map_or(String::new(), |group| {
+            let [limit, available] = [group.limit, group.available].map(output::bytes);
+            format!("; the control group allows {limit}, {available} of them available")
+        });
         say("memory", format!("{}, {} available{limit}", output::bytes(total), output::bytes(available)))?;
     }
     if let Some(pages) = machine::huge_pages() {
@@ -77,7 +81,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         advice.push("the scalar kernels are slow: they are a definition, not made for speed".into());
     }
 
-    let model = args.model.load(&compute)?;
+    let (model, _) =
+        args.model.load(&compute, &Wish { context: Some(16), max_rows: 16, ..Wish::default() })?;
     let name = model.config().name.clone().unwrap_or_else(|| model.file().to_owned());
     let mut speeds = vec![(name.clone(), bytes_per_token(&model), weights(model.config()))];
     drop(model);
@@ -118,7 +123,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 
 /// Bytes a second of a plain read by all threads: the median of five.
 fn stream(compute: &Compute) -> anyhow::Result<f64> {
-    let mut buffer = HugeBuffer::new(256 << 20).context("no memory for the bandwidth test")?;
+    let mut buffer = HugeBuffer::new(Part::Scratch, 256 << 20).context("no memory for the bandwidth test")?;
     buffer.fill(1);
     let mut rates: Vec<f64> = (0..5)
         .map(|_| {

@@ -1,8 +1,9 @@
+use crate::memory::{self, MemoryArgs};
 use crate::{output, source};
 use bitnet::gguf::{Gguf, Value};
-use bitnet::kernels::allowed_threads;
+use bitnet::kernels::{Part, allowed_threads};
 use bitnet::model::{ModelInfo, Strategy};
-use bitnet::{EngineBytes, EngineOptions};
+use bitnet::{EngineOptions, MemoryPlan};
 use serde_json::{Map, json};
 use std::fmt::Write;
 
@@ -20,7 +21,7 @@ pub struct Args {
     #[arg(short = 'c', long, value_name = "CTX", value_parser = source::context_range())]
     ctx_size: Option<u32>,
     #[command(flatten)]
-    cache: source::CacheArgs,
+    memory: MemoryArgs,
     /// List every tensor
     #[arg(long)]
     tensors: bool,
@@ -40,25 +41,17 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     info.map(|_| ()).map_err(Into::into)
 }
 
-/// Bytes that `bitnet run` takes.
-struct Memory {
-    context: usize,
-    weights: usize,
-    engine: EngineBytes,
-}
-
-impl Memory {
-    fn plan(info: &ModelInfo<'_>, args: &Args) -> Self {
-        let context = source::context(args.ctx_size, &info.config);
-        let cache_type = args.cache.ty();
-        let options = EngineOptions { context, cache_type, ..EngineOptions::for_model(&info.config) };
-        let engine = options.bytes(&info.config, allowed_threads());
-        Self { context, weights: info.weight_bytes(), engine }
-    }
-
-    fn total(&self) -> usize {
-        self.weights.saturating_add(self.engine.kv_cache).saturating_add(self.engine.buffers)
-    }
+/// What `bitnet run` takes, or why it does not run.
+fn plan(info: &ModelInfo<'_>, args: &Args, file: &str) -> anyhow::Result<(EngineOptions, MemoryPlan)> {
+    let context = source::context(args.ctx_size, &info.config);
+    let options = EngineOptions {
+        context,
+        cache_type: args.memory.cache_type(),
+        ..EngineOptions::for_model(&info.config)
+    };
+    let plan = |options: &EngineOptions| info.memory(options, allowed_threads());
+    let (options, _) = args.memory.fit(file, options, args.ctx_size.is_none(), plan)?;
+    Ok((options, plan(&options)))
 }
 
 /// Tensor type, number of tensors, bytes; in the order of their first use.
@@ -117,19 +110,10 @@ fn as_text(args: &Args, gguf: &Gguf, info: Option<&ModelInfo<'_>>) -> String {
             for repair in &info.repairs {
                 line("repair", &format!("{}: {}", repair.name, repair.message));
             }
-            let memory = Memory::plan(info, args);
-            let size = |bytes: usize| output::bytes(bytes as u64);
-            line(
-                "memory",
-                &format!(
-                    "{}: weights {}, cache of {} tokens {}, buffers {}",
-                    size(memory.total()),
-                    size(memory.weights),
-                    memory.context,
-                    size(memory.engine.kv_cache),
-                    size(memory.engine.buffers)
-                ),
-            );
+            match plan(info, args, gguf.name()) {
+                Ok((options, plan)) => line("memory", &memory::sum(&plan, &options)),
+                Err(error) => line("memory", &error.to_string()),
+            }
         }
         None => {
             for (key, value) in gguf.metadata() {
@@ -189,14 +173,19 @@ fn as_json(args: &Args, gguf: &Gguf, info: Result<&ModelInfo<'_>, &bitnet::Error
     all["special_tokens"] = json!({ "bos": special.bos, "add_bos": special.add_bos, "stop": special.stop });
     let repairs = info.repairs.iter().map(|r| json!({ "name": r.name, "message": r.message }));
     all["repairs"] = repairs.collect();
-    let memory = Memory::plan(info, args);
-    all["memory"] = json!({
-        "context": memory.context,
-        "weights_bytes": memory.weights,
-        "kv_cache_bytes": memory.engine.kv_cache,
-        "buffers_bytes": memory.engine.buffers,
-        "total_bytes": memory.total(),
-    });
+    all["memory"] = match plan(info, args, gguf.name()) {
+        Ok((options, plan)) => json!({
+            "context": options.context,
+            "cache_type": memory::name(options.cache_type),
+            "weights_bytes": plan.of(Part::Weights),
+            "head_copy_bytes": plan.of(Part::HeadCopy),
+            "kv_cache_bytes": plan.of(Part::Cache),
+            "scratch_bytes": plan.of(Part::Scratch),
+            "vocabulary_bytes": plan.of(Part::Vocabulary),
+            "total_bytes": plan.total(),
+        }),
+        Err(error) => json!({ "error": error.to_string() }),
+    };
     all
 }
 

@@ -1,7 +1,8 @@
-use crate::{output, source};
+use crate::output;
+use crate::source::{self, Wish};
 use anyhow::ensure;
 use bitnet::kernels::Logits;
-use bitnet::{Engine, EngineOptions, Feed, Wanted};
+use bitnet::{Engine, Feed, Wanted};
 use std::path::PathBuf;
 
 /// Tokens whose logits are in memory at once.
@@ -28,11 +29,11 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let tokens = source::read_ids(&args.tokens, args.tokens_file.as_ref())?;
     ensure!(!tokens.is_empty(), "there are no tokens to compute logits of");
     let compute = args.model.compute()?;
-    let model = args.model.load(&compute)?;
+    let context = u32::try_from(tokens.len()).ok();
+    let wish = Wish { context, max_rows: CHUNK, logits: CHUNK, ..Wish::default() };
+    let (model, options) = args.model.load(&compute, &wish)?;
     source::check_ids(&tokens, model.config())?;
     let vocab = model.config().vocab_size;
-    let context = args.model.context(u32::try_from(tokens.len()).ok(), model.config());
-    let options = EngineOptions { context, sequences: 1, max_rows: CHUNK, cache_type: args.model.cache.ty() };
     let mut engine = Engine::new(model, compute, options)?;
     let sequence = engine.open();
     engine.cancel_by(output::interrupt_flag()?);
@@ -45,7 +46,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             }
         }
         Ok(())
-    })
+    })?;
+    args.model.tell_memory(&engine);
+    Ok(())
 }
 
 /// The header of a version 1.0 file of float32, in C order, padded so that the data begin at a multiple of 64 bytes

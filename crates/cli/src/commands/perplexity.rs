@@ -1,10 +1,10 @@
 use crate::output::{self, notice};
-use crate::source;
+use crate::source::{self, Wish};
 use anyhow::ensure;
 use bitnet::kernels::Logits;
 use bitnet::kernels::math::exp64;
 use bitnet::text::Specials;
-use bitnet::{Engine, EngineOptions, Feed, Wanted};
+use bitnet::{Engine, Feed, Wanted};
 use std::path::PathBuf;
 
 /// Tokens whose logits are in memory at once.
@@ -44,20 +44,15 @@ struct Score {
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let text = source::read_prompt(args.file.as_deref())?;
     let compute = args.model.compute()?;
-    let model = args.model.load(&compute)?;
+    let wish = Wish { context: Some(args.ctx_size), logits: CHUNK, ..Wish::default() };
+    let (model, options) = args.model.load(&compute, &wish)?;
     let tokens = model.prompt(&text, Specials::AsText)?;
-    let window = args.model.context(Some(args.ctx_size), model.config());
+    let window = options.context;
     let (found, needed) = (tokens.len(), 2 * window);
     ensure!(found >= needed, "the text has {found} tokens; windows of {window} (-c) need at least {needed}");
     let bos = model.special().first();
 
     let vocab = model.config().vocab_size;
-    let options = EngineOptions {
-        context: window,
-        sequences: 1,
-        max_rows: window.min(512),
-        cache_type: args.model.cache.ty(),
-    };
     let mut engine = Engine::new(model, compute, options)?;
     let sequence = engine.open();
     engine.cancel_by(output::interrupt_flag()?);
@@ -82,6 +77,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             notice(format_args!("[{}/{n_windows}] {perplexity:.4}", index + 1));
         }
     }
+    args.model.tell_memory(&engine);
     let (perplexity, error) = score.perplexity();
     if args.json {
         return output::print_json(&serde_json::json!({

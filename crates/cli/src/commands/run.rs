@@ -1,6 +1,6 @@
 use crate::output::{self, Interrupted, notice, rate};
 use crate::sampling::SamplingArgs;
-use crate::source;
+use crate::source::{self, Wish};
 use anyhow::{bail, ensure};
 use bitnet::Engine;
 use bitnet::generate::{FinishReason, Generated, Speculation, StopConditions, generate};
@@ -59,11 +59,11 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     };
     let start = Instant::now();
     let compute = args.model.compute()?;
-    let model = args.model.load(&compute)?;
+    let wish = Wish { context: args.ctx_size, ..Wish::default() };
+    let (model, options) = args.model.load(&compute, &wish)?;
     let specials = if args.special { Specials::Parse } else { Specials::AsText };
     let prompt = model.prompt(&text, specials)?;
-    let context = args.model.context(args.ctx_size, model.config());
-    let found = prompt.len();
+    let (context, found) = (options.context, prompt.len());
     ensure!(found > 0, "the prompt is empty");
     ensure!(found <= context, "the prompt has {found} tokens, the context {context} (-c sets it)");
     args.sampling.check_biases(&model)?;
@@ -73,7 +73,6 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         max_tokens: usize::try_from(args.n_predict).ok(),
         speculation: if args.no_speculation { Speculation::Off } else { Speculation::Adaptive },
     };
-    let options = args.model.options(context, model.config());
     let mut engine = Engine::new(model, compute, options)?;
     let sequence = engine.open();
     let load_time = start.elapsed();
@@ -112,6 +111,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     } else if !args.model.file.quiet {
         statistics.print();
     }
+    args.model.tell_memory(&engine);
     if statistics.generated.finish == FinishReason::Cancelled {
         bail!(Interrupted);
     }

@@ -1,12 +1,12 @@
 use crate::output::{self, notice};
-use crate::source;
+use crate::source::{self, Wish};
 use anyhow::{Context, bail, ensure};
 use bitnet::convert::Trits;
 use bitnet::gguf::Gguf;
 use bitnet::kernels::Logits;
-use bitnet::model::{Model, ModelInfo};
+use bitnet::model::ModelInfo;
 use bitnet::text::Specials;
-use bitnet::{Engine, EngineOptions, Feed, Wanted};
+use bitnet::{Engine, Feed, Wanted};
 use sha2::{Digest, Sha256};
 use std::fmt::Write;
 use std::io::Read;
@@ -70,12 +70,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     say("trits", &trits.hash)?;
 
     let compute = args.model.compute()?;
-    let model = Model::load(&gguf, &compute, args.model.strategy())?;
+    let context = Some(64.min(info.config.context_length as u32));
+    let (model, options) = args.model.load_file(&gguf, &compute, &Wish { context, ..Wish::default() })?;
     let kernels = compute.kernels().name();
-    let options = EngineOptions {
-        context: 64.min(model.config().context_length),
-        ..EngineOptions::for_model(model.config())
-    };
     let prompt = match model.tokenizer() {
         Ok(_) => model.prompt("Once upon a time", Specials::AsText)?,
         Err(_) => vec![0],
