@@ -1,5 +1,9 @@
 //! The engine: one model, its threads, its cache, and the sequences that share them.
 
+mod saved;
+
+pub use saved::{DEFINITION, SavedError};
+
 use crate::Error;
 use crate::generate::MOST_PROPOSED;
 use crate::model::{Config, Model, Profile, Row, Scratch, Unfinished};

@@ -17,6 +17,6 @@ pub mod text;
 
 pub use bitnet_gguf as gguf;
 pub use bitnet_kernels as kernels;
-pub use engine::{Engine, EngineOptions, Feed, SequenceId, Wanted};
+pub use engine::{Engine, EngineOptions, Feed, SavedError, SequenceId, Wanted};
 pub use error::Error;
 pub use memory::MemoryPlan;

@@ -20,8 +20,7 @@ fn engine(context: usize, max_rows: usize) -> Engine {
     let compute = Compute::new(best(), 2);
     let model = Model::load(&common::gguf("demo"), &compute, Strategy::Sparse).unwrap();
     let options = EngineOptions { context, sequences: 1, max_rows, cache_type: KvType::F32, logits: 1 };
-    Engine::new(model, compute, options)
-        .unwrap()
+    Engine::new(model, compute, options).unwrap()
 }
 
 /// All that a caller can see: the pieces of text, how it ended, the cache, and what the sampler would draw next. `pieces` is

@@ -9,6 +9,7 @@ mod hub;
 mod machine;
 mod memory;
 mod output;
+mod prompt_cache;
 mod sampling;
 mod selftest;
 mod source;

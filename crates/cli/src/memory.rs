@@ -75,7 +75,7 @@ impl MemoryArgs {
                     ));
                 }
                 if fitting.cache_type != options.cache_type {
-                    changes.push(format!("a cache in {}", name(fitting.cache_type)));
+                    changes.push(format!("a cache in {}", fitting.cache_type.name()));
                 }
                 if fitting.max_rows != options.max_rows {
                     changes.push(format!("steps of {} tokens", fitting.max_rows));
@@ -96,7 +96,7 @@ impl MemoryArgs {
                             step.push(format!("-c {}", fitting.context));
                         }
                         if cache_type != options.cache_type {
-                            step.push(format!("--cache-type {}", name(cache_type)));
+                            step.push(format!("--cache-type {}", cache_type.name()));
                         }
                         Some(step.join(" "))
                     })
@@ -122,7 +122,11 @@ pub fn sum(plan: &MemoryPlan, options: &EngineOptions) -> String {
             Part::Cache => {
                 let sequences =
                     if options.sequences > 1 { format!("{} x ", options.sequences) } else { String::new() };
-                format!("cache of {sequences}{} tokens in {} {size}", options.context, name(options.cache_type))
+                format!(
+                    "cache of {sequences}{} tokens in {} {size}",
+                    options.context,
+                    options.cache_type.name()
+                )
             }
             part => format!("{} {size}", part.name()),
         }
@@ -143,18 +147,10 @@ pub fn tell(engine: &Engine) {
             format!("{} {}{touched}", part.name(), bytes(parts[part as usize] as u64))
         })
         .collect();
-    let resident = machine::resident_peak()
-        .map_or(String::new(), |size| format!("; the system counted {}, pages of files included", bytes(size)));
+    let resident = machine::resident_peak().map_or(String::new(), |size| {
+        format!("; the system counted {}, pages of files included", bytes(size))
+    });
     notice(format_args!("memory: {}; peak {}{resident}", used.join(", "), bytes(peak as u64)));
-}
-
-/// The name of a cache type, as `--cache-type` takes it.
-pub fn name(ty: KvType) -> &'static str {
-    match ty {
-        KvType::F32 => "f32",
-        KvType::F16 => "f16",
-        KvType::Q8 => "q8",
-    }
 }
 
 /// `800M`, `1.5G`, `1.5GiB`: powers of 1024.
@@ -181,9 +177,14 @@ mod tests {
 
     #[test]
     fn sizes() {
-        for (text, size) in
-            [("1.5G", 3 << 29), ("800M", 800 << 20), ("2gib", 2 << 30), ("64KB", 65_536), ("17", 17), ("17B", 17)]
-        {
+        for (text, size) in [
+            ("1.5G", 3 << 29),
+            ("800M", 800 << 20),
+            ("2gib", 2 << 30),
+            ("64KB", 65_536),
+            ("17", 17),
+            ("17B", 17),
+        ] {
             assert_eq!(parse_size(text), Ok(size), "{text}");
         }
         for text in ["", "G", "-1G", "1.2.3M", "1X", "NaN", "inf", "1 G", "1iB"] {

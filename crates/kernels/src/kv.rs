@@ -22,6 +22,16 @@ pub enum KvType {
     Q8,
 }
 
+impl KvType {
+    /// All of them; the order, as the numbers, is part of saved caches.
+    pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::Q8];
+
+    /// Its name on the command line.
+    pub const fn name(self) -> &'static str {
+        ["f32", "f16", "q8"][self as usize]
+    }
+}
+
 /// The shape of a cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvShape {
@@ -43,6 +53,13 @@ impl KvShape {
     pub fn page_bytes(&self) -> Option<usize> {
         let data = self.head_bytes()?.checked_mul(self.layers)?.checked_mul(self.heads)?;
         data.checked_add(self.part_floats()?.checked_mul(4 * self.heads)?)
+    }
+
+    /// Bytes of the keys and values of PAGE positions, as [`KvStore::page`] has them; 0 for a shape that overflows.
+    pub fn data_bytes(&self) -> usize {
+        self.head_bytes()
+            .and_then(|bytes| bytes.checked_mul(self.layers)?.checked_mul(self.heads))
+            .unwrap_or(0)
     }
 
     /// Bytes that attention takes for each row of a step.
@@ -134,7 +151,7 @@ impl KvStore {
     /// # Panics
     /// If there is no such page.
     pub fn page(&self, page: u32) -> &[u8] {
-        let len = self.data.len() / self.pages.max(1);
+        let len = self.shape.data_bytes();
         &self.data[page as usize * len..][..len]
     }
 
@@ -143,7 +160,7 @@ impl KvStore {
     /// # Panics
     /// If there is no such page.
     pub fn page_mut(&mut self, page: u32) -> &mut [u8] {
-        let len = self.data.len() / self.pages.max(1);
+        let len = self.shape.data_bytes();
         &mut self.data[page as usize * len..][..len]
     }
 

@@ -87,6 +87,11 @@ impl Chat {
         self.messages.last().is_some_and(|message| message.role == Role::User)
     }
 
+    /// The sequence of its tokens.
+    pub fn sequence(&self) -> SequenceId {
+        self.sequence
+    }
+
     /// Tokens in the cache.
     pub fn cached_tokens(&self, engine: &Engine) -> usize {
         engine.tokens(self.sequence).len()

@@ -3,7 +3,7 @@
 use super::config::{Keys, Repair};
 use super::rope::{angles, inverse_frequencies};
 use super::weights::WeightPlan;
-use super::{Config, Strategy, Weights};
+use super::{Config, Strategy, Weights, identity};
 use crate::text::{ChatTemplate, Specials, TemplateError, TemplateModel, Tokenizer, Vocab};
 use crate::{EngineOptions, Error, MemoryPlan};
 use bitnet_gguf::Gguf;
@@ -160,9 +160,9 @@ impl Model {
     pub fn file(&self) -> &str {
         &self.name
     }
-    /// The file itself; a model of random weights has none.
-    pub fn gguf(&self) -> Option<&Gguf> {
-        self.file.as_deref()
+    /// What tells the model's file from others: see [`identity`](super::identity). None for random weights.
+    pub fn identity(&self) -> Option<[u8; 32]> {
+        self.file.as_ref().map(|file| identity(file))
     }
     /// The configuration.
     pub fn config(&self) -> &Config {

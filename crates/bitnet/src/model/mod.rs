@@ -2,6 +2,7 @@
 
 pub mod config;
 mod forward;
+mod identity;
 mod load;
 mod profile;
 mod rope;
@@ -10,6 +11,7 @@ mod weights;
 
 pub use config::{Config, Repair};
 pub use forward::{Row, Scratch, Unfinished};
+pub use identity::identity;
 pub use load::{Model, ModelInfo, SpecialTokens};
 pub use profile::{Phase, Profile};
 pub use weights::{Layer, Strategy, Weights};

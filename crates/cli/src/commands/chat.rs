@@ -1,5 +1,6 @@
 use crate::editor::{Input, Lines, history_file};
 use crate::output::{self, Interrupted, hint, notice, rate};
+use crate::prompt_cache::PromptCacheArgs;
 use crate::sampling::SamplingArgs;
 use crate::source::{self, Wish};
 use anyhow::{Context, bail, ensure};
@@ -44,6 +45,8 @@ pub struct Args {
     /// Do not keep what is typed for the arrow keys of the next chat
     #[arg(long)]
     no_history: bool,
+    #[command(flatten)]
+    prompt_cache: PromptCacheArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
 }
@@ -117,6 +120,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     if let Some(system) = &args.system {
         chat.set_system(system);
     }
+    args.prompt_cache.restore(&mut engine, chat.sequence(), None)?;
+    let held = engine.tokens(chat.sequence()).to_vec();
     let interrupted = output::ctrl_c_flag()?;
     engine.cancel_by(interrupted.clone());
     let mut lines = Lines::new(&COMMANDS, history_file().filter(|_| !args.no_history))?;
@@ -137,33 +142,49 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         hint("/help lists the commands, Ctrl-D ends the chat");
     }
     session.between_answers();
-    loop {
-        let text = match lines.next(">>> ")? {
-            Input::Text(text) => text,
-            Input::Cleared => {
-                hint("Ctrl-D or /exit ends the chat");
-                continue;
-            }
-            Input::End => break,
-        };
-        // Text from a pipe is never a command: it may be anybody's.
-        let command = text.strip_prefix('/').filter(|rest| terminal && !rest.starts_with('/'));
-        let result = match command {
-            _ if text.trim().is_empty() => continue,
-            Some("exit" | "quit" | "bye") => break,
-            Some(command) => session.command(command),
-            None => session.ask(if terminal { text.strip_prefix('/').unwrap_or(&text) } else { &text }),
-        };
-        match result {
-            // What a person does wrong can be done again; a script has to know.
-            Err(error) if terminal && !output::is_final(&error) => notice(format_args!("error: {error:#}")),
-            result => result?,
-        }
+    let result = session.talk(&mut lines);
+    let (engine, sequence) = (&session.engine, session.chat.sequence());
+    args.model.tell_memory(engine);
+    if held.starts_with(engine.tokens(sequence)) {
+        return result;
     }
-    Ok(())
+    // A signal ends the writing, not the program in the middle of it.
+    session.interrupted.store(false, Ordering::Relaxed);
+    let stop = output::interrupt_flag()?;
+    result.and(args.prompt_cache.save(engine, sequence, usize::MAX, &stop))
 }
 
 impl Session {
+    fn talk(&mut self, lines: &mut Lines) -> anyhow::Result<()> {
+        let terminal = self.terminal;
+        loop {
+            let text = match lines.next(">>> ")? {
+                Input::Text(text) => text,
+                Input::Cleared => {
+                    hint("Ctrl-D or /exit ends the chat");
+                    continue;
+                }
+                Input::End => break,
+            };
+            // Text from a pipe is never a command: it may be anybody's.
+            let command = text.strip_prefix('/').filter(|rest| terminal && !rest.starts_with('/'));
+            let result = match command {
+                _ if text.trim().is_empty() => continue,
+                Some("exit" | "quit" | "bye") => break,
+                Some(command) => self.command(command),
+                None => self.ask(if terminal { text.strip_prefix('/').unwrap_or(&text) } else { &text }),
+            };
+            match result {
+                // What a person does wrong can be done again; a script has to know.
+                Err(error) if terminal && !output::is_final(&error) => {
+                    notice(format_args!("error: {error:#}"));
+                }
+                result => result?,
+            }
+        }
+        Ok(())
+    }
+
     fn ask(&mut self, text: &str) -> anyhow::Result<()> {
         self.chat.ask(text);
         self.answer()

@@ -176,7 +176,7 @@ fn as_json(args: &Args, gguf: &Gguf, info: Result<&ModelInfo<'_>, &bitnet::Error
     all["memory"] = match plan(info, args, gguf.name()) {
         Ok((options, plan)) => json!({
             "context": options.context,
-            "cache_type": memory::name(options.cache_type),
+            "cache_type": options.cache_type.name(),
             "weights_bytes": plan.of(Part::Weights),
             "head_copy_bytes": plan.of(Part::HeadCopy),
             "kv_cache_bytes": plan.of(Part::Cache),

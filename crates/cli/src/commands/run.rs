@@ -1,4 +1,5 @@
 use crate::output::{self, Interrupted, notice, rate};
+use crate::prompt_cache::PromptCacheArgs;
 use crate::sampling::SamplingArgs;
 use crate::source::{self, Wish};
 use anyhow::{bail, ensure};
@@ -7,6 +8,7 @@ use bitnet::generate::{FinishReason, Generated, Speculation, StopConditions, gen
 use bitnet::text::Specials;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// Continues a text. The continuation goes to stdout, everything else to stderr.
@@ -48,6 +50,8 @@ pub struct Args {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    prompt_cache: PromptCacheArgs,
+    #[command(flatten)]
     sampling: SamplingArgs,
 }
 
@@ -75,9 +79,15 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     };
     let mut engine = Engine::new(model, compute, options)?;
     let sequence = engine.open();
+    args.prompt_cache.restore(&mut engine, sequence, Some(&prompt))?;
+    let held = engine.tokens(sequence).len();
+    // The logits of the last token are wanted, so that one is computed anew.
+    let cached = held.min(prompt.len() - 1);
+    engine.truncate(sequence, cached);
     let load_time = start.elapsed();
 
-    engine.cancel_by(output::interrupt_flag()?);
+    let interrupted = output::interrupt_flag()?;
+    engine.cancel_by(interrupted.clone());
     let start = Instant::now();
     let (mut text, mut first_token, mut failure) = (String::new(), None, None);
     let mut emit = |part: &str| {
@@ -88,7 +98,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         }
         if failure.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     };
-    let generated = generate(&mut engine, sequence, &prompt, &mut sampler, &stop, &mut emit);
+    let generated = generate(&mut engine, sequence, &prompt[cached..], &mut sampler, &stop, &mut emit);
     if let Some(error) = failure {
         return Err(error);
     }
@@ -100,6 +110,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let statistics = Statistics {
         generated: generated?,
         prompt_tokens: prompt.len(),
+        cached_tokens: cached,
         load_time,
         first_token: first_token.unwrap_or_default(),
         seed: sampler.config().seed,
@@ -111,6 +122,11 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     } else if !args.model.file.quiet {
         statistics.print();
     }
+    if held < prompt.len() && engine.tokens(sequence).len() >= prompt.len() {
+        // Another signal ends the writing too.
+        interrupted.store(false, Ordering::Relaxed);
+        args.prompt_cache.save(&engine, sequence, prompt.len(), &interrupted)?;
+    }
     args.model.tell_memory(&engine);
     if statistics.generated.finish == FinishReason::Cancelled {
         bail!(Interrupted);
@@ -121,6 +137,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 struct Statistics {
     generated: Generated,
     prompt_tokens: usize,
+    cached_tokens: usize,
     load_time: Duration,
     first_token: Duration,
     seed: u64,
@@ -130,7 +147,7 @@ struct Statistics {
 
 impl Statistics {
     fn prompt_rate(&self) -> f64 {
-        rate(self.prompt_tokens, self.generated.prompt_time)
+        rate(self.prompt_tokens - self.cached_tokens, self.generated.prompt_time)
     }
 
     /// The first token comes with the prompt.
@@ -149,11 +166,16 @@ impl Statistics {
     }
 
     fn print(&self) {
+        let cached = match self.cached_tokens {
+            0 => String::new(),
+            count => format!("  ({count} of them from the prompt cache)"),
+        };
         notice(format_args!(
-            "\nprompt     {:>6} tokens  {:>8.2} tokens/s\ngenerated  {:>6} tokens  {:>8.2} tokens/s  (ended: {}; \
+            "\nprompt     {:>6} tokens  {:>8.2} tokens/s{}\ngenerated  {:>6} tokens  {:>8.2} tokens/s  (ended: {}; \
              speculation: {} of {} accepted)\nload {:.2} s, first token after {:.3} s, seed {}, {}, {} threads",
             self.prompt_tokens,
             self.prompt_rate(),
+            cached,
             self.generated.tokens.len(),
             self.decode_rate(),
             self.finish().replace('_', " "),
@@ -173,6 +195,7 @@ impl Statistics {
             "tokens": self.generated.tokens,
             "finish": self.finish(),
             "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
             "prompt_tokens_per_second": self.prompt_rate(),
             "generated_tokens_per_second": self.decode_rate(),
             "proposed_tokens": self.generated.proposed,
