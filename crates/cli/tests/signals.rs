@@ -100,3 +100,37 @@ fn signals_leave_no_half_written_file() {
         assert_eq!(files(), 0);
     }
 }
+
+#[test]
+fn signals_leave_a_whole_prompt_cache_or_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let (prompt, cache) = (folder.path().join("prompt.txt"), folder.path().join("cache"));
+    fs::write(&prompt, "once upon a time ".repeat(500)).unwrap();
+    let run = |n: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet"));
+        command.args(["run", "-f", text(&prompt), "-c", "4096", "--ignore-eos", "-n", n, "--prompt-cache"]);
+        command.arg(&cache).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().unwrap()
+    };
+    let files = || fs::read_dir(folder.path()).unwrap().count();
+    // While it generates: what was read of the prompt is kept.
+    let mut child = run("-1");
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    assert!(!stdout.fill_buf().unwrap().is_empty());
+    send("-INT", &child);
+    std::io::copy(&mut stdout, &mut std::io::sink()).unwrap();
+    ended(child);
+    assert!(cache.exists() && files() == 2);
+    let again = run("1").wait_with_output().unwrap();
+    assert!(String::from_utf8_lossy(&again.stderr).contains("from the prompt cache"));
+    // While it writes.
+    fs::remove_file(&cache).unwrap();
+    let child = run("1");
+    while files() == 1 {
+        sleep(Duration::from_micros(100));
+    }
+    send("-TERM", &child);
+    let code = child.wait_with_output().unwrap().status.code();
+    assert!(code == Some(0) && cache.exists() || code == Some(130) && !cache.exists(), "{code:?}");
+    assert_eq!(files(), 1 + usize::from(cache.exists()));
+}

@@ -381,7 +381,8 @@ fn fold_max<I: Isa>(isa: I, top: I::F) -> f32 {
 /// parts, which float32 holds exactly.
 #[inline(always)]
 fn starts<I: Isa>(isa: I, sums: [I::F; 2]) -> [i32; 2] {
-    [-128 * fold(isa, sums[0]) as i32, -128 * fold(isa, sums[1]) as i32]
+    // Of a cache that somebody forged the sums may be anything.
+    sums.map(|sum| (fold(isa, sum) as i32).wrapping_mul(-128))
 }
 
 /// Makes queries (`[heads][head_dim]`) integers, as [`Codes`] has them: q ≈ (128 * high + low) * scale, the parts filled
