@@ -1,7 +1,7 @@
 //! The logits and the greedy continuations of the golden models are, to the bit, those stored in `fixtures/models/bits.json`:
 //! the same file on every machine, so two architectures that both pass have computed the same.
 //!
-//! The file changes only together with the arithmetic (ARCHITECTURE.md). Then this test prints its new contents.
+//! The file changes only together with the arithmetic (ARCHITECTURE.md) and `bitnet::engine::DEFINITION`. Then this test prints its new contents.
 #![allow(clippy::unwrap_used)]
 
 mod common;
