@@ -7,7 +7,7 @@ pub use saved::{DEFINITION, SavedError};
 use crate::Error;
 use crate::generate::MOST_PROPOSED;
 use crate::model::{Config, Model, Profile, Row, Scratch, Unfinished};
-use bitnet_kernels::{Compute, Counted, KvStore, KvType, Logits, PAGE, Part, PartBytes};
+use bitnet_kernels::{Compute, Counted, KvStore, KvType, Logits, MemoryPart, PAGE, PartBytes};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -39,8 +39,8 @@ impl EngineOptions {
         let mut bytes = PartBytes::default();
         let logits = self.logits(config).saturating_mul(size_of::<f32>());
         let rows = config.kv_shape(self.cache_type).row_bytes() * self.rows();
-        bytes[Part::Cache as usize] = self.kv_bytes(config);
-        bytes[Part::Scratch as usize] =
+        bytes[MemoryPart::Cache as usize] = self.kv_bytes(config);
+        bytes[MemoryPart::Scratch as usize] =
             (Scratch::bytes(config, self.rows(), threads) + rows).saturating_add(logits);
         bytes
     }
@@ -141,7 +141,7 @@ impl Engine {
             sequences: Vec::new(),
             rows: Vec::with_capacity(options.max_rows),
             touched: 0,
-            counted: Counted::new(Part::Scratch, size_of_val(&logits[..])),
+            counted: Counted::new(MemoryPart::Scratch, size_of_val(&logits[..])),
             logits,
             cancel: Arc::default(),
             options,
@@ -225,7 +225,7 @@ impl Engine {
         if let Some(more) = (total * vocab).checked_sub(self.logits.len()) {
             self.logits.reserve_exact(more);
             self.logits.resize(total * vocab, 0.0);
-            self.counted.add(Part::Scratch, more * size_of::<f32>());
+            self.counted.add(MemoryPart::Scratch, more * size_of::<f32>());
         }
         match self.run_steps(feeds) {
             Ok(()) => Ok(&self.logits[..total * vocab]),

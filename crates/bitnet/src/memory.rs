@@ -2,7 +2,7 @@
 
 use crate::EngineOptions;
 use crate::model::{Config, Strategy, Weights};
-use bitnet_kernels::{KvType, PAGE, Part, PartBytes};
+use bitnet_kernels::{KvType, MemoryPart, PAGE, PartBytes};
 
 /// Bytes by what they are for, as [`memory_use`](crate::kernels::memory_use) counts what was really taken. Pages of the
 /// model file are not in it: the system takes them back when memory is short.
@@ -24,7 +24,7 @@ impl MemoryPlan {
     }
 
     /// Bytes of a part.
-    pub fn of(&self, part: Part) -> usize {
+    pub fn of(&self, part: MemoryPart) -> usize {
         self.0[part as usize]
     }
 

@@ -3,7 +3,7 @@
 
 mod common;
 
-use bitnet::kernels::{Compute, KvType, Logits, Part, best, memory_use};
+use bitnet::kernels::{Compute, KvType, Logits, MemoryPart, best, memory_use};
 use bitnet::model::{ModelInfo, Strategy};
 use bitnet::{Engine, EngineOptions, Feed, Wanted};
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -44,7 +44,7 @@ fn takes_what_was_planned(
     let compute = Compute::new(best(), threads);
     let engine = Engine::new(info.load(&gguf, &compute).unwrap(), compute, options).unwrap();
     let (used, peak) = memory_use();
-    for part in Part::ALL {
+    for part in MemoryPart::ALL {
         let (planned, used) = (plan.of(part), used[part as usize]);
         let slack = planned / 50 + 4096;
         let what = format!("{model} {strategy:?} {cache_type:?} {max_rows}: {part:?}");
@@ -71,7 +71,7 @@ fn an_engine_takes_what_it_says_and_a_decoded_token_nothing() {
     let gguf = common::gguf("demo");
     let model = ModelInfo::new(&gguf, Strategy::Sparse).unwrap().load(&gguf, &compute).unwrap();
     let options = EngineOptions { context: 640, ..EngineOptions::for_model(model.config()) };
-    let planned = options.bytes(model.config(), threads)[Part::Scratch as usize];
+    let planned = options.bytes(model.config(), threads)[MemoryPart::Scratch as usize];
     let before = BYTES.load(Ordering::Relaxed);
     let mut engine = Engine::new(model, compute, options).unwrap();
     let taken = BYTES.load(Ordering::Relaxed) - before;

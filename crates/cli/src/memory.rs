@@ -3,7 +3,7 @@
 use crate::machine;
 use crate::output::{bytes, notice};
 use anyhow::bail;
-use bitnet::kernels::{KvType, PAGE, Part, memory_use};
+use bitnet::kernels::{KvType, MemoryPart, PAGE, memory_use};
 use bitnet::{Engine, EngineOptions, MemoryPlan};
 
 /// How keys and values are kept, and how much memory there is.
@@ -116,10 +116,10 @@ impl MemoryArgs {
 
 /// A plan as a sum.
 pub fn sum(plan: &MemoryPlan, options: &EngineOptions) -> String {
-    let parts = Part::ALL.iter().filter(|part| plan.of(**part) > 0).map(|&part| {
+    let parts = MemoryPart::ALL.iter().filter(|part| plan.of(**part) > 0).map(|&part| {
         let size = bytes(plan.of(part) as u64);
         match part {
-            Part::Cache => {
+            MemoryPart::Cache => {
                 let sequences =
                     if options.sequences > 1 { format!("{} x ", options.sequences) } else { String::new() };
                 format!(
@@ -137,11 +137,11 @@ pub fn sum(plan: &MemoryPlan, options: &EngineOptions) -> String {
 /// What was taken so far, for `--verbose`.
 pub fn tell(engine: &Engine) {
     let (parts, peak) = memory_use();
-    let used: Vec<_> = Part::ALL
+    let used: Vec<_> = MemoryPart::ALL
         .iter()
         .map(|&part| {
             let touched = match part {
-                Part::Cache => format!(" ({} of them in use)", bytes(engine.cache_touched() as u64)),
+                MemoryPart::Cache => format!(" ({} of them in use)", bytes(engine.cache_touched() as u64)),
                 _ => String::new(),
             };
             format!("{} {}{touched}", part.name(), bytes(parts[part as usize] as u64))

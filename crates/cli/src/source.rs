@@ -7,7 +7,7 @@ use crate::selftest;
 use anyhow::{Context, bail};
 use bitnet::gguf::Gguf;
 use bitnet::hub::ModelName;
-use bitnet::kernels::{Compute, Kernels, Part, PartBytes, allowed_threads, best, supported};
+use bitnet::kernels::{Compute, Kernels, MemoryPart, PartBytes, allowed_threads, best, supported};
 use bitnet::model::{Config, Model, ModelInfo, Repair, Strategy};
 use bitnet::{Engine, EngineOptions, Error, MemoryPlan};
 use std::fmt::Display;
@@ -173,7 +173,7 @@ impl ModelArgs {
             logits: wish.logits,
         };
         let mut beside = PartBytes::default();
-        beside[Part::Scratch as usize] = wish.beside;
+        beside[MemoryPart::Scratch as usize] = wish.beside;
         let plan = |options: &EngineOptions| plan(options).and(beside);
         let (options, shrunk) = self.memory.fit(model, options, wish.context.is_none(), plan)?;
         if let Some(shrunk) = shrunk {

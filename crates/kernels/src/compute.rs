@@ -3,7 +3,7 @@
 //! Every function checks its lengths once, splits its output into disjoint parts and returns when all are written. The
 //! result never depends on the number of threads: each element is computed whole by one task.
 
-use crate::memory::{Aligned, Bytes, Counted, Part, taken};
+use crate::memory::{Aligned, Bytes, Counted, MemoryPart, taken};
 use crate::ops::FloatType;
 use crate::pool::Pool;
 use crate::table::Kernels;
@@ -134,7 +134,7 @@ impl QuantizedRows {
             live,
             packed,
             begins: Vec::with_capacity(ROW_TOKENS + 1),
-            _counted: Counted::new(Part::Scratch, lists),
+            _counted: Counted::new(MemoryPart::Scratch, lists),
         }
     }
     /// Its size in bytes.

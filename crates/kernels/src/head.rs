@@ -1,7 +1,7 @@
 //! The output head: all logits, or only those that can still be chosen.
 
 use crate::compute::{Compute, FloatMatrix, Rows};
-use crate::memory::{Counted, Part, taken};
+use crate::memory::{Counted, MemoryPart, taken};
 use crate::screen::{BLOCK, Probe, Screen, fill_part, upper_bound};
 use crate::ternary::OutPtr;
 
@@ -80,7 +80,7 @@ impl HeadScratch {
         };
         let Self { tops, widest, select, list, ranges, exact, rows, .. } = &scratch;
         let floats = taken(tops) + taken(widest) + taken(select) + taken(ranges) + taken(exact);
-        scratch.counted = Counted::new(Part::Scratch, floats + taken(list) + taken(rows));
+        scratch.counted = Counted::new(MemoryPart::Scratch, floats + taken(list) + taken(rows));
         scratch
     }
     /// Its size in bytes, but for the probes' alignment.

@@ -3,7 +3,7 @@
 use crate::attention::{Codes, Segment, quads};
 use crate::compute::{Compute, Rows};
 use crate::half::f32_to_f16;
-use crate::memory::{Aligned, Counted, HugeBuffer, Part, cast_mut, taken};
+use crate::memory::{Aligned, Counted, HugeBuffer, MemoryPart, cast_mut, taken};
 use crate::ops::PAGE;
 
 /// How the cache stores a number. Each type is a definition of its own, the same bits on every machine.
@@ -135,13 +135,13 @@ impl KvStore {
         Some(Self {
             shape,
             head_bytes,
-            data: HugeBuffer::new(Part::Cache, head_bytes * shape.heads * shape.layers * pages)?,
+            data: HugeBuffer::new(MemoryPart::Cache, head_bytes * shape.heads * shape.layers * pages)?,
             pages,
-            parts: HugeBuffer::new(Part::Cache, 4 * part_floats * shape.heads * pages)?,
+            parts: HugeBuffer::new(MemoryPart::Cache, 4 * part_floats * shape.heads * pages)?,
             part_floats,
             states,
             queries,
-            _counted: Counted::new(Part::Scratch, lists),
+            _counted: Counted::new(MemoryPart::Scratch, lists),
         })
     }
 

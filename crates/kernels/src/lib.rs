@@ -28,7 +28,7 @@ pub use compute::{
 };
 pub use head::{Head, HeadCounts, HeadScratch, Logits};
 pub use kv::{KvShape, KvStore, KvType};
-pub use memory::{Aligned, Bytes, Counted, HugeBuffer, Part, PartBytes, Plain, memory_use};
+pub use memory::{Aligned, Bytes, Counted, HugeBuffer, MemoryPart, PartBytes, Plain, memory_use};
 pub use ops::{FloatType, PAGE};
 pub use pool::{Pool, allowed_threads};
 pub use screen::Screen;

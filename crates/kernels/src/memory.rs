@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 /// What memory is taken for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
+pub enum MemoryPart {
     /// Ternary matrices, and an embedding or head that was copied.
     Weights,
     /// The four-bit copy of the head.
@@ -20,7 +20,7 @@ pub enum Part {
     Vocabulary,
 }
 
-impl Part {
+impl MemoryPart {
     /// All, in the order of their discriminants.
     pub const ALL: [Self; 5] = [Self::Weights, Self::HeadCopy, Self::Cache, Self::Scratch, Self::Vocabulary];
 
@@ -30,10 +30,10 @@ impl Part {
     }
 }
 
-/// Bytes for each part, in the order of [`Part::ALL`].
-pub type PartBytes = [usize; Part::ALL.len()];
+/// Bytes for each part, in the order of [`MemoryPart::ALL`].
+pub type PartBytes = [usize; MemoryPart::ALL.len()];
 
-static LIVE: [AtomicUsize; Part::ALL.len()] = [const { AtomicUsize::new(0) }; Part::ALL.len()];
+static LIVE: [AtomicUsize; MemoryPart::ALL.len()] = [const { AtomicUsize::new(0) }; MemoryPart::ALL.len()];
 static ALL: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
 
@@ -49,13 +49,13 @@ pub struct Counted(PartBytes);
 
 impl Counted {
     /// `bytes` for `part`.
-    pub fn new(part: Part, bytes: usize) -> Self {
+    pub fn new(part: MemoryPart, bytes: usize) -> Self {
         let mut counted = Self::default();
         counted.add(part, bytes);
         counted
     }
     /// So many bytes more.
-    pub fn add(&mut self, part: Part, bytes: usize) {
+    pub fn add(&mut self, part: MemoryPart, bytes: usize) {
         self.0[part as usize] += bytes;
         LIVE[part as usize].fetch_add(bytes, Relaxed);
         PEAK.fetch_max(ALL.fetch_add(bytes, Relaxed) + bytes, Relaxed);
@@ -64,7 +64,7 @@ impl Counted {
     ///
     /// # Panics
     /// If there are not so many.
-    pub fn shift(&mut self, from: Part, to: Part, bytes: usize) {
+    pub fn shift(&mut self, from: MemoryPart, to: MemoryPart, bytes: usize) {
         assert!(bytes <= self.0[from as usize]);
         self.0[from as usize] -= bytes;
         LIVE[from as usize].fetch_sub(bytes, Relaxed);
@@ -108,7 +108,7 @@ const ALIGN: usize = 2 << 20;
 impl HugeBuffer {
     /// A buffer of `len` zero bytes for `part`, or None where the system has no room for it.
     #[cfg(unix)]
-    pub fn new(part: Part, len: usize) -> Option<Self> {
+    pub fn new(part: MemoryPart, len: usize) -> Option<Self> {
         let size = len.checked_next_multiple_of(ALIGN)?.checked_add(ALIGN)?;
         let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
         // SAFETY: a new private mapping, no fixed address: nothing existing is touched.
@@ -130,7 +130,7 @@ impl HugeBuffer {
 
     /// A buffer of `len` zero bytes for `part`, or None where the system has no room for it.
     #[cfg(not(unix))]
-    pub fn new(part: Part, len: usize) -> Option<Self> {
+    pub fn new(part: MemoryPart, len: usize) -> Option<Self> {
         let layout = std::alloc::Layout::from_size_align(len.max(1), ALIGN).ok()?;
         // SAFETY: the size is not zero.
         let ptr = unsafe { std::alloc::alloc_zeroed(layout) };
@@ -222,7 +222,7 @@ pub(crate) fn cast_mut<T: Plain>(bytes: &mut [u8]) -> &mut [T] {
 }
 
 /// A zeroed slice that begins on a cache line, so that no vector load from it touches two lines where it need not.
-/// It counts as [`Part::Scratch`].
+/// It counts as [`MemoryPart::Scratch`].
 pub struct Aligned<T> {
     lines: Vec<Line>,
     len: usize,
@@ -234,7 +234,7 @@ impl<T: Plain> Aligned<T> {
     /// `len` zeros.
     pub fn zeroed(len: usize) -> Self {
         let lines = vec![Line([0; 64]); (len * size_of::<T>()).div_ceil(64)];
-        Self { len, _counted: Counted::new(Part::Scratch, taken(&lines)), lines, of: PhantomData }
+        Self { len, _counted: Counted::new(MemoryPart::Scratch, taken(&lines)), lines, of: PhantomData }
     }
 }
 

@@ -7,7 +7,7 @@ use super::{Config, Strategy, Weights, identity};
 use crate::text::{ChatTemplate, Specials, TemplateError, TemplateModel, Tokenizer, Vocab};
 use crate::{EngineOptions, Error, MemoryPlan};
 use bitnet_gguf::Gguf;
-use bitnet_kernels::{Compute, Part, PartBytes};
+use bitnet_kernels::{Compute, MemoryPart, PartBytes};
 use std::sync::{Arc, OnceLock};
 
 /// An immutable model: many sequences share it.
@@ -69,7 +69,7 @@ impl<'a> ModelInfo<'a> {
     /// The memory that the model takes with an engine of these sizes on `threads` threads.
     pub fn memory(&self, options: &EngineOptions, threads: usize) -> MemoryPlan {
         let mut vocabulary = PartBytes::default();
-        vocabulary[Part::Vocabulary as usize] = self.vocab.as_ref().map_or(0, Vocab::table_bytes);
+        vocabulary[MemoryPart::Vocabulary as usize] = self.vocab.as_ref().map_or(0, Vocab::table_bytes);
         MemoryPlan::default().and(self.plan.bytes()).and(vocabulary).and(options.bytes(&self.config, threads))
     }
 

@@ -8,8 +8,8 @@ use bitnet_kernels::blocks::BlockFormat;
 use bitnet_kernels::ternary::blocks::RowFormat;
 use bitnet_kernels::ternary::{CHUNK, Layout, columns, pack, row_bytes};
 use bitnet_kernels::{
-    Activation, Bytes, Compute, FloatMatrix, FloatType, Head, HugeBuffer, Part as MemoryPart, PartBytes,
-    Screen, TernaryMatrix,
+    Activation, Bytes, Compute, FloatMatrix, FloatType, Head, HugeBuffer, MemoryPart, PartBytes, Screen,
+    TernaryMatrix,
 };
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -2,7 +2,7 @@
 
 use std::hash::BuildHasher;
 
-use bitnet_kernels::{Counted, Part};
+use bitnet_kernels::{Counted, MemoryPart};
 use hashbrown::hash_table::Entry;
 use hashbrown::{DefaultHashBuilder, HashTable};
 
@@ -178,7 +178,7 @@ impl Tokenizer {
         let lists = texts.bytes.capacity() + 4 * texts.ends.capacity() + kinds.capacity();
         let tables = lists + index.allocation_size() + merges.allocation_size();
         let mut tokenizer = Self {
-            _counted: Counted::new(Part::Vocabulary, tables),
+            _counted: Counted::new(MemoryPart::Vocabulary, tables),
             user_defined: SpecialSet::new(&texts, &kinds, &[Kind::UserDefined])?,
             specials: SpecialSet::new(&texts, &kinds, &[Kind::UserDefined, Kind::Control])?,
             texts,

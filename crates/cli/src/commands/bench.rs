@@ -4,7 +4,7 @@ use crate::output;
 use crate::source::{self, Wish};
 use anyhow::{Context, Result};
 use bitnet::generate::{Sampler, SamplerConfig};
-use bitnet::kernels::{HugeBuffer, Logits, Part, TernaryMatrix};
+use bitnet::kernels::{HugeBuffer, Logits, MemoryPart, TernaryMatrix};
 use bitnet::model::{Config, Model, Phase};
 use bitnet::{Engine, EngineOptions, Feed, MemoryPlan, SequenceId, Wanted};
 use serde::Serialize;
@@ -176,7 +176,8 @@ const STREAM: usize = 512 << 20;
 
 /// Adds the rates, in bytes a second, of three reads.
 fn stream(engine: &Engine, rates: &mut Vec<f64>) -> Result<()> {
-    let mut buffer = HugeBuffer::new(Part::Scratch, STREAM).context("no memory for the bandwidth test")?;
+    let mut buffer =
+        HugeBuffer::new(MemoryPart::Scratch, STREAM).context("no memory for the bandwidth test")?;
     buffer.fill(1);
     for _ in 0..3 {
         let start = Instant::now();

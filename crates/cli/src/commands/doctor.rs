@@ -1,7 +1,7 @@
 use crate::source::{self, Wish};
 use crate::{machine, output, selftest};
 use anyhow::{Context, ensure};
-use bitnet::kernels::{Compute, HugeBuffer, Logits, Part, TernaryMatrix, supported};
+use bitnet::kernels::{Compute, HugeBuffer, Logits, MemoryPart, TernaryMatrix, supported};
 use bitnet::model::{Config, Layer, Model};
 use bitnet::{Engine, EngineOptions, Feed, Wanted};
 use std::path::Path;
@@ -123,7 +123,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 
 /// Bytes a second of a plain read by all threads: the median of five.
 fn stream(compute: &Compute) -> anyhow::Result<f64> {
-    let mut buffer = HugeBuffer::new(Part::Scratch, 256 << 20).context("no memory for the bandwidth test")?;
+    let mut buffer =
+        HugeBuffer::new(MemoryPart::Scratch, 256 << 20).context("no memory for the bandwidth test")?;
     buffer.fill(1);
     let mut rates: Vec<f64> = (0..5)
         .map(|_| {

@@ -1,7 +1,7 @@
 use crate::memory::{self, MemoryArgs};
 use crate::{output, source};
 use bitnet::gguf::{Gguf, Value};
-use bitnet::kernels::{Part, allowed_threads};
+use bitnet::kernels::{MemoryPart, allowed_threads};
 use bitnet::model::{ModelInfo, Strategy};
 use bitnet::{EngineOptions, MemoryPlan};
 use serde_json::{Map, json};
@@ -177,11 +177,11 @@ fn as_json(args: &Args, gguf: &Gguf, info: Result<&ModelInfo<'_>, &bitnet::Error
         Ok((options, plan)) => json!({
             "context": options.context,
             "cache_type": options.cache_type.name(),
-            "weights_bytes": plan.of(Part::Weights),
-            "head_copy_bytes": plan.of(Part::HeadCopy),
-            "kv_cache_bytes": plan.of(Part::Cache),
-            "scratch_bytes": plan.of(Part::Scratch),
-            "vocabulary_bytes": plan.of(Part::Vocabulary),
+            "weights_bytes": plan.of(MemoryPart::Weights),
+            "head_copy_bytes": plan.of(MemoryPart::HeadCopy),
+            "kv_cache_bytes": plan.of(MemoryPart::Cache),
+            "scratch_bytes": plan.of(MemoryPart::Scratch),
+            "vocabulary_bytes": plan.of(MemoryPart::Vocabulary),
             "total_bytes": plan.total(),
         }),
         Err(error) => json!({ "error": error.to_string() }),
