@@ -1,0 +1,271 @@
+//! Integer products with one token: stored rows, stored columns, four-bit rows, and the two parts of a 15-bit number.
+
+use super::panel::zip_pairs;
+use super::{BASE, GROUP, Sum, ask, dot};
+use crate::attention::FETCH;
+use std::arch::aarch64::*;
+use std::arch::asm;
+
+/// One row and one token. The fields of the low six bits are multiplied where they stand in the byte (as 1, 4 or 16 times the
+/// code, so at most 32), each into sums of its own, and only these are shifted: a field costs one instruction to take
+/// out. A lane of int32 grows by at most 8 * 32 * 128 in each sum of a chunk, which stays below 2^31 for rows of sixteen
+/// million weights.
+///
+/// # Safety
+/// Needs the extensions of `LEVEL`, 64 `chunks` bytes in `w` and 256 `chunks` codes in `a`.
+#[inline(always)]
+pub(super) unsafe fn dot<const LEVEL: u8>(w: &[u8], ahead: *const u8, a: &[i8], chunks: usize) -> i32 {
+    // A chunk adds two products from -128 * 32 to 127 * 32 to a lane, so those of four chunks fit int16.
+    let block = if LEVEL == BASE { 4 } else { chunks };
+    // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256; the extensions are the caller's.
+    unsafe {
+        let masks = [vdupq_n_u8(0x30), vdupq_n_u8(0x0c), vdupq_n_u8(0x03)];
+        let mut fields = [vdupq_n_s32(0); 4];
+        let mut c = 0;
+        while c < chunks {
+            // Two sums a field, taken in turn, hide the latency of each.
+            let mut sums = [[Sum::<LEVEL>::zero(); 2]; 4];
+            for c in c..(c + block).min(chunks) {
+                ask(ahead.wrapping_add(64 * c));
+                for i in 0..4 {
+                    let v = vld1q_u8(w.as_ptr().add(64 * c + 16 * i));
+                    let codes = [
+                        vshrq_n_u8::<6>(v),
+                        vandq_u8(v, masks[0]),
+                        vandq_u8(v, masks[1]),
+                        vandq_u8(v, masks[2]),
+                    ];
+                    for field in 0..4 {
+                        let q = vld1q_s8(a.as_ptr().add(256 * c + 64 * field + 16 * i));
+                        sums[field][i % 2].add(codes[field], q);
+                    }
+                }
+            }
+            for field in 0..4 {
+                for sum in sums[field] {
+                    fields[field] = vaddq_s32(fields[field], sum.lanes());
+                }
+            }
+            c += block;
+        }
+        // Exact shifts: a field's lane is a multiple of its place.
+        let inner = vaddq_s32(vshrq_n_s32::<4>(fields[1]), vshrq_n_s32::<2>(fields[2]));
+        vaddvq_s32(vaddq_s32(inner, vaddq_s32(fields[0], fields[3])))
+    }
+}
+
+/// One row of four-bit codes and two rows of int8.
+///
+/// # Safety
+/// Needs the extensions of `LEVEL`, 64 `chunks` bytes in `w` and 128 `chunks` codes in each `q`.
+#[inline(always)]
+pub(super) unsafe fn nibbles<const LEVEL: u8>(
+    w: &[u8],
+    ahead: *const u8,
+    q: [&[i8]; 2],
+    chunks: usize,
+) -> [i32; 2] {
+    // A chunk adds two products of at most 15 * 128 to a lane, so those of eight chunks fit int16.
+    let block = if LEVEL == BASE { 8 } else { chunks };
+    // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 128 c + 128; the extensions are the caller's.
+    unsafe {
+        let mask = vdupq_n_u8(15);
+        let mut planes = [vdupq_n_s32(0); 2];
+        let mut c = 0;
+        while c < chunks {
+            let mut sums = [[Sum::<LEVEL>::zero(); 4]; 2];
+            for c in c..(c + block).min(chunks) {
+                ask(ahead.wrapping_add(64 * c));
+                for i in 0..4 {
+                    let v = vld1q_u8(w.as_ptr().add(64 * c + 16 * i));
+                    let codes = [vandq_u8(v, mask), vshrq_n_u8::<4>(v)];
+                    for plane in 0..2 {
+                        for half in 0..2 {
+                            let q = vld1q_s8(q[plane].as_ptr().add(128 * c + 64 * half + 16 * i));
+                            sums[plane][2 * half + i % 2].add(codes[half], q);
+                        }
+                    }
+                }
+            }
+            for plane in 0..2 {
+                for sum in sums[plane] {
+                    planes[plane] = vaddq_s32(planes[plane], sum.lanes());
+                }
+            }
+            c += block;
+        }
+        planes.map(|plane| vaddvq_s32(plane))
+    }
+}
+
+/// One row of [`Isa::dot_split`](super::Isa::dot_split), asking for the bytes from `far` on meanwhile.
+///
+/// # Safety
+/// Needs the extensions of `LEVEL`, and four numbers of each row for a block of codes.
+#[inline(always)]
+pub(super) unsafe fn split<const LEVEL: u8>(
+    codes: &[[u8; 64]],
+    rows: [&[i8]; 2],
+    start: [i32; 2],
+    far: Option<*const u8>,
+) -> [float32x4_t; 4] {
+    // SAFETY: block c reads its 64 codes and the parts below 4 c + 4, which exist; the extensions are the caller's.
+    unsafe {
+        let mut sums = [[vdupq_n_s32(0); 4]; 2];
+        for part in 0..2 {
+            // The codes less 128 are signed: what that takes from the sums is added here.
+            let all = rows[part].iter().fold(0i32, |sum, &x| sum.wrapping_add(i32::from(x)));
+            sums[part] = [vdupq_n_s32(start[part].wrapping_add(all.wrapping_mul(128))); 4];
+        }
+        let less = vdupq_n_u8(0x80);
+        for c in 0..codes.len() {
+            if let Some(far) = far {
+                ask(far.wrapping_add(FETCH * c));
+            }
+            let mut fours = [vdupq_n_s8(0); 2];
+            for part in 0..2 {
+                let four = rows[part].as_ptr().add(4 * c).cast::<i32>().read_unaligned();
+                fours[part] = vreinterpretq_s8_s32(vdupq_n_s32(four));
+            }
+            for i in 0..4 {
+                let v = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(codes[c].as_ptr().add(16 * i)), less));
+                for part in 0..2 {
+                    let (sum, four) = (&mut sums[part][i], fours[part]);
+                    if LEVEL == BASE {
+                        let lo = vpaddlq_s16(vmull_s8(vget_low_s8(v), vget_low_s8(four)));
+                        let hi = vpaddlq_s16(vmull_high_s8(v, four));
+                        *sum = vaddq_s32(*sum, vpaddq_s32(lo, hi));
+                    } else {
+                        dot!("sdot", *sum, v, four);
+                    }
+                }
+            }
+        }
+        let mut out = [vdupq_n_f32(0.0); 4];
+        for i in 0..4 {
+            let high = vmulq_f32(vcvtq_f32_s32(sums[0][i]), vdupq_n_f32(128.0));
+            out[i] = vaddq_f32(high, vcvtq_f32_s32(sums[1][i]));
+        }
+        out
+    }
+}
+
+/// Eight columns by `sdot`.
+///
+/// # Safety
+/// Needs dotprod, and i8mm where `i8mm` is true; `chunks` chunks in each column and 256 `chunks` sums.
+#[inline(always)]
+pub(super) unsafe fn columns_sdot(
+    columns: [&[u8]; GROUP],
+    ahead: [*const u8; GROUP],
+    q: [i8; GROUP],
+    chunks: usize,
+    sums: &mut [i32],
+    i8mm: bool,
+) {
+    // SAFETY: chunk c < chunks reads bytes below 64 c + 64 of a column and sums below 256 c + 256; the extensions are the
+    // caller's.
+    unsafe {
+        let masks = [vdupq_n_u8(0xc0), vdupq_n_u8(0x30), vdupq_n_u8(0x0c), vdupq_n_u8(0x03)];
+        let mut factors = [vdupq_n_s32(0); 2];
+        for quad in 0..2 {
+            factors[quad] = vdupq_n_s32(q.as_ptr().add(4 * quad).cast::<i32>().read_unaligned());
+        }
+        for c in 0..chunks {
+            for ahead in ahead {
+                ask(ahead.wrapping_add(64 * c));
+            }
+            for lane in 0..4 {
+                // v[quad][x]: four outputs, the four columns of the quad side by side.
+                let mut v = [[masks[0]; 4]; 2];
+                for quad in 0..2 {
+                    let mut line = [masks[0]; 4];
+                    for i in 0..4 {
+                        line[i] = vld1q_u8(columns[4 * quad + i].as_ptr().add(64 * c + 16 * lane));
+                    }
+                    let low = zip_pairs(vzip1q_u8(line[0], line[1]), vzip1q_u8(line[2], line[3]));
+                    let high = zip_pairs(vzip2q_u8(line[0], line[1]), vzip2q_u8(line[2], line[3]));
+                    v[quad] = [low[0], low[1], high[0], high[1]];
+                }
+                for x in 0..4 {
+                    for field in 0..4 {
+                        let out = sums.as_mut_ptr().add(256 * c + 64 * field + 16 * x + 4 * lane);
+                        let mut sum = vld1q_s32(out);
+                        if i8mm {
+                            for quad in 0..2 {
+                                dot!("usdot", sum, vandq_u8(v[quad][x], masks[field]), factors[quad]);
+                            }
+                        } else if field == 0 {
+                            // Twice 64 is not a signed byte: this field is shifted down, and its sum up again.
+                            let mut ones = vdupq_n_s32(0);
+                            for quad in 0..2 {
+                                dot!("sdot", ones, vshrq_n_u8::<6>(v[quad][x]), factors[quad]);
+                            }
+                            sum = vaddq_s32(sum, vshlq_n_s32::<6>(ones));
+                        } else {
+                            for quad in 0..2 {
+                                dot!("sdot", sum, vandq_u8(v[quad][x], masks[field]), factors[quad]);
+                            }
+                        }
+                        vst1q_s32(out, sum);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Eight columns by products in int16.
+///
+/// # Safety
+/// Needs `chunks` chunks in each column and 256 `chunks` sums.
+#[inline(always)]
+pub(super) unsafe fn columns_base(
+    columns: [&[u8]; GROUP],
+    ahead: [*const u8; GROUP],
+    q: [i8; GROUP],
+    chunks: usize,
+    sums: &mut [i32],
+) {
+    // SAFETY: chunk c < chunks reads bytes below 64 c + 64 of a column and sums below 256 c + 256.
+    unsafe {
+        let masks = [vdupq_n_u8(0x30), vdupq_n_u8(0x0c), vdupq_n_u8(0x03)];
+        let mut factors = [vdupq_n_s8(0); GROUP];
+        for i in 0..GROUP {
+            factors[i] = vdupq_n_s8(q[i]);
+        }
+        for c in 0..chunks {
+            for ahead in ahead {
+                ask(ahead.wrapping_add(64 * c));
+            }
+            for lane in 0..4 {
+                // Eight products from -128 * 32 to 127 * 32: all but the first field are multiplied in their place.
+                let mut products = [Sum::<BASE>::zero(); 4];
+                macro_rules! columns {
+                    ($($i:literal)+) => {$(
+                        let v = vld1q_u8(columns[$i].as_ptr().add(64 * c + 16 * lane));
+                        products[0].add(vshrq_n_u8::<6>(v), factors[$i]);
+                        for field in 1..4 {
+                            products[field].add(vandq_u8(v, masks[field - 1]), factors[$i]);
+                        }
+                    )+};
+                }
+                columns!(0 1 2 3 4 5 6 7);
+                for field in 0..4 {
+                    for x in 0..4 {
+                        let half = products[field].narrow[x / 2];
+                        let out = sums.as_mut_ptr().add(256 * c + 64 * field + 16 * x + 4 * lane);
+                        let sum = vld1q_s32(out);
+                        let sum = match (field, x % 2) {
+                            (0, 0) => vmlal_n_s16(sum, vget_low_s16(half), 64),
+                            (0, _) => vmlal_high_n_s16(sum, half, 64),
+                            (_, 0) => vaddw_s16(sum, vget_low_s16(half)),
+                            _ => vaddw_high_s16(sum, half),
+                        };
+                        vst1q_s32(out, sum);
+                    }
+                }
+            }
+        }
+    }
+}
