@@ -108,7 +108,7 @@ impl Model {
         let file = gguf.name().to_owned();
         let tokenizer = tokenizer.map_err(|error| Error::Tokenizer { file: file.clone(), error })?;
         Ok(Self {
-            inverse_frequencies: inverse_frequencies(config.rope_dim, config.rope_theta),
+            inverse_frequencies: inverse_frequencies(&config),
             file,
             config,
             weights: weights?,
@@ -128,7 +128,7 @@ impl Model {
         let weights = Weights::random(&config, compute, strategy)?;
         let matrices = weights.layers.iter().flat_map(Layer::matrices).map(TernaryMatrix::byte_len);
         Ok(Self {
-            inverse_frequencies: inverse_frequencies(config.rope_dim, config.rope_theta),
+            inverse_frequencies: inverse_frequencies(&config),
             file: "random weights".into(),
             weight_bytes: weights.embedding.byte_len()
                 + matrices.sum::<usize>()
