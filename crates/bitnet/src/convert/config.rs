@@ -237,10 +237,10 @@ impl HfConfig {
             n_kv_heads,
             head_dim,
             rms_norm_eps: keys.float("rms_norm_eps", 1e-12..=0.1)?,
-            rope_theta: theta.map_or(
-                Ok(if family == Family::BitNet { 500_000.0 } else { 10_000.0 }),
-                |key| keys.float(key, 1.0..=1e12),
-            )?,
+            rope_theta: theta
+                .map_or(Ok(if family == Family::BitNet { 500_000.0 } else { 10_000.0 }), |key| {
+                    keys.float(key, 1.0..=1e12)
+                })?,
             rope_scaling: rope_scaling(&keys)?,
             tied: keys.get("tie_word_embeddings") == true,
             bos: keys.token("bos_token_id", vocab_size)?,

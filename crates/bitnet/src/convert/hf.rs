@@ -25,7 +25,7 @@ pub(super) fn to_gguf(
     let checkpoint = Checkpoint::open(dir)?;
     let mut notices = Vec::new();
     if tokenizer.is_none() {
-        notices.push("no tokenizer.json: the file will have no vocabulary".to_owned());
+        notices.push("no tokenizer: the file will have no vocabulary".to_owned());
     }
     let parts = parts(dir, &config, &checkpoint, &mut notices)?;
     let ternary = options.ternary.tensor_type();
@@ -255,7 +255,9 @@ fn parts<'a>(
     };
     add("token_embd.weight".into(), "model.embed_tokens.weight", &[config.vocab_size, hidden], Embedding)?;
     for i in 0..config.n_layers {
-        for (name, hf, shape, kind) in layer.iter().filter(|(name, ..)| sub_norms || !name.contains("sub_norm")) {
+        for (name, hf, shape, kind) in
+            layer.iter().filter(|(name, ..)| sub_norms || !name.contains("sub_norm"))
+        {
             add(format!("blk.{i}.{name}.weight"), &format!("model.layers.{i}.{hf}.weight"), shape, *kind)?;
         }
     }
@@ -372,11 +374,7 @@ impl Run<'_> {
     }
 
     /// Packed weights, whose four quarters lie in the bits of the same bytes.
-    fn unpack(
-        &mut self,
-        tensor: &Tensor<'_>,
-        take: &mut Take<'_>,
-    ) -> Result<(), ConvertError> {
+    fn unpack(&mut self, tensor: &Tensor<'_>, take: &mut Take<'_>) -> Result<(), ConvertError> {
         let mut trits = Vec::new();
         for quarter in 0..4 {
             let mut index = 0;

@@ -140,8 +140,9 @@ impl Config {
             "bitnet-b1.58" | "bitnet-25" => Activation::Relu2,
             "bitnet" | LLAMA => Activation::Silu,
             other => {
-                let problem =
-                    format!("expected \"bitnet-b1.58\", \"bitnet-25\", \"bitnet\" or \"llama\", found {other:?}");
+                let problem = format!(
+                    "expected \"bitnet-b1.58\", \"bitnet-25\", \"bitnet\" or \"llama\", found {other:?}"
+                );
                 return Err(keys.error("key \"general.architecture\"", problem));
             }
         };

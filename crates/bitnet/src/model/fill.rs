@@ -1,7 +1,7 @@
 //! Loading: the tensors of a file are brought into the engine's layout by all threads, each code checked on the way.
 
 use super::stored::row_chunk;
-use super::weights::{Planner, Placed, Store};
+use super::weights::{Placed, Planner, Store};
 use crate::Error;
 use bitnet_gguf::Gguf;
 use bitnet_kernels::ternary::{CHUNK, columns, row_bytes};

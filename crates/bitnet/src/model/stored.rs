@@ -60,7 +60,14 @@ impl Pairs {
     /// The row of the file that is row `r` here.
     pub(crate) fn row(self, r: usize) -> usize {
         let (first, i, half) = (r - r % self.head_dim, r % self.head_dim, self.rope_dim / 2);
-        first + if i < half { 2 * i } else if i < 2 * half { 2 * (i - half) + 1 } else { i }
+        first
+            + if i < half {
+                2 * i
+            } else if i < 2 * half {
+                2 * (i - half) + 1
+            } else {
+                i
+            }
     }
 }
 

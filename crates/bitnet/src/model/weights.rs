@@ -249,8 +249,10 @@ impl<'a> Planner<'a> {
                 return Err(self.error(tensor, problem));
             }
             (other, _) => {
-                let problem =
-                    format!("expected ternary weights (I2_S, TQ1_0, TQ2_0, IQ1_BN, IQ2_BN or floats), found {}", other.name());
+                let problem = format!(
+                    "expected ternary weights (I2_S, TQ1_0, TQ2_0, IQ1_BN, IQ2_BN or floats), found {}",
+                    other.name()
+                );
                 return Err(self.error(tensor, problem));
             }
         };
@@ -375,10 +377,7 @@ impl<'a> WeightPlan<'a> {
         for i in 0..config.n_layers {
             let name = |part: &str| format!("blk.{i}.{part}.weight");
             layers.push(LayerPlan {
-                norms: [
-                    planner.norm(&name("attn_norm"), hidden)?,
-                    planner.norm(&name("ffn_norm"), hidden)?,
-                ],
+                norms: [planner.norm(&name("attn_norm"), hidden)?, planner.norm(&name("ffn_norm"), hidden)?],
                 sub_norms: [
                     config.sub_norms.then(|| planner.norm(&name("attn_sub_norm"), q)).transpose()?,
                     config.sub_norms.then(|| planner.norm(&name("ffn_sub_norm"), ff)).transpose()?,

@@ -327,7 +327,10 @@ mod tests {
                 format.pack_row(&trits, 1.5, &mut bytes).unwrap();
                 let last = bytes.len() - 1;
                 bytes[last] ^= 1;
-                assert!(matches!(format.unpack_row(&bytes, &mut trits.clone()), Err(PackError::Scales { .. })));
+                assert!(matches!(
+                    format.unpack_row(&bytes, &mut trits.clone()),
+                    Err(PackError::Scales { .. })
+                ));
                 continue;
             }
             assert!(matches!(
