@@ -230,20 +230,21 @@ fn read_vocab<'a>(
             return Err(keys.error("key \"tokenizer.ggml.model\"", problem));
         }
     };
-    let mut notice = |message: String| {
-        repairs.push(Repair { name: "pre_tokenizer", message: message + "text is split as LLaMA-3 does" })
+    let mut notice = |what: &str| {
+        let message = format!("{what}: text is split as LLaMA-3 does");
+        repairs.push(Repair { name: "pre_tokenizer", message });
     };
     match gguf.get_str("tokenizer.ggml.pre")? {
         _ if sentence => {}
         Some("llama-bpe" | "llama3" | "llama-v3") => {}
         Some(pre @ ("falcon3" | "falcon_e" | "falcon-e")) => {
-            notice(format!("the pre-tokenizer {pre} cuts numbers and punctuation smaller: "));
+            notice(&format!("the pre-tokenizer {pre} cuts numbers and punctuation smaller"));
         }
         Some(other) => {
             let problem = format!("expected \"llama-bpe\", \"falcon3\" or \"falcon_e\", found {other:?}");
             return Err(keys.error("key \"tokenizer.ggml.pre\"", problem));
         }
-        None => notice("no pre-tokenizer in the metadata: ".to_owned()),
+        None => notice("no pre-tokenizer in the metadata"),
     }
     let tokens = strings("tokenizer.ggml.tokens", tokens)?;
     if tokens.len() > config.vocab_size {
