@@ -248,8 +248,11 @@ impl Tokenizer {
 
     /// Makes each way to put a normal token together a merge, of the order of its score.
     fn push_scored(&mut self, scores: &[f32]) -> Result<(), TokenizerError> {
-        let mut tokens: Vec<u32> =
-            (0..self.n_vocab() as u32).filter(|&id| self.kinds[id as usize] == Kind::Normal).collect();
+        // Far more than any has; of longer ones there might be more ways than time.
+        const LONGEST: usize = 1024;
+        let usable =
+            |&id: &u32| self.kinds[id as usize] == Kind::Normal && self.texts.get(id).len() <= LONGEST;
+        let mut tokens: Vec<u32> = (0..self.n_vocab() as u32).filter(usable).collect();
         tokens.sort_by(|&a, &b| scores[b as usize].total_cmp(&scores[a as usize]));
         let (mut order, mut last) = (0, None);
         for merged in tokens {
