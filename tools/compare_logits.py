@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare logits with Hugging Face's BitNetForCausalLM.
+"""Compare logits with Hugging Face's BitNetForCausalLM or LlamaForCausalLM.
 
     compare_logits.py HF_DIR OURS.npy IDS.txt [--json]
 
@@ -41,14 +41,14 @@ import torch
 
 def load(directory, dtype):
     """The model of `directory` in `dtype`, with ternary weights and int8 activations known to be active."""
-    from transformers import BitNetForCausalLM
-    from transformers.integrations.bitnet import AutoBitLinear
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.bitnet import AutoBitLinear, BitLinear
 
-    model = BitNetForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa").eval()
     assert all(p.dtype == dtype for p in model.parameters()), "a parameter was left in another dtype"
     for name, module in model.named_modules():
         if name.endswith("_proj"):
-            assert isinstance(module, AutoBitLinear), f"{name} is {type(module).__name__}: no BitLinear is active"
+            assert isinstance(module, (AutoBitLinear, BitLinear)), f"{name} is {type(module).__name__}: no BitLinear is active"
     assert type(model.lm_head) is torch.nn.Linear, "the head must not be quantised"
     return model
 
@@ -58,6 +58,7 @@ def float64_throughout():
     """Hugging Face's functions that cast to float32, without the cast. Same operators in the same order."""
     from transformers.integrations.bitnet import ActQuant, WeightQuant
     from transformers.models.bitnet.modeling_bitnet import BitNetRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     def weight_quant(ctx, weight):
         scale = 1.0 / weight.abs().mean().clamp_(min=1e-5)
@@ -71,7 +72,7 @@ def float64_throughout():
         variance = hidden_states.pow(2).mean(-1, keepdim=True)
         return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon))
 
-    patches = [(WeightQuant, staticmethod(weight_quant)), (ActQuant, staticmethod(act_quant)), (BitNetRMSNorm, rms_norm)]
+    patches = [(WeightQuant, staticmethod(weight_quant)), (ActQuant, staticmethod(act_quant)), (BitNetRMSNorm, rms_norm), (LlamaRMSNorm, rms_norm)]
     originals = [(cls, cls.__dict__["forward"]) for cls, _ in patches]
     for cls, forward in patches:
         cls.forward = forward

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the reference fixtures of crates/bitnet/tests/fixtures/models with Hugging Face's BitNetForCausalLM.
+"""Write the reference fixtures of crates/bitnet/tests/fixtures/models with Hugging Face's BitNetForCausalLM and LlamaForCausalLM.
 
     python tools/make_goldens.py --demo DEMO_MODEL_DIR --out crates/bitnet/tests/fixtures/models
 
@@ -10,6 +10,11 @@ creates as HF checkpoints (config.json, model.safetensors with bf16 master weigh
     silu     SiLU, 4 heads of 16, 2 key-value heads, tied head; rows of 64 and 128
     mha      relu2, as many key-value heads as heads (2 of 32), a head of its own (tie_word_embeddings false); rows of 64 and 128
     ragged   relu2, 2 heads of 40, 1 key-value head, tied head; rows of 80 and 176, which straddle the 128-weight blocks of I2_S
+    llama    LlamaForCausalLM with packed weights and scales to divide by (BitLinear, as Llama3-8B-1.58 and Falcon3): 4 heads of 16,
+             2 key-value heads, RoPE scaled as in Llama 3.1, a head of its own; the first layer traced
+    falcon   LlamaForCausalLM with master weights (as Falcon-E before it is packed): 4 heads of 16, 1 key-value head, tied head
+
+Models of LlamaForCausalLM have no attn_sub_norm and ffn_sub_norm; the codes are those of attn and act then.
 
 compare_logits.py says what HF64 and HF32 are.
 
@@ -18,7 +23,8 @@ The floor
 HF32 and every other float32 implementation flip int8 codes that lie on x.5, and one flip moves the logits of all later positions. On one
 sequence of a small model their number is a matter of luck. So the floor is the mean of KL(HF64 || HF32) over 8 evaluations of HF32 with
 the hidden and feed-forward features in another order, which changes nothing but the order of the sums. The seeds of the small models
-are such that the floor is steady over these orders, and that no code is on x.5 exactly (there even float64 implementations differ).
+are such that the floor is steady over these orders, and that no code is on x.5 exactly (there even float64 implementations differ;
+without sub-norms the attention of position 0 is a row of integers times a factor, where that happens to most seeds).
 
 golden.safetensors (T positions, H hidden, F feed-forward, Q = heads * head_dim, K = kv heads * head_dim, V vocabulary)
 ---------------------------------------------------------------------------------------------------------------------
@@ -81,8 +87,8 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import BitNetConfig, BitNetForCausalLM, PreTrainedTokenizerFast
-from transformers.integrations.bitnet import ActQuant, WeightQuant
+from transformers import BitNetConfig, BitNetForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.integrations.bitnet import ActQuant, BitLinear, WeightQuant, pack_weights, unpack_weights
 from transformers.models.bitnet.modeling_bitnet import apply_rotary_pos_emb
 
 POSITIONS = 512
@@ -148,6 +154,46 @@ if the clock has not stopped, it is ticking still.
 """
 
 
+# The same for LlamaForCausalLM, with the quantisation_config.
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+LLAMA = {
+    "llama": (7, dict(num_hidden_layers=6, num_key_value_heads=2, tie_word_embeddings=False, rope_parameters=LLAMA3), {}),
+    "falcon": (31, dict(num_hidden_layers=4, num_key_value_heads=1, tie_word_embeddings=True,
+                       rope_parameters={"rope_type": "default", "rope_theta": 1000042.0}),
+               {"linear_class": "autobitlinear", "quantization_mode": "online"}),
+}
+
+
+def make_llama(name, directory):
+    """A random checkpoint of LlamaForCausalLM in bf16; packed, unless it is quantised on load."""
+    seed, shape, quantization = LLAMA[name]
+    config = LlamaConfig(vocab_size=128, hidden_size=64, num_attention_heads=4, intermediate_size=128, max_position_embeddings=1024,
+                         rms_norm_eps=1e-5, bos_token_id=126, eos_token_id=127, pad_token_id=None, **shape)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for parameter_name, p in LlamaForCausalLM(config).named_parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        if p.dim() == 1:
+            w = 1 + 0.1 * noise
+        elif "embed" in parameter_name or "lm_head" in parameter_name:
+            w = 0.15 * noise
+        else:
+            # without sub-norms only large weights make layers that matter
+            w = (0.1 + 0.15 * torch.rand((), generator=generator)) * noise
+        w = w.to(torch.bfloat16)
+        if parameter_name.endswith("_proj.weight") and "quantization_mode" not in quantization:
+            s = 1.0 / w.float().abs().mean()
+            tensors[parameter_name + "_scale"] = s.to(torch.bfloat16)[None]
+            w = pack_weights((w.float() * s).round().clamp(-1, 1))
+        tensors[parameter_name] = w.contiguous()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    written = config.to_diff_dict() | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+                                       "quantization_config": {"quant_method": "bitnet", **quantization}}
+    written.pop("transformers_version", None)
+    (directory / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+
+
 def make_small(name, directory):
     """A random checkpoint in HF's format, bf16, with quantisation on load."""
     seed, shape = SMALL[name]
@@ -198,6 +244,12 @@ def reorder(model, seed):
                 p.copy_(p[feed_forward])
             elif part != "attn_sub_norm":
                 p.copy_(p[hidden])
+        for name, module in model.named_modules():
+            if isinstance(module, BitLinear):
+                part, w = name.split(".")[-1], unpack_weights(module.weight, torch.float32)
+                rows = {"gate_proj": feed_forward, "up_proj": feed_forward, "o_proj": hidden, "down_proj": hidden}.get(part, slice(None))
+                columns = {"o_proj": slice(None), "down_proj": feed_forward}.get(part, hidden)
+                module.weight.copy_(pack_weights(w[rows][:, columns]))
 
 
 def ternary_weights(model):
@@ -206,12 +258,15 @@ def ternary_weights(model):
     for name, module in model.named_modules():
         if not name.endswith("_proj"):
             continue
-        w = module.weight.detach().float()
-        s = 1.0 / w.abs().mean().clamp(min=1e-5)
-        trits = (w * s).round().clamp(-1, 1)
-        assert torch.equal(trits / s, WeightQuant.apply(module.weight.detach()).float()), name
+        if isinstance(module, BitLinear):
+            trits, s = unpack_weights(module.weight, torch.float32), module.weight_scale
+        else:
+            w = module.weight.detach().float()
+            s = 1.0 / w.abs().mean().clamp(min=1e-5)
+            trits = (w * s).round().clamp(-1, 1)
+            assert torch.equal(trits / s, WeightQuant.apply(module.weight.detach()).float()), name
         result[name + ".weight"] = {
-            "shape": list(w.shape),
+            "shape": list(trits.shape),
             "sha256": hashlib.sha256(trits.to(torch.int8).contiguous().numpy().tobytes()).hexdigest(),
             "scale": (1.0 / s).item(),
         }
@@ -241,30 +296,32 @@ def trace(model, ids, layers, logit_rows):
     for n in layers:
         block, p = model.model.layers[n], f"L{n}."
         attention, mlp = block.self_attn, block.mlp
+        sub_norms = hasattr(mlp, "ffn_sub_norm")
         for module, name, of_input in [
             (block.input_layernorm, "attn_norm", "x"),
             (attention.q_proj, "q", None), (attention.k_proj, "k", None), (attention.v_proj, "v", None),
-            (attention.attn_sub_norm, "attn_sub_norm", "attn"),
-            (attention.o_proj, "o", None),
+            *([(attention.attn_sub_norm, "attn_sub_norm", "attn")] if sub_norms else []),
+            (attention.o_proj, "o", None if sub_norms else "attn"),
             (block.post_attention_layernorm, "ffn_norm", "x_mid"),
             (mlp.gate_proj, "gate", None), (mlp.up_proj, "up", None),
-            (mlp.ffn_sub_norm, "ffn_sub_norm", "act"),
-            (mlp.down_proj, "down", None),
+            *([(mlp.ffn_sub_norm, "ffn_sub_norm", "act")] if sub_norms else []),
+            (mlp.down_proj, "down", None if sub_norms else "act"),
         ]:
             handles.append(module.register_forward_hook(record(p + name, of_input and p + of_input)))
     logits = logits_of(model, ids).float()
     for handle in handles:
         handle.remove()
 
+    rope_positions = [p for p in ROPE_POSITIONS if p < len(ids)]
     config, at = model.config, torch.tensor(TRACE_POSITIONS)
     head_dim = config.hidden_size // config.num_attention_heads
     cos, sin = model.model.rotary_emb(seen["final.x"][None], torch.arange(len(ids))[None])
     out = {
         "trace.layers": torch.tensor(layers, dtype=torch.int32),
         "trace.positions": at.to(torch.int32),
-        "rope.positions": torch.tensor(ROPE_POSITIONS, dtype=torch.int32),
-        "rope.cos": cos[0, ROPE_POSITIONS, : head_dim // 2],
-        "rope.sin": sin[0, ROPE_POSITIONS, : head_dim // 2],
+        "rope.positions": torch.tensor(rope_positions, dtype=torch.int32),
+        "rope.cos": cos[0, rope_positions, : head_dim // 2],
+        "rope.sin": sin[0, rope_positions, : head_dim // 2],
         "final.logits": logits[at[:logit_rows]],
     }
     for n in layers:
@@ -274,7 +331,8 @@ def trace(model, ids, layers, logit_rows):
     for name, value in seen.items():
         whole = name[-2:] in (".k", ".v")
         out[name] = value[: max(TRACE_POSITIONS) + 1] if whole else value[at]
-        if name.endswith("_norm") and not name.startswith("final"):
+        quantised = name.endswith("_norm") if sub_norms else name.split(".")[-1] in ("attn_norm", "attn", "ffn_norm", "act")
+        if quantised and not name.startswith("final"):
             out[name + ".codes"], out[name + ".scale"] = codes_of(out[name])
     return out
 
@@ -306,11 +364,12 @@ def write_golden(name, checkpoint, ids, out, layers, logit_rows):
 
     hf32 = load(checkpoint, torch.float32)
     tensors = trace(hf32, ids, layers, logit_rows)
+    check_positions = [p for p in CHECK_POSITIONS if p < len(ids)]
     tensors |= {
         "ids": torch.tensor(ids, dtype=torch.int32),
         "hidden64": hidden.float(),
-        "check.positions": torch.tensor(CHECK_POSITIONS, dtype=torch.int32),
-        "check.logits64": logits64[CHECK_POSITIONS].float(),
+        "check.positions": torch.tensor(check_positions, dtype=torch.int32),
+        "check.logits64": logits64[check_positions].float(),
     }
     config = hf32.config
     meta = {
@@ -339,21 +398,33 @@ def write_golden(name, checkpoint, ids, out, layers, logit_rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--demo", type=Path, required=True, help="folder of the demo model in Hugging Face's format")
+    parser.add_argument("--demo", type=Path, help="folder of the demo model in Hugging Face's format; without it only the others are made")
+    parser.add_argument("--only", nargs="*", help="names of the small models to make")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)  # the order of sums must not depend on the machine's cores
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
-    for name, (seed, _) in SMALL.items():
+    for name in [*SMALL, *LLAMA]:
+        if args.only is not None and name not in args.only:
+            continue
         directory = args.out / name
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        make_small(name, directory)
-        ids = np.random.default_rng(seed).integers(0, 256, POSITIONS).tolist()
-        write_golden(name, directory, ids, args.out, layers=[0, SMALL[name][1]["num_hidden_layers"] - 1], logit_rows=len(TRACE_POSITIONS))
+        if name in SMALL:
+            seed, shape = SMALL[name]
+            make_small(name, directory)
+            ids = np.random.default_rng(seed).integers(0, 256, POSITIONS).tolist()
+            layers = [0, shape["num_hidden_layers"] - 1]
+        else:
+            make_llama(name, directory)
+            ids = np.random.default_rng(LLAMA[name][0]).integers(0, 128, POSITIONS).tolist()
+            layers = [0]
+        write_golden(name, directory, ids, args.out, layers, logit_rows=len(TRACE_POSITIONS))
 
+    if args.demo is None:
+        return
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.demo)
     ids = [tokenizer.bos_token_id] + tokenizer(TALE, add_special_tokens=False)["input_ids"]
     assert len(ids) >= POSITIONS, len(ids)

@@ -35,12 +35,17 @@ struct Case {
 
 static GOLDENS: LazyLock<Goldens> =
     LazyLock::new(|| serde_json::from_str(include_str!("fixtures/chat.json")).unwrap());
-static TOKENIZER: LazyLock<Tokenizer> = LazyLock::new(|| {
+static TOKENIZER: LazyLock<Tokenizer> = LazyLock::new(|| tokenizer_without(&[]));
+
+fn tokenizer_without(tokens: &[&str]) -> Tokenizer {
     let mut vocab = HfVocab::parse(include_bytes!("fixtures/tokenizer/demo-tokenizer.json")).unwrap();
     vocab.tokens.extend(GOLDENS.tokens.iter().cloned());
     vocab.token_types.resize(vocab.tokens.len(), 3);
+    for token in vocab.tokens.iter_mut().filter(|token| tokens.contains(&token.as_str())) {
+        token.push_str(" (none)");
+    }
     Tokenizer::new(&vocab.vocab()).unwrap()
-});
+}
 
 fn id(token: &str) -> u32 {
     TOKENIZER.token_id(token).unwrap()
@@ -90,6 +95,14 @@ fn the_family_is_recognised() {
     assert_eq!(name(jinja(&goldens.templates["llama3"])), "its own");
     assert_eq!(name(ChatTemplate::of_model(None, model("bitnet-b1.58"))), "bitnet");
     assert_eq!(name(ChatTemplate::of_model(None, model("llama"))), "llama3");
+    for (family, missing) in [
+        ("falcon3", &["<|start_header_id|>"][..]),
+        ("chatml", &["<|start_header_id|>", "<|assistant|>"]), // Falcon-E
+    ] {
+        let tokenizer = &tokenizer_without(missing);
+        let template = ChatTemplate::of_model(None, TemplateModel { tokenizer, ..model("llama") });
+        assert_eq!(name(template), family);
+    }
     assert_eq!(name(ChatTemplate::of_model(Some(&goldens.templates["chatml"]), model("bitnet"))), "its own");
     for (template, end) in [
         ("bitnet", "<|eot_id|>"),

@@ -186,7 +186,7 @@ fn a_checkpoint_becomes_a_file() {
     assert_eq!(report.tensors, 2 * 11 + 2);
     assert_eq!(report.ternary_weights, 2 * (3 * HIDDEN * HIDDEN + 3 * FF * HIDDEN));
     assert!(report.zero_weights > 0 && report.zero_weights < report.ternary_weights);
-    assert_eq!(report.notices, ["no tokenizer.json: the file will have no vocabulary"]);
+    assert_eq!(report.notices, ["no tokenizer: the file will have no vocabulary"]);
 
     for (key, value) in [
         ("bitnet-b1.58.vocab_size", VOCAB),
@@ -247,6 +247,38 @@ fn variants_of_the_configuration() {
     assert_eq!(gguf.get_u32("bitnet.attention.key_length").unwrap(), Some(16));
     assert_eq!(gguf.get_u32("bitnet.attention.value_length").unwrap(), Some(16));
     assert_eq!(gguf.get_f32("bitnet.rope.freq_base").unwrap(), Some(500_000.0));
+}
+
+#[test]
+fn the_checkpoints_of_1bitllm_have_names_of_their_own() {
+    let mut hf = config();
+    hf["hidden_act"] = "silu".into();
+    let (expected, _) = convert(&folder(&hf, &tensors()), HeadType::Auto).unwrap();
+    let mut config = hf.clone();
+    config["architectures"] = json!(["BitnetForCausalLM"]);
+    config["model_type"] = "llama".into();
+    config["input_bits"] = 8.into();
+    config["weight_bits"] = 1.into();
+    config.as_object_mut().unwrap().remove("quantization_config");
+    let rename = |name: String| {
+        name.replace("self_attn.attn_sub_norm", "self_attn.inner_attn_ln")
+            .replace("mlp.ffn_sub_norm", "mlp.ffn_layernorm")
+    };
+    let renamed: Tensors = tensors().into_iter().map(|(name, tensor)| (rename(name), tensor)).collect();
+    let dir = folder(&config, &renamed);
+    std::fs::write(
+        dir.path().join("tokenizer.model"),
+        include_bytes!("fixtures/tokenizer/sentencepiece.model"),
+    )
+    .unwrap();
+    assert!(refusal(&dir).contains("600 tokens, config.json has a vocab_size of 20"), "{}", refusal(&dir));
+    std::fs::remove_file(dir.path().join("tokenizer.model")).unwrap();
+    let (report, gguf) = convert(&dir, HeadType::Auto).unwrap();
+    assert_eq!((&report.trits, &report.architecture[..]), (&expected.trits, "bitnet"));
+    check(&gguf, &tensors());
+    assert_eq!(gguf.get_f32("bitnet.rope.freq_base").unwrap(), Some(10_000.0));
+    config["input_bits"] = 4.into();
+    assert!(refusal(&folder(&config, &renamed)).contains("input_bits"));
 }
 
 #[test]
@@ -333,7 +365,8 @@ fn shards_give_the_same_file() {
 #[test]
 fn configurations_are_refused() {
     for (key, value, expected) in [
-        ("/model_type", json!("llama"), "key \"model_type\": expected \"bitnet\", found \"llama\""),
+        ("/model_type", json!("gemma"), "expected \"bitnet\" or \"llama\", found \"gemma\""),
+        ("/model_type", json!("llama"), "expected [\"silu\"], found \"relu2\""),
         ("/quantization_config", json!(null), "quant_method\": expected \"bitnet\", found nothing"),
         ("/quantization_config/quantization_mode", json!("offline"), "q_proj.weight_scale\": missing"),
         ("/quantization_config/quantization_mode", json!("both"), "\"offline\", found \"both\""),

@@ -20,9 +20,14 @@ fn random(state: &mut u64) -> u32 {
 
 /// A model of one layer with rows of 512 and 256 weights, in one matrix all of them zero.
 fn model(path: &Path) {
+    model_of(path, "bitnet-b1.58", None);
+}
+
+/// Of an architecture. With a `factor` the scales are so much smaller, and tensors beside the weights make up for it.
+fn model_of(path: &Path, architecture: &str, factor: Option<f32>) {
     let mut state = 1;
     let mut writer = Writer::new(path);
-    writer.meta("general.architecture", Value::Str("bitnet-b1.58")).unwrap();
+    writer.meta("general.architecture", Value::Str(architecture)).unwrap();
     writer.meta("general.file_type", Value::U32(40)).unwrap();
     writer.meta("general.name", Value::Str("types")).unwrap();
     writer.meta_array("list", ValueType::U32, [1, 2].map(Value::U32)).unwrap();
@@ -34,9 +39,9 @@ fn model(path: &Path) {
         ("attention.head_count", 4),
         ("attention.head_count_kv", 2),
     ] {
-        writer.meta(&format!("bitnet-b1.58.{key}"), Value::U32(value)).unwrap();
+        writer.meta(&format!("{architecture}.{key}"), Value::U32(value)).unwrap();
     }
-    writer.meta("bitnet-b1.58.attention.layer_norm_rms_epsilon", Value::F32(1e-5)).unwrap();
+    writer.meta(&format!("{architecture}.attention.layer_norm_rms_epsilon"), Value::F32(1e-5)).unwrap();
     let ternary = [
         ("attn_q", 256, 256),
         ("attn_k", 256, 128),
@@ -46,13 +51,18 @@ fn model(path: &Path) {
         ("ffn_up", 256, 512),
         ("ffn_down", 512, 256),
     ];
-    let norms = [("attn_norm", 256), ("attn_sub_norm", 256), ("ffn_norm", 256), ("ffn_sub_norm", 512)];
+    let mut norms =
+        vec![("attn_norm", 256), ("attn_sub_norm", 256), ("ffn_norm", 256), ("ffn_sub_norm", 512)];
+    norms.retain(|(norm, _)| architecture != "llama" || !norm.contains("sub"));
     let name = |part: &str| format!("blk.0.{part}.weight");
     writer.tensor("token_embd.weight", &[256, 40], TensorType::F16).unwrap();
     for (part, columns, rows) in ternary {
         writer.tensor(&name(part), &[columns, rows], TensorType::I2S).unwrap();
     }
-    for (part, width) in norms {
+    for (part, ..) in ternary.iter().filter(|_| factor.is_some()) {
+        writer.tensor(&format!("blk.0.{part}.scale"), &[1], TensorType::F32).unwrap();
+    }
+    for &(part, width) in &norms {
         writer.tensor(&name(part), &[width], TensorType::F32).unwrap();
     }
     writer.tensor("output_norm.weight", &[256], TensorType::F32).unwrap();
@@ -67,7 +77,14 @@ fn model(path: &Path) {
         // A row of zeros is in every matrix.
         let trit = |k| if zero || k < columns { 0 } else { (random(&mut state) % 3) as i8 - 1 };
         let trits: Vec<i8> = (0..columns * rows).map(trit).collect();
-        data.tensor(&name(part), &[pack_i2s(&trits).unwrap(), tail(scale).to_vec()].concat()).unwrap();
+        data.tensor(
+            &name(part),
+            &[pack_i2s(&trits).unwrap(), tail(scale / factor.unwrap_or(1.0)).to_vec()].concat(),
+        )
+        .unwrap();
+    }
+    for (part, ..) in ternary.iter().filter(|_| factor.is_some()) {
+        data.tensor(&format!("blk.0.{part}.scale"), &factor.unwrap().to_le_bytes()).unwrap();
     }
     let ones = |n: u64| (0..n).flat_map(|_| 1f32.to_le_bytes()).collect::<Vec<u8>>();
     for (part, width) in norms {
@@ -341,4 +358,44 @@ fn a_model_gives_the_same_bits_in_every_type() {
         to(&demo, &path("out.gguf"), ternary, HeadType::Auto).unwrap();
         assert!(logits(&path("out.gguf")) == logits(&demo), "{ternary:?}");
     }
+    // Rows in another order on the way to memory.
+    model_of(&path("llama.gguf"), "llama", None);
+    let llama = logits(&path("llama.gguf"));
+    for ternary in TernaryType::ALL {
+        to(&path("llama.gguf"), &path("out.gguf"), ternary, HeadType::Auto).unwrap();
+        assert!(logits(&path("out.gguf")) == llama, "{ternary:?}");
+    }
+}
+
+#[test]
+fn a_scale_beside_the_weights_is_multiplied() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    model_of(&path("plain.gguf"), "bitnet", None);
+    model_of(&path("scaled.gguf"), "bitnet", Some(0.25));
+    assert!(logits(&path("scaled.gguf")) == logits(&path("plain.gguf")));
+    to(&path("scaled.gguf"), &path("out.gguf"), TernaryType::IQ1_BN, HeadType::Auto).unwrap();
+    assert!(logits(&path("out.gguf")) == logits(&path("plain.gguf")));
+}
+
+#[test]
+fn floats_that_are_no_ternary_weights_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    model(&path("in.gguf"));
+    to(&path("in.gguf"), &path("f16.gguf"), TernaryType::F16, HeadType::Auto).unwrap();
+    let gguf = Gguf::open(&path("f16.gguf")).unwrap();
+    let start = gguf.tensor("blk.0.ffn_up.weight").unwrap().offset as usize;
+    drop(gguf);
+    let mut bytes = fs::read(path("f16.gguf")).unwrap();
+    let at = (start + 2 * 256..).step_by(2).find(|&at| bytes[at] != 0).unwrap();
+    bytes[at] ^= 1;
+    fs::write(path("f16.gguf"), bytes).unwrap();
+    let compute = Compute::new(best(), 1);
+    let gguf = Arc::new(Gguf::open(&path("f16.gguf")).unwrap());
+    let error = Model::load(&gguf, &compute, Strategy::default()).err().unwrap().to_string();
+    assert!(error.contains("ffn_up.weight") && error.contains("this is no"), "{error}");
+    let error =
+        to(&path("f16.gguf"), &path("out.gguf"), TernaryType::I2_S, HeadType::Auto).unwrap_err().to_string();
+    assert!(error.contains("ffn_up.weight") && error.contains("this is no"), "{error}");
 }

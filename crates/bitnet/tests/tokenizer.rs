@@ -64,7 +64,8 @@ fn llama3_extract_equals_reference() {
         token_types[id as usize] = token_type;
     }
     let merges = extract.merges.iter().map(String::as_str).collect();
-    let tokenizer = Tokenizer::new(&Vocab { tokens, token_types, merges, ignore_merges: true }).unwrap();
+    let tokenizer =
+        Tokenizer::new(&Vocab { tokens, token_types, merges, ignore_merges: true, scores: None }).unwrap();
     assert_cases(&tokenizer, &extract.cases);
     assert_eq!(tokenizer.n_vocab(), 128_256);
     assert_eq!(tokenizer.token_id("<|eot_id|>"), Some(128_009));
@@ -76,6 +77,28 @@ fn llama3_extract_equals_reference() {
         tokenizer.decode(&[128_256], true),
         Err(TokenizerError::UnknownId { id: 128_256, n_vocab: 128_256 })
     ));
+}
+
+#[test]
+fn sentencepiece_agrees_with_its_library() {
+    let model = include_bytes!("fixtures/tokenizer/sentencepiece.model");
+    let vocab = HfVocab::parse_sentencepiece(model).unwrap();
+    let tokenizer = Tokenizer::new(&vocab.vocab()).unwrap();
+    let cases: Vec<(String, Vec<u32>)> =
+        serde_json::from_str(include_str!("fixtures/tokenizer/sentencepiece.json")).unwrap();
+    assert!(cases.len() > 100);
+    for (text, ids) in cases {
+        assert_eq!(tokenizer.encode(&text, Specials::AsText), ids, "{text:?}");
+        let back = tokenizer.decode(&ids, false).unwrap();
+        assert_eq!(String::from_utf8(back).unwrap(), text.replace('▁', " "));
+    }
+    // Each part between control tokens begins with a space of its own, as in llama.cpp.
+    let [a, b, end] = [&["a"][..], &["b"], &["</s>"]].map(|t| tokenizer.token_id(t[0]).unwrap());
+    assert_eq!(tokenizer.encode("a</s>b", Specials::Parse)[1], end);
+    assert!(a != b && tokenizer.is_control(end));
+    for cut in 0..model.len() {
+        let _ = HfVocab::parse_sentencepiece(&model[..cut]);
+    }
 }
 
 #[test]
@@ -95,7 +118,7 @@ fn build(tokens: &[(&str, i32)], merges: &[&str], ignore_merges: bool) -> Result
     let bytes =
         demo.tokens.iter().filter(|token| token.chars().count() == 1).map(|token| (token.as_str(), 1));
     let (tokens, token_types) = bytes.chain(tokens.iter().copied()).unzip();
-    Tokenizer::new(&Vocab { tokens, token_types, merges: merges.to_vec(), ignore_merges })
+    Tokenizer::new(&Vocab { tokens, token_types, merges: merges.to_vec(), ignore_merges, scores: None })
 }
 
 fn spell(tokenizer: &Tokenizer, text: &str, specials: Specials) -> Vec<String> {
@@ -152,9 +175,11 @@ fn hostile_vocabularies_are_refused() {
     assert!(matches!(build(&[("a b", 1)], &[], true), Err(E::TokenAlphabet { found: ' ', .. })));
     assert!(matches!(build(&[("漢", 1)], &[], true), Err(E::TokenAlphabet { found: '漢', .. })));
     assert!(matches!(build(&[("x", 6)], &[], true), Err(E::TokenType { found: 6, .. })));
-    let short = Vocab { tokens: vec!["a"], token_types: vec![], merges: vec![], ignore_merges: true };
+    let short =
+        Vocab { tokens: vec!["a"], token_types: vec![], merges: vec![], ignore_merges: true, scores: None };
     assert!(matches!(Tokenizer::new(&short), Err(E::Lengths { tokens: 1, types: 0 })));
-    let no_bytes = Vocab { tokens: vec!["a"], token_types: vec![1], merges: vec![], ignore_merges: true };
+    let no_bytes =
+        Vocab { tokens: vec!["a"], token_types: vec![1], merges: vec![], ignore_merges: true, scores: None };
     assert!(matches!(Tokenizer::new(&no_bytes), Err(E::MissingByte { byte: 0 })));
 }
 

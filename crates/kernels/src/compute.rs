@@ -339,6 +339,20 @@ impl Compute {
         });
     }
 
+    /// Makes `q` the int8 codes of every row of x (`[tokens][columns]`), for a matrix of `layout`.
+    pub fn quantize(
+        &self,
+        x: &[f32],
+        columns: usize,
+        layout: Layout,
+        work: &mut Workspace,
+        q: &mut QuantizedRows,
+    ) {
+        self.fill_quantized(columns, x.len() / columns, layout, work, q, |token, row, _| {
+            row.copy_from_slice(&x[token * columns..][..columns]);
+        });
+    }
+
     /// Makes `q` the int8 codes of rmsnorm(activation(gate) * up), row by row (`[tokens][columns]` each), for a matrix of
     /// `layout`. Without a norm weight the product is quantised as it is.
     pub fn activate_quantize(

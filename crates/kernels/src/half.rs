@@ -21,6 +21,12 @@ pub fn bf16_to_f32(h: u16) -> f32 {
     f32::from_bits(u32::from(h) << 16)
 }
 
+/// Single precision, no NaN, to bfloat16, rounded to nearest, halves to even.
+pub fn f32_to_bf16(x: f32) -> u16 {
+    let bits = x.to_bits();
+    (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16
+}
+
 /// Single precision to IEEE half, rounded to nearest, halves to even. What is too large becomes infinite, NaN stays NaN.
 pub fn f32_to_f16(x: f32) -> u16 {
     let sign = (x.to_bits() >> 16 & 0x8000) as u16;

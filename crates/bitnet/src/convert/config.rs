@@ -1,16 +1,20 @@
-//! config.json of a BitNet in Hugging Face's format, as GGUF metadata.
+//! config.json of a ternary model in Hugging Face's format, as GGUF metadata.
 
 use std::ops::RangeInclusive;
 use std::path::Path;
 
 use bitnet_gguf::{Value, Writer};
+use bitnet_kernels::math::{exp64, ln64};
 use serde_json::Value as Json;
 
 use super::ConvertError;
 use super::checkpoint::read_json;
+use crate::model::config::LLAMA;
+use crate::model::stored::Pairs;
 
 /// The shape and the constants of the model, within the range of GGUF's u32 keys and consistent.
 pub(super) struct HfConfig {
+    pub(super) family: Family,
     /// What a packed checkpoint's scales mean; None for master weights.
     pub(super) packed: Option<ScaleDirection>,
     relu2: bool,
@@ -24,11 +28,29 @@ pub(super) struct HfConfig {
     pub(super) head_dim: u64,
     rms_norm_eps: f32,
     rope_theta: f32,
+    rope_scaling: RopeScaling,
     /// Whether the head is the embedding.
     pub(super) tied: bool,
     bos: Option<u32>,
     eos: Option<u32>,
     padding: Option<u32>,
+}
+
+/// The class that a checkpoint is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Family {
+    /// `BitNetForCausalLM` of transformers.
+    BitNet,
+    /// `BitnetForCausalLM` of 1bitLLM/bitnet_b1_58-3B, modeling_bitnet.py: the same with SiLU and other names.
+    OneBitLlm,
+    /// `LlamaForCausalLM`: no sub-norms.
+    Llama,
+}
+
+enum RopeScaling {
+    None,
+    Linear(f32),
+    Llama3 { factor: f64, low: f64, high: f64, original: f64 },
 }
 
 /// What is done with `weight_scale`.
@@ -101,15 +123,45 @@ impl Keys<'_> {
     }
 }
 
+/// `rope_scaling`, which is part of `rope_parameters` since transformers 5.
+fn rope_scaling(keys: &Keys<'_>) -> Result<RopeScaling, ConvertError> {
+    let part = if keys.get("rope_parameters").is_null() { "rope_scaling" } else { "rope_parameters" };
+    let key = |name: &str| format!("{part}.{name}");
+    let number = |name: &str| keys.float(&key(name), 1e-6..=1e12);
+    let kind = ["rope_type", "type"].map(key).into_iter().find(|key| !keys.get(key).is_null());
+    let Some(kind) = kind else { return Ok(RopeScaling::None) };
+    match keys.get(&kind).as_str() {
+        Some("default") => Ok(RopeScaling::None),
+        Some("linear") => Ok(RopeScaling::Linear(number("factor")?)),
+        Some("llama3") => {
+            let [factor, low, high, original] =
+                ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+                    .map(|name| number(name).map(f64::from));
+            let (factor, low, high, original) = (factor?, low?, high?, original?);
+            if high <= low {
+                return Err(keys.error(&key("high_freq_factor"), format_args!("more than {low}")));
+            }
+            Ok(RopeScaling::Llama3 { factor, low, high, original })
+        }
+        _ => Err(keys.error(&kind, "\"default\", \"linear\" or \"llama3\"")),
+    }
+}
+
 impl HfConfig {
     /// Reads the file; refuses what is not a BitNet, what is not to be quantised on load, and what HF computes and this
     /// engine does not.
     pub(super) fn read(path: &Path) -> Result<Self, ConvertError> {
         let keys = Keys { path, json: read_json(path)? };
-        if keys.get("model_type") != "bitnet" {
-            return Err(keys.error("model_type", "\"bitnet\""));
-        }
-        if keys.get("quantization_config.quant_method") != "bitnet" {
+        let family = match keys.get("model_type").as_str() {
+            _ if keys.get("architectures") == &Json::from(["BitnetForCausalLM"]) => Family::OneBitLlm,
+            Some("bitnet") => Family::BitNet,
+            Some("llama") => Family::Llama,
+            _ => return Err(keys.error("model_type", "\"bitnet\" or \"llama\"")),
+        };
+        if family == Family::OneBitLlm {
+            keys.only("weight_bits", &[1.into()])?;
+            keys.only("input_bits", &[8.into()])?;
+        } else if keys.get("quantization_config.quant_method") != "bitnet" {
             return Err(keys.error("quantization_config.quant_method", "\"bitnet\""));
         }
         // What transformers takes where the keys are absent: packed weights and a scale to divide by.
@@ -117,6 +169,7 @@ impl HfConfig {
             keys.get("quantization_config.quantization_mode").as_str().unwrap_or("offline"),
             keys.get("quantization_config.linear_class").as_str().unwrap_or("bitlinear"),
         ) {
+            _ if family == Family::OneBitLlm => None,
             ("online", "autobitlinear") => None,
             ("offline", "autobitlinear") => Some(ScaleDirection::Multiply),
             ("offline", "bitlinear") => Some(ScaleDirection::Divide),
@@ -137,11 +190,14 @@ impl HfConfig {
             &[Json::from(["lm_head"]), Json::Array(Vec::new())],
         )?;
         keys.only("attention_bias", &[false.into()])?;
-        keys.only("rope_scaling", &[])?;
-        keys.only("rope_parameters.rope_type", &["default".into()])?;
+        keys.only("mlp_bias", &[false.into()])?;
         keys.only("rope_parameters.partial_rotary_factor", &[1.into(), 1.0.into()])?;
         keys.only("tie_word_embeddings", &[true.into(), false.into()])?;
-        keys.only("hidden_act", &["relu2".into(), "silu".into()])?;
+        let activations: &[Json] = match family {
+            Family::BitNet => &["relu2".into(), "silu".into()],
+            _ => &["silu".into()],
+        };
+        keys.only("hidden_act", activations)?;
 
         let (hidden_size, n_heads) = (keys.size("hidden_size")?, keys.size("num_attention_heads")?);
         let n_kv_heads = match keys.get("num_key_value_heads") {
@@ -169,8 +225,9 @@ impl HfConfig {
             ["rope_parameters.rope_theta", "rope_theta"].into_iter().find(|key| !keys.get(key).is_null());
         let vocab_size = keys.size("vocab_size")?;
         Ok(Self {
+            family,
             packed,
-            relu2: keys.get("hidden_act") != "silu",
+            relu2: family == Family::BitNet && keys.get("hidden_act") != "silu",
             vocab_size,
             context_length: keys.size("max_position_embeddings")?,
             hidden_size,
@@ -180,7 +237,11 @@ impl HfConfig {
             n_kv_heads,
             head_dim,
             rms_norm_eps: keys.float("rms_norm_eps", 1e-12..=0.1)?,
-            rope_theta: theta.map_or(Ok(500_000.0), |key| keys.float(key, 1.0..=1e12))?,
+            rope_theta: theta
+                .map_or(Ok(if family == Family::BitNet { 500_000.0 } else { 10_000.0 }), |key| {
+                    keys.float(key, 1.0..=1e12)
+                })?,
+            rope_scaling: rope_scaling(&keys)?,
             tied: keys.get("tie_word_embeddings") == true,
             bos: keys.token("bos_token_id", vocab_size)?,
             eos: keys.token("eos_token_id", vocab_size)?,
@@ -190,7 +251,32 @@ impl HfConfig {
 
     /// The name of the architecture, which tells other programs the activation.
     pub(super) fn architecture(&self) -> &'static str {
-        if self.relu2 { "bitnet-b1.58" } else { "bitnet" }
+        match self.family {
+            Family::Llama => LLAMA,
+            _ if self.relu2 => "bitnet-b1.58",
+            _ => "bitnet",
+        }
+    }
+
+    /// The order of the rows of the query and key projections in the file, where it is another than the checkpoint's.
+    pub(super) fn pairs(&self) -> Option<Pairs> {
+        let head_dim = self.head_dim as usize;
+        (self.family == Family::Llama).then_some(Pairs { head_dim, rope_dim: head_dim })
+    }
+
+    /// The divisors of the RoPE frequencies, as llama.cpp keeps them: the frequencies of transformers'
+    /// `_compute_llama3_parameters` (modeling_rope_utils.py) divide the unscaled ones by them.
+    pub(super) fn rope_factors(&self) -> Option<Vec<f32>> {
+        let RopeScaling::Llama3 { factor, low, high, original } = self.rope_scaling else { return None };
+        let ln_theta = ln64(f64::from(self.rope_theta));
+        let factors = (0..self.head_dim / 2).map(|i| {
+            let wavelength = std::f64::consts::TAU * exp64(ln_theta * (2 * i) as f64 / self.head_dim as f64);
+            // How often the wave fits in the context of the first training.
+            let turns = original / wavelength;
+            let smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0);
+            (1.0 / ((1.0 - smooth) / factor + smooth)) as f32
+        });
+        Some(factors.collect())
     }
 
     pub(super) fn write(
@@ -222,6 +308,10 @@ impl HfConfig {
         key("attention.layer_norm_rms_epsilon", Value::F32(self.rms_norm_eps))?;
         key("rope.dimension_count", int(self.head_dim))?;
         key("rope.freq_base", Value::F32(self.rope_theta))?;
+        if let RopeScaling::Linear(factor) = self.rope_scaling {
+            key("rope.scaling.type", Value::Str("linear"))?;
+            key("rope.scaling.factor", Value::F32(factor))?;
+        }
         key("hidden_act", Value::Str(if self.relu2 { "relu2" } else { "silu" }))?;
         for (which, id) in [("bos", self.bos), ("eos", self.eos), ("padding", self.padding)] {
             if let Some(id) = id {

@@ -22,7 +22,7 @@ pub(super) fn to_gguf(
     let gguf = Gguf::open(input)?;
     let exact = ExactScales::read(&gguf);
     let mut scales = Vec::new();
-    for tensor in gguf.tensors().iter().filter(|tensor| is_ternary(tensor.ty)) {
+    for tensor in gguf.tensors().iter().filter(|tensor| is_ternary(tensor)) {
         scales.push(scale_of(&gguf, tensor, &exact)?);
     }
     if scales.is_empty() {
@@ -30,7 +30,7 @@ pub(super) fn to_gguf(
         return Err(ConvertError::checkpoint(
             input,
             thing,
-            "none is ternary: expected I2_S, TQ1_0, TQ2_0, IQ1_BN or IQ2_BN",
+            "none is ternary: expected I2_S, TQ1_0, TQ2_0, IQ1_BN, IQ2_BN or projections in floats",
         ));
     }
 
@@ -54,7 +54,7 @@ pub(super) fn to_gguf(
     for tensor in gguf.tensors() {
         let head = ["token_embd.weight", "output.weight"].contains(&tensor.name.as_str());
         let ty = match options.head.tensor_type().filter(|_| head) {
-            _ if is_ternary(tensor.ty) => ternary,
+            _ if is_ternary(tensor) => ternary,
             Some(ty) if ty != tensor.ty => {
                 if decodable(tensor.ty) {
                     notices.push(format!("{}: from {} to {ty}", tensor.name, tensor.ty));
@@ -66,7 +66,7 @@ pub(super) fn to_gguf(
             }
             _ => tensor.ty,
         };
-        if is_ternary(ty) {
+        if is_ternary(tensor) {
             check_columns(&gguf, tensor, ty)?;
         }
         writer.tensor(&tensor.name, &tensor.dims, ty)?;
@@ -79,7 +79,7 @@ pub(super) fn to_gguf(
     let mut output = Output::new(writer, out)?;
     let mut scales = scales.into_iter();
     for (tensor, &ty) in gguf.tensors().iter().zip(&types) {
-        if is_ternary(ty) {
+        if is_ternary(tensor) {
             let (columns, scale) = (tensor.dims[0] as usize, scales.next().unwrap_or(1.0));
             output.ternary(&tensor.name, ty, columns, scale, |take| {
                 let read = read_ternary(&gguf, tensor, &exact, &mut |trits, bytes| {
@@ -141,7 +141,8 @@ pub(super) fn write_scales(
     let Some(format) = row_format(ty) else { return Ok(()) };
     if let Some(bad) = scales.iter().find(|&&scale| {
         let stored = format.stored_scale(scale);
-        !stored.is_finite() || stored == 0.0 && scale != 0.0
+        let lost = stored == 0.0 && scale != 0.0 || format.is_float() && scale <= 0.0;
+        !stored.is_finite() || lost
     }) {
         return Err(ConvertError::checkpoint(input, "a scale", format!("{bad} cannot be stored in {ty}")));
     }

@@ -7,12 +7,12 @@ use bitnet_gguf::{TensorType, Value, Writer};
 use bitnet_kernels::ternary::pack;
 
 use super::checkpoint::{Checkpoint, Tensor};
-use super::config::{HfConfig, ScaleDirection};
+use super::config::{Family, HfConfig, ScaleDirection};
 use super::gguf::{fits, write_scales};
 use super::output::{Output, decode, encode};
 use super::vocab::HfTokenizer;
 use super::{ConvertError, HeadType, Meter, Options, Progress, Report};
-use crate::model::stored::row_format;
+use crate::model::stored::{Pairs, row_format};
 
 pub(super) fn to_gguf(
     dir: &Path,
@@ -25,7 +25,7 @@ pub(super) fn to_gguf(
     let checkpoint = Checkpoint::open(dir)?;
     let mut notices = Vec::new();
     if tokenizer.is_none() {
-        notices.push("no tokenizer.json: the file will have no vocabulary".to_owned());
+        notices.push("no tokenizer: the file will have no vocabulary".to_owned());
     }
     let parts = parts(dir, &config, &checkpoint, &mut notices)?;
     let ternary = options.ternary.tensor_type();
@@ -75,6 +75,10 @@ pub(super) fn to_gguf(
         part.check(ty)?;
         writer.tensor(&part.name, &part.dims(), ty)?;
     }
+    let rope_factors = config.rope_factors();
+    if let Some(factors) = &rope_factors {
+        writer.tensor(ROPE_FREQS, &[factors.len() as u64], TensorType::F32)?;
+    }
 
     let mut output = Output::new(writer, out)?;
     let (mut scales, mut inverses) = (scales.into_iter(), inverses.into_iter());
@@ -86,20 +90,26 @@ pub(super) fn to_gguf(
             Kind::Ternary => {
                 let (scale, inverse) = (scales.next().unwrap_or(1.0), inverses.next().unwrap_or(1.0));
                 output.ternary(&part.name, ty, part.columns(), scale, |take| {
-                    run.quantize(&part.tensor, inverse, take)
+                    part.in_order(take, |take| run.quantize(&part.tensor, inverse, take))
                 })?;
             }
             Kind::Packed { .. } => {
                 let scale = scales.next().unwrap_or(1.0);
-                output
-                    .ternary(&part.name, ty, part.columns(), scale, |take| run.unpack(&part.tensor, take))?;
+                output.ternary(&part.name, ty, part.columns(), scale, |take| {
+                    part.in_order(take, |take| run.unpack(&part.tensor, take))
+                })?;
             }
         }
+    }
+    if let Some(factors) = &rope_factors {
+        let bytes: Vec<u8> = factors.iter().flat_map(|factor| factor.to_le_bytes()).collect();
+        output.bytes(ROPE_FREQS, |take| take(&bytes))?;
+        run.meter.total += bytes.len() as u64;
     }
     let (ternary_weights, zero_weights) = output.weights;
     Ok(Report {
         architecture: config.architecture().to_owned(),
-        tensors: parts.len(),
+        tensors: parts.len() + usize::from(rope_factors.is_some()),
         ternary_weights,
         zero_weights,
         embedding: types[0],
@@ -108,13 +118,21 @@ pub(super) fn to_gguf(
     })
 }
 
+/// llama.cpp's name for the divisors of the RoPE frequencies.
+const ROPE_FREQS: &str = "rope_freqs.weight";
+
 /// A tensor of the file to be.
 struct Part<'a> {
     /// Its name there.
     name: String,
     tensor: Tensor<'a>,
     kind: Kind,
+    /// The order of its rows there.
+    pairs: Option<Pairs>,
 }
+
+/// Takes the next trits of a tensor.
+type Take<'a> = dyn FnMut(&[i8]) -> Result<(), ConvertError> + 'a;
 
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
@@ -140,6 +158,25 @@ impl Part<'_> {
 
     fn columns(&self) -> usize {
         self.tensor.shape.last().map_or(1, |&n| n as usize)
+    }
+
+    /// Hands the trits that `read` gives to `take`, in the order of the file.
+    fn in_order(
+        &self,
+        take: &mut Take<'_>,
+        read: impl FnOnce(&mut Take<'_>) -> Result<(), ConvertError>,
+    ) -> Result<(), ConvertError> {
+        let Some(pairs) = self.pairs else { return read(take) };
+        let mut all = Vec::new();
+        read(&mut |trits| {
+            all.extend_from_slice(trits);
+            Ok(())
+        })?;
+        let mut ordered = vec![0; all.len()];
+        for (r, row) in all.chunks(self.columns()).enumerate() {
+            ordered[pairs.row(r) * row.len()..][..row.len()].copy_from_slice(row);
+        }
+        ordered.chunks(1 << 18).try_for_each(take)
     }
 
     /// Refuses weights that do not fill the blocks of a type.
@@ -173,21 +210,26 @@ fn parts<'a>(
     use Kind::*;
     let (hidden, ff) = (config.hidden_size, config.intermediate_size);
     let (q, kv) = (config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim);
+    let (attn_sub_norm, ffn_sub_norm) = match config.family {
+        Family::OneBitLlm => ("self_attn.inner_attn_ln", "mlp.ffn_layernorm"),
+        _ => ("self_attn.attn_sub_norm", "mlp.ffn_sub_norm"),
+    };
     let layer = [
         ("attn_norm", "input_layernorm", vec![hidden], Norm),
         ("attn_q", "self_attn.q_proj", vec![q, hidden], Ternary),
         ("attn_k", "self_attn.k_proj", vec![kv, hidden], Ternary),
         ("attn_v", "self_attn.v_proj", vec![kv, hidden], Ternary),
-        ("attn_sub_norm", "self_attn.attn_sub_norm", vec![q], Norm),
+        ("attn_sub_norm", attn_sub_norm, vec![q], Norm),
         ("attn_output", "self_attn.o_proj", vec![hidden, q], Ternary),
         ("ffn_norm", "post_attention_layernorm", vec![hidden], Norm),
         ("ffn_gate", "mlp.gate_proj", vec![ff, hidden], Ternary),
         ("ffn_up", "mlp.up_proj", vec![ff, hidden], Ternary),
-        ("ffn_sub_norm", "mlp.ffn_sub_norm", vec![ff], Norm),
+        ("ffn_sub_norm", ffn_sub_norm, vec![ff], Norm),
         ("ffn_down", "mlp.down_proj", vec![hidden, ff], Ternary),
     ];
     let mut parts = Vec::new();
     let mut scale_names = Vec::new();
+    let sub_norms = config.family != Family::Llama;
     let mut add = |name: String, hf: &str, shape: &[u64], kind| {
         let (tensor, kind) = match (kind, config.packed) {
             (Ternary, Some(direction)) => {
@@ -207,12 +249,15 @@ fn parts<'a>(
             }
             _ => (checkpoint.tensor(hf, shape, false)?, kind),
         };
-        parts.push(Part { name, tensor, kind });
+        let pairs = config.pairs().filter(|_| name.contains("attn_q") || name.contains("attn_k"));
+        parts.push(Part { name, tensor, kind, pairs });
         Ok(())
     };
     add("token_embd.weight".into(), "model.embed_tokens.weight", &[config.vocab_size, hidden], Embedding)?;
     for i in 0..config.n_layers {
-        for (name, hf, shape, kind) in &layer {
+        for (name, hf, shape, kind) in
+            layer.iter().filter(|(name, ..)| sub_norms || !name.contains("sub_norm"))
+        {
             add(format!("blk.{i}.{name}.weight"), &format!("model.layers.{i}.{hf}.weight"), shape, *kind)?;
         }
     }
@@ -317,7 +362,7 @@ impl Run<'_> {
         &mut self,
         tensor: &Tensor<'_>,
         inverse: f32,
-        take: &mut dyn FnMut(&[i8]) -> Result<(), ConvertError>,
+        take: &mut Take<'_>,
     ) -> Result<(), ConvertError> {
         let mut trits = Vec::new();
         self.read(tensor, |piece| {
@@ -329,11 +374,7 @@ impl Run<'_> {
     }
 
     /// Packed weights, whose four quarters lie in the bits of the same bytes.
-    fn unpack(
-        &mut self,
-        tensor: &Tensor<'_>,
-        take: &mut dyn FnMut(&[i8]) -> Result<(), ConvertError>,
-    ) -> Result<(), ConvertError> {
+    fn unpack(&mut self, tensor: &Tensor<'_>, take: &mut Take<'_>) -> Result<(), ConvertError> {
         let mut trits = Vec::new();
         for quarter in 0..4 {
             let mut index = 0;

@@ -4,7 +4,8 @@
 //! (`integrations/bitnet.py`): with m = mean |W|, at least 1e-5, and s = 1 / m, a weight is clamp(round_half_even(W s), -1, 1),
 //! and the scale in the file is 1 / s, what HF multiplies the weights with. All in float32, but the mean is summed in
 //! float64. Packed checkpoints keep their weights and their scale, or its inverse where `BitLinear` divides by it. The
-//! norms become float32. From a GGUF file everything but the types that were asked for is copied.
+//! norms become float32. The checkpoints are those of `BitNetForCausalLM`, of `LlamaForCausalLM` with BitNet's quantisation, and of
+//! the `BitnetForCausalLM` of 1bitLLM, which is the former with other names for the sub-norms. From a GGUF file everything but the types that were asked for is copied.
 //!
 //! Nothing is held in memory but a piece of one tensor and the vocabulary, and the same input gives the same bytes. The
 //! file is read again before it gets its name: its weights and everything else must be those that were to be written.
@@ -41,11 +42,16 @@ pub enum TernaryType {
     IQ1_BN,
     /// 2 bits a weight: ik_llama.cpp's.
     IQ2_BN,
+    /// Each weight times the scale in half precision, for programs without ternary types.
+    F16,
+    /// The same in bfloat16.
+    BF16,
 }
 
 impl TernaryType {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::I2_S, Self::TQ1_0, Self::TQ2_0, Self::IQ1_BN, Self::IQ2_BN];
+    pub const ALL: [Self; 7] =
+        [Self::I2_S, Self::TQ1_0, Self::TQ2_0, Self::IQ1_BN, Self::IQ2_BN, Self::F16, Self::BF16];
 
     /// The type in the file.
     pub fn tensor_type(self) -> TensorType {
@@ -55,6 +61,8 @@ impl TernaryType {
             Self::TQ2_0 => TensorType::TQ2_0,
             Self::IQ1_BN => TensorType::IQ1BN,
             Self::IQ2_BN => TensorType::IQ2BN,
+            Self::F16 => TensorType::F16,
+            Self::BF16 => TensorType::BF16,
         }
     }
 
@@ -66,6 +74,8 @@ impl TernaryType {
             Self::TQ2_0 => 37,
             Self::IQ1_BN => 136,
             Self::IQ2_BN => 137,
+            Self::F16 => 1,
+            Self::BF16 => 32,
         }
     }
 }

@@ -38,7 +38,7 @@ impl Trits {
         let exact = ExactScales::read(gguf);
         let mut all = BTreeMap::new();
         let (mut counts, mut scales) = ([0; 3], (f32::INFINITY, f32::NEG_INFINITY));
-        for tensor in gguf.tensors().iter().filter(|tensor| is_ternary(tensor.ty)) {
+        for tensor in gguf.tensors().iter().filter(|tensor| is_ternary(tensor)) {
             let mut hash = TritHash::new(&tensor.name);
             let scale = read_ternary(gguf, tensor, &exact, &mut |trits, _| {
                 let count = |wanted| trits.iter().filter(|&&trit| trit == wanted).count() as u64;

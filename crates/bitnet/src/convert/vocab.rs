@@ -1,4 +1,4 @@
-//! tokenizer.json and tokenizer_config.json, as GGUF metadata.
+//! tokenizer.json or tokenizer.model, and tokenizer_config.json, as GGUF metadata.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use serde_json::Value as Json;
 
 use super::ConvertError;
 use super::checkpoint::read_json;
-use super::config::HfConfig;
+use super::config::{Family, HfConfig};
 use crate::text::{HfVocab, Tokenizer};
 
 /// GGUF's type of a token that no text leads to.
@@ -23,14 +23,22 @@ pub(super) struct HfTokenizer {
 impl HfTokenizer {
     /// Reads the tokenizer of a checkpoint. None if it has none.
     pub(super) fn read(dir: &Path, config: &HfConfig) -> Result<Option<Self>, ConvertError> {
-        let path = dir.join("tokenizer.json");
+        let sentence_path = dir.join("tokenizer.model");
+        let sentence = sentence_path.exists() && config.family != Family::BitNet;
+        let path = if sentence { sentence_path } else { dir.join("tokenizer.json") };
         if !path.exists() {
             return Ok(None);
         }
-        let json = std::fs::read(&path).map_err(|e| ConvertError::io(&path, "read", e))?;
+        let bytes = std::fs::read(&path).map_err(|e| ConvertError::io(&path, "read", e))?;
         let broken = |error| ConvertError::Tokenizer { file: path.display().to_string(), error };
-        let mut vocab = HfVocab::parse(&json).map_err(broken)?;
-        if !vocab.ignore_merges {
+        let mut vocab = if sentence {
+            HfVocab::parse_sentencepiece(&bytes).ok_or_else(|| {
+                ConvertError::checkpoint(&path, "vocabulary", "expected SentencePiece's byte-pair encoding")
+            })?
+        } else {
+            HfVocab::parse(&bytes).map_err(broken)?
+        };
+        if !vocab.ignore_merges && vocab.pre == "llama-bpe" {
             let problem = "expected true: GGUF's pre-tokenizer \"llama-bpe\" implies it";
             return Err(ConvertError::checkpoint(&path, "key \"model.ignore_merges\"", problem));
         }
@@ -42,6 +50,7 @@ impl HfTokenizer {
         // Other programs take the length of the list for the number of the embedding's rows.
         vocab.tokens.extend((vocab.tokens.len()..size).map(|id| format!("[PAD{id}]")));
         vocab.token_types.resize(size, UNUSED);
+        vocab.scores.iter_mut().for_each(|scores| scores.resize(size, 0.0));
         Tokenizer::new(&vocab.vocab()).map_err(broken)?;
 
         let settings_path = dir.join("tokenizer_config.json");
@@ -61,13 +70,20 @@ impl HfTokenizer {
     }
 
     pub(super) fn write(&self, writer: &mut Writer) -> Result<(), ConvertError> {
-        let HfVocab { tokens, token_types, merges, .. } = &self.vocab;
-        writer.meta("tokenizer.ggml.model", Value::Str("gpt2"))?;
-        writer.meta("tokenizer.ggml.pre", Value::Str("llama-bpe"))?;
+        let HfVocab { tokens, token_types, merges, scores, pre, .. } = &self.vocab;
+        writer.meta("tokenizer.ggml.model", Value::Str(if scores.is_some() { "llama" } else { "gpt2" }))?;
+        writer.meta("tokenizer.ggml.pre", Value::Str(pre))?;
         writer.meta_array("tokenizer.ggml.tokens", ValueType::Str, tokens.iter().map(|t| Value::Str(t)))?;
         let types = token_types.iter().copied().map(Value::I32);
         writer.meta_array("tokenizer.ggml.token_type", ValueType::I32, types)?;
-        writer.meta_array("tokenizer.ggml.merges", ValueType::Str, merges.iter().map(|m| Value::Str(m)))?;
+        let (key, merges) = ("tokenizer.ggml.merges", merges.iter().map(|m| Value::Str(m)));
+        match scores {
+            Some(scores) => {
+                let scores = scores.iter().copied().map(Value::F32);
+                writer.meta_array("tokenizer.ggml.scores", ValueType::F32, scores)?;
+            }
+            None => writer.meta_array(key, ValueType::Str, merges)?,
+        }
         if let Some(id) = tokens.iter().position(|token| token == "<|eot_id|>") {
             writer.meta("tokenizer.ggml.eot_token_id", Value::U32(id as u32))?;
         }

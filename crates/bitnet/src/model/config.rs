@@ -1,13 +1,13 @@
 //! What a model is, read from the metadata of its file.
 
 use crate::Error;
-use bitnet_gguf::{Gguf, TensorInfo};
+use bitnet_gguf::{Gguf, TensorInfo, TensorType};
 use bitnet_kernels::{Activation, KvShape, KvType, TernaryMatrix};
 
 /// The shape and the constants of a model. An existing `Config` is consistent: the forward pass checks nothing.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
-    /// `general.architecture`: `bitnet-b1.58`, `bitnet-25` or `bitnet`.
+    /// `general.architecture`: `bitnet-b1.58`, `bitnet-25`, `bitnet` or `llama`.
     pub architecture: String,
     /// `general.name`, if there is one.
     pub name: Option<String>,
@@ -31,11 +31,18 @@ pub struct Config {
     pub rope_dim: usize,
     /// Base of the RoPE frequencies.
     pub rope_theta: f32,
+    /// Divisors of the RoPE frequencies, `rope_dim / 2`, where they are scaled as in Llama 3.1; else none.
+    pub rope_factors: Vec<f32>,
     /// Added to the mean square in every norm.
     pub rms_norm_eps: f32,
     /// Activation between gate and up.
     pub activation: Activation,
+    /// Whether a norm precedes the output and the down projections.
+    pub sub_norms: bool,
 }
+
+/// Ternary models of the shape of Llama: Llama3-8B-1.58, Falcon3-1.58bit, Falcon-E.
+pub(crate) const LLAMA: &str = "llama";
 
 /// Something the file says wrongly or not at all, and what was done about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,6 +106,27 @@ pub(crate) fn require<'a>(keys: &Keys<'a>, name: &str) -> Result<&'a TensorInfo,
     })
 }
 
+/// The tensor that llama.cpp keeps the divisors of Llama 3.1 in, times the one factor of linear scaling.
+fn rope_factors(keys: &Keys<'_>, rope_dim: usize) -> Result<Vec<f32>, Error> {
+    let kind = keys.gguf.get_str(&keys.key("rope.scaling.type"))?.unwrap_or("linear");
+    if !["none", "linear"].contains(&kind) {
+        let problem = format!("expected \"none\" or \"linear\", found {kind:?}");
+        return Err(keys.error(format!("key {:?}", keys.key("rope.scaling.type")), problem));
+    }
+    let factor = keys.float("rope.scaling.factor", |x| x > 0.0)?.filter(|_| kind == "linear").unwrap_or(1.0);
+    let Some(tensor) = keys.gguf.tensor("rope_freqs.weight") else {
+        return Ok(if factor == 1.0 { Vec::new() } else { vec![factor; rope_dim / 2] });
+    };
+    let bytes = keys.gguf.tensor_bytes(tensor);
+    let factors = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b) * factor);
+    let factors: Vec<f32> = factors.filter(|x| x.is_finite() && *x > 0.0).collect();
+    if tensor.ty == TensorType::F32 && factors.len() == rope_dim / 2 && bytes.len() == 2 * rope_dim {
+        return Ok(factors);
+    }
+    let thing = format!("tensor \"rope_freqs.weight\" at byte {}", tensor.offset);
+    Err(keys.error(thing, format!("expected {} factors above 0 in F32", rope_dim / 2)))
+}
+
 impl Config {
     /// Reads the configuration. What the file leaves out and the architecture determines is filled in and noted in
     /// `repairs`.
@@ -110,12 +138,12 @@ impl Config {
         let keys = Keys { gguf, arch: arch.clone() };
         let by_arch = match arch.as_str() {
             "bitnet-b1.58" | "bitnet-25" => Activation::Relu2,
-            "bitnet" => Activation::Silu,
+            "bitnet" | LLAMA => Activation::Silu,
             other => {
-                return Err(keys.error(
-                    "key \"general.architecture\"",
-                    format!("expected \"bitnet-b1.58\", \"bitnet-25\" or \"bitnet\", found {other:?}"),
-                ));
+                let problem = format!(
+                    "expected \"bitnet-b1.58\", \"bitnet-25\", \"bitnet\" or \"llama\", found {other:?}"
+                );
+                return Err(keys.error("key \"general.architecture\"", problem));
             }
         };
         const WIDTH: std::ops::RangeInclusive<u64> = 1..=TernaryMatrix::MAX_COLUMNS as u64;
@@ -174,6 +202,7 @@ impl Config {
                     format!("expected \"relu2\" or \"silu\", found {other:?}"),
                 ));
             }
+            None if arch == LLAMA => by_arch,
             None => {
                 let name = if by_arch == Activation::Relu2 { "squared ReLU" } else { "SiLU" };
                 let message = format!("no activation in the metadata: {name}, as architecture {arch} has it");
@@ -192,6 +221,7 @@ impl Config {
             n_kv_heads,
             head_dim,
             rope_dim,
+            rope_factors: rope_factors(&keys, rope_dim)?,
             rope_theta: keys.float("rope.freq_base", |x| x >= 1.0)?.unwrap_or(10_000.0),
             rms_norm_eps: keys
                 .float("attention.layer_norm_rms_epsilon", |x| x > 0.0 && x < 1.0)?
@@ -199,6 +229,7 @@ impl Config {
                     keys.error(format!("key \"{arch}.attention.layer_norm_rms_epsilon\""), "missing")
                 })?,
             activation,
+            sub_norms: arch != LLAMA,
             architecture: arch,
         })
     }
@@ -218,8 +249,10 @@ impl Config {
             head_dim: 128,
             rope_dim: 128,
             rope_theta: 500_000.0,
+            rope_factors: Vec::new(),
             rms_norm_eps: 1e-5,
             activation: Activation::Relu2,
+            sub_norms: true,
         }
     }
 

@@ -1,4 +1,5 @@
-//! The forward pass of BitNet b1.58 (arXiv:2402.17764; the shapes are those of Hugging Face's `BitNetForCausalLM`).
+//! The forward pass of BitNet b1.58 (arXiv:2402.17764; the shapes are those of Hugging Face's `BitNetForCausalLM`, or of
+//! `LlamaForCausalLM`, which has no sub-norms).
 
 use super::{Model, Phase, Profile};
 use bitnet_kernels::ternary::Layout;
@@ -195,7 +196,10 @@ impl Model {
             profile.lap(Phase::Rope, 0);
             compute.attention(kv, index, q, sees, attended);
             profile.lap(Phase::Attention, 0);
-            compute.norm_quantize(attended, &layer.attn_sub_norm, eps, Layout::Rows, work, codes);
+            match &layer.attn_sub_norm {
+                Some(norm) => compute.norm_quantize(attended, norm, eps, Layout::Rows, work, codes),
+                None => compute.quantize(attended, config.q_width(), Layout::Rows, work, codes),
+            }
             compute.linear(codes, work, [(&layer.attn_output, &mut *delta)]);
             compute.add(x, delta);
             profile.lap(Phase::Output, layer.attn_output.byte_len());
@@ -213,7 +217,8 @@ impl Model {
                 compute.linear(codes, work, [(&layer.ffn_gate, &mut *gate), (&layer.ffn_up, &mut *up)]);
                 profile.lap(Phase::Gate, layer.ffn_gate.byte_len() + layer.ffn_up.byte_len());
             }
-            let (width, norm) = (config.intermediate_size, Some((&layer.ffn_sub_norm[..], eps)));
+            let width = config.intermediate_size;
+            let norm = layer.ffn_sub_norm.as_deref().map(|norm| (norm, eps));
             compute.activate_quantize(config.activation, gate, up, width, norm, layout, work, codes);
             profile.lap(Phase::Activate, 0);
             compute.linear(codes, work, [(&layer.ffn_down, &mut *delta)]);

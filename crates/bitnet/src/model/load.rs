@@ -93,7 +93,7 @@ impl<'a> ModelInfo<'a> {
         let name = file.name().to_owned();
         let tokenizer = tokenizer.map_err(|error| Error::Tokenizer { file: name.clone(), error })?;
         Ok(Model {
-            inverse_frequencies: inverse_frequencies(config.rope_dim, config.rope_theta),
+            inverse_frequencies: inverse_frequencies(&config),
             name,
             file: Some(file.clone()),
             config,
@@ -139,7 +139,7 @@ impl Model {
     pub fn random(config: Config, compute: &Compute, strategy: Strategy) -> Result<Self, Error> {
         let weights = Weights::random(&config, compute, strategy)?;
         Ok(Self {
-            inverse_frequencies: inverse_frequencies(config.rope_dim, config.rope_theta),
+            inverse_frequencies: inverse_frequencies(&config),
             name: "random weights".into(),
             file: None,
             config,
@@ -226,23 +226,30 @@ fn read_vocab<'a>(
         let strs = strs.ok_or_else(|| keys.error(format!("key {key:?}"), "expected an array of strings"))?;
         Ok(strs.collect())
     };
-    match gguf.get_str("tokenizer.ggml.model")? {
-        Some("gpt2") => {}
+    let sentence = match gguf.get_str("tokenizer.ggml.model")? {
+        Some("gpt2") => false,
+        Some("llama") => true,
         other => {
-            let problem = format!("expected \"gpt2\" (byte-level BPE), found {other:?}");
+            let problem =
+                format!("expected \"gpt2\" (byte-level BPE) or \"llama\" (SentencePiece), found {other:?}");
             return Err(keys.error("key \"tokenizer.ggml.model\"", problem));
         }
-    }
+    };
+    let mut notice = |what: &str| {
+        let message = format!("{what}: text is split as LLaMA-3 does");
+        repairs.push(Repair { name: "pre_tokenizer", message });
+    };
     match gguf.get_str("tokenizer.ggml.pre")? {
+        _ if sentence => {}
         Some("llama-bpe" | "llama3" | "llama-v3") => {}
+        Some(pre @ ("falcon3" | "falcon_e" | "falcon-e")) => {
+            notice(&format!("the pre-tokenizer {pre} cuts numbers and punctuation smaller"));
+        }
         Some(other) => {
-            let problem = format!("expected \"llama-bpe\", found {other:?}");
+            let problem = format!("expected \"llama-bpe\", \"falcon3\" or \"falcon_e\", found {other:?}");
             return Err(keys.error("key \"tokenizer.ggml.pre\"", problem));
         }
-        None => repairs.push(Repair {
-            name: "pre_tokenizer",
-            message: "no pre-tokenizer in the metadata: text is split as LLaMA-3 does".into(),
-        }),
+        None => notice("no pre-tokenizer in the metadata"),
     }
     let tokens = strings("tokenizer.ggml.tokens", tokens)?;
     if tokens.len() > config.vocab_size {
@@ -262,7 +269,17 @@ fn read_vocab<'a>(
         }
         None => vec![1; tokens.len()],
     };
+    let scores = match gguf.get_array("tokenizer.ggml.scores")? {
+        _ if !sentence => None,
+        scores => {
+            let floats = scores.and_then(|scores| scores.f32s()).map(Iterator::collect);
+            Some(floats.ok_or_else(|| {
+                keys.error("key \"tokenizer.ggml.scores\"", "expected floats: SentencePiece needs its scores")
+            })?)
+        }
+    };
     let merges = match gguf.get_array("tokenizer.ggml.merges")? {
+        _ if sentence => Vec::new(),
         Some(merges) => strings("tokenizer.ggml.merges", merges)?,
         None => {
             return Err(
@@ -270,7 +287,7 @@ fn read_vocab<'a>(
             );
         }
     };
-    Ok(Some(Vocab { tokens, token_types, merges, ignore_merges: true }))
+    Ok(Some(Vocab { tokens, token_types, merges, ignore_merges: true, scores }))
 }
 
 fn read_special(
@@ -304,7 +321,8 @@ fn read_special(
         }
     }
     stop.dedup();
-    let add_bos = keys.gguf.get_bool("tokenizer.ggml.add_bos_token")?.unwrap_or(bos.is_some());
+    let falcon = keys.gguf.get_str("tokenizer.ggml.pre")?.is_some_and(|pre| pre.starts_with("falcon"));
+    let add_bos = keys.gguf.get_bool("tokenizer.ggml.add_bos_token")?.unwrap_or(bos.is_some() && !falcon);
     Ok(SpecialTokens { bos, add_bos: add_bos && bos.is_some(), eos, stop })
 }
 

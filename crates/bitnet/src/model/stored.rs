@@ -1,5 +1,6 @@
 //! How ternary tensors lie in a GGUF file.
 
+use super::config::{Config, LLAMA};
 use bitnet_gguf::{Gguf, TensorInfo, TensorType, Value};
 use bitnet_kernels::ternary::blocks::RowFormat;
 use bitnet_kernels::ternary::{CHUNK, pack};
@@ -10,20 +11,64 @@ use std::collections::HashMap;
 /// programs do not know the key and read the rounded scales.
 pub(crate) const EXACT_SCALES: &str = "bitnet.exact_scales";
 
-/// The encoding of a type that goes row by row.
+/// The encoding of ternary weights in a type that goes row by row.
 pub(crate) fn row_format(ty: TensorType) -> Option<RowFormat> {
     match ty {
         TensorType::TQ1_0 => Some(RowFormat::TQ1_0),
         TensorType::TQ2_0 => Some(RowFormat::TQ2_0),
         TensorType::IQ1BN => Some(RowFormat::IQ1_BN),
         TensorType::IQ2BN => Some(RowFormat::IQ2_BN),
+        TensorType::F32 => Some(RowFormat::F32),
+        TensorType::F16 => Some(RowFormat::F16),
+        TensorType::BF16 => Some(RowFormat::BF16),
         _ => None,
     }
 }
 
-/// Whether a type holds ternary weights that can be read.
-pub(crate) fn is_ternary(ty: TensorType) -> bool {
-    ty == TensorType::I2S || row_format(ty).is_some()
+/// Whether a tensor holds ternary weights that can be read. Those of a projection may be floats.
+pub(crate) fn is_ternary(tensor: &TensorInfo) -> bool {
+    let projection = || {
+        let part = tensor.name.strip_prefix("blk.").and_then(|name| name.strip_suffix(".weight"));
+        part.and_then(|part| part.split_once('.')).is_some_and(|(_, part)| PROJECTIONS.contains(&part))
+    };
+    match row_format(tensor.ty) {
+        Some(format) => !format.is_float() || projection(),
+        None => tensor.ty == TensorType::I2S,
+    }
+}
+
+/// The ternary matrices of a block.
+const PROJECTIONS: [&str; 7] =
+    ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"];
+
+/// The order of the rows of the query and key projections in llama.cpp's `llama`: RoPE rotates the adjacent rows 2i and
+/// 2i + 1 of a head, where this engine and Hugging Face rotate i and i + half. The rows are put in the latter order as
+/// they are loaded; scores of attention do not depend on it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pairs {
+    pub(crate) head_dim: usize,
+    pub(crate) rope_dim: usize,
+}
+
+impl Pairs {
+    /// Of a model, if it has that order.
+    pub(crate) fn of(config: &Config) -> Option<Self> {
+        let &Config { head_dim, rope_dim, .. } = config;
+        (config.architecture == LLAMA).then_some(Self { head_dim, rope_dim })
+    }
+
+    /// The row of the file that is row `r` here.
+    pub(crate) fn row(self, r: usize) -> usize {
+        let (first, i, half) = (r - r % self.head_dim, r % self.head_dim, self.rope_dim / 2);
+        first
+            + if i < half {
+                2 * i
+            } else if i < 2 * half {
+                2 * (i - half) + 1
+            } else {
+                i
+            }
+    }
 }
 
 /// The unrounded scales of a file; none where it has none, or not as many as tensors.
@@ -31,7 +76,7 @@ pub(crate) struct ExactScales<'a>(HashMap<&'a str, f32>);
 
 impl<'a> ExactScales<'a> {
     pub(crate) fn read(gguf: &'a Gguf) -> Self {
-        let ternary: Vec<_> = gguf.tensors().iter().filter(|tensor| is_ternary(tensor.ty)).collect();
+        let ternary: Vec<_> = gguf.tensors().iter().filter(|tensor| is_ternary(tensor)).collect();
         let scales = gguf.get(EXACT_SCALES).and_then(|value| value.as_array());
         let scales: Vec<_> = match scales {
             Some(array) if array.len() == ternary.len() => {
@@ -75,14 +120,17 @@ pub(crate) fn row_chunk(
     let width = CHUNK.min(columns - CHUNK * chunk);
     let prefix = format.row_bytes(0);
     let at = format.row_bytes(CHUNK * chunk);
-    // The blocks of the chunk behind the scale of the row are a short row.
-    let mut short = [0; 80];
     let len = format.row_bytes(width);
-    short[..prefix].copy_from_slice(&source[r * row..][..prefix]);
-    short[prefix..len].copy_from_slice(&source[r * row + at..][..len - prefix]);
+    let mut blocks = &source[r * row + at - prefix..][..len];
+    let mut short = [0; 80];
+    if prefix > 0 {
+        // The blocks of the chunk behind the scale of the row are a short row.
+        short[..prefix].copy_from_slice(&source[r * row..][..prefix]);
+        short[prefix..len].copy_from_slice(&blocks[prefix..]);
+        blocks = &short[..len];
+    }
     let mut trits = [0; CHUNK];
-    let stored =
-        format.unpack_row(&short[..len], &mut trits[..width]).map_err(|e| format!("row {r}: {e}"))?;
+    let stored = format.unpack_row(blocks, &mut trits[..width]).map_err(|e| format!("row {r}: {e}"))?;
     if let Some(found) = stored.filter(|found| found.to_bits() != format.stored_scale(scale).to_bits()) {
         return Err(format!("row {r}: its scale is {found}, others have {scale}: this is no BitNet"));
     }

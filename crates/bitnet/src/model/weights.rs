@@ -1,12 +1,13 @@
 //! The tensors of a model, mapped layer by layer and brought into the engine's layout.
 
 use super::config::{Config, Keys, require};
-use super::stored::{ExactScales, row_chunk, row_format};
+use super::fill::fill;
+use super::stored::{ExactScales, Pairs, row_format};
 use crate::Error;
 use bitnet_gguf::{Gguf, TensorInfo, TensorType};
 use bitnet_kernels::blocks::BlockFormat;
 use bitnet_kernels::ternary::blocks::RowFormat;
-use bitnet_kernels::ternary::{CHUNK, Layout, columns, pack, row_bytes};
+use bitnet_kernels::ternary::{CHUNK, Layout, columns, pack};
 use bitnet_kernels::{
     Activation, Bytes, Compute, FloatMatrix, FloatType, Head, HugeBuffer, MemoryPart, PartBytes, Screen,
     TernaryMatrix,
@@ -36,8 +37,8 @@ pub struct Layer {
     pub attn_k: TernaryMatrix,
     /// `[n_kv_heads * head_dim][hidden_size]`.
     pub attn_v: TernaryMatrix,
-    /// `[n_heads * head_dim]`.
-    pub attn_sub_norm: Vec<f32>,
+    /// `[n_heads * head_dim]`, where the model has it.
+    pub attn_sub_norm: Option<Vec<f32>>,
     /// `[hidden_size][n_heads * head_dim]`.
     pub attn_output: TernaryMatrix,
     /// `[hidden_size]`.
@@ -46,8 +47,8 @@ pub struct Layer {
     pub ffn_gate: TernaryMatrix,
     /// `[intermediate_size][hidden_size]`.
     pub ffn_up: TernaryMatrix,
-    /// `[intermediate_size]`.
-    pub ffn_sub_norm: Vec<f32>,
+    /// `[intermediate_size]`, where the model has it.
+    pub ffn_sub_norm: Option<Vec<f32>>,
     /// `[hidden_size][intermediate_size]`.
     pub ffn_down: TernaryMatrix,
 }
@@ -68,25 +69,25 @@ impl Layer {
 }
 
 /// Where a tensor of the file goes in the engine's one buffer.
-struct Placed<'a> {
-    tensor: &'a TensorInfo,
-    store: Store,
-    range: Range<usize>,
-    /// Of a ternary tensor.
-    scale: f32,
+pub(super) struct Placed<'a> {
+    pub(super) tensor: &'a TensorInfo,
+    pub(super) store: Store,
+    pub(super) range: Range<usize>,
+    /// Of a ternary tensor, as its rows have it.
+    pub(super) scale: f32,
 }
 
 /// How a tensor is brought into the engine's layout.
 #[derive(Clone, Copy)]
-enum Store {
+pub(super) enum Store {
     /// Floats, as they are.
     Floats,
     /// Blocks of floats, to be F16: their own scales have no more digits.
     Blocks(BlockFormat),
     /// I2_S whose rows are whole chunks, as it is.
     Ternary,
-    /// I2_S whose rows must be padded, or rows of another type.
-    Rows { columns: usize, format: Option<RowFormat> },
+    /// I2_S whose rows must be padded or put in another order, or rows of another type.
+    Rows { columns: usize, format: Option<RowFormat>, pairs: Option<Pairs> },
     /// I2_S or rows of another type, to be stored by columns.
     Columns { rows: usize, columns: usize, format: Option<RowFormat> },
     /// The small copy of the head.
@@ -103,10 +104,10 @@ fn block_format(ty: TensorType) -> Option<BlockFormat> {
 }
 
 /// Checks tensors against the configuration and assigns them places.
-struct Planner<'a> {
-    keys: Keys<'a>,
+pub(super) struct Planner<'a> {
+    pub(super) keys: Keys<'a>,
     exact: ExactScales<'a>,
-    placed: Vec<Placed<'a>>,
+    pub(super) placed: Vec<Placed<'a>>,
     end: usize,
 }
 
@@ -119,7 +120,8 @@ enum FloatPlace {
 }
 
 struct LayerPlan {
-    norms: [Vec<f32>; 4],
+    norms: [Vec<f32>; 2],
+    sub_norms: [Option<Vec<f32>>; 2],
     matrices: [TernaryPlace; 7],
 }
 
@@ -173,7 +175,7 @@ impl<'a> Planner<'a> {
         Ok(tensor)
     }
 
-    fn error(&self, tensor: &TensorInfo, problem: impl Into<String>) -> Error {
+    pub(super) fn error(&self, tensor: &TensorInfo, problem: impl Into<String>) -> Error {
         self.keys.error(format!("tensor {:?} at byte {}", tensor.name, tensor.offset), problem)
     }
 
@@ -232,6 +234,7 @@ impl<'a> Planner<'a> {
         &mut self,
         name: &str,
         layout: Layout,
+        pairs: Option<Pairs>,
         columns: usize,
         rows: usize,
     ) -> Result<TernaryPlace, Error> {
@@ -247,17 +250,37 @@ impl<'a> Planner<'a> {
                 return Err(self.error(tensor, problem));
             }
             (other, _) => {
-                let problem =
-                    format!("expected type I2_S, TQ1_0, TQ2_0, IQ1_BN or IQ2_BN, found {}", other.name());
+                let problem = format!(
+                    "expected ternary weights (I2_S, TQ1_0, TQ2_0, IQ1_BN, IQ2_BN or floats), found {}",
+                    other.name()
+                );
                 return Err(self.error(tensor, problem));
             }
         };
         let store = match layout {
             Layout::Columns => Store::Columns { rows, columns, format },
-            Layout::Rows if columns.is_multiple_of(CHUNK) && format.is_none() => Store::Ternary,
-            Layout::Rows => Store::Rows { columns, format },
+            Layout::Rows if columns.is_multiple_of(CHUNK) && format.is_none() && pairs.is_none() => {
+                Store::Ternary
+            }
+            Layout::Rows => Store::Rows { columns, format, pairs },
         };
-        Ok((self.place(tensor, layout.bytes(rows, columns), store, scale), layout, rows, columns, scale))
+        let range = self.place(tensor, layout.bytes(rows, columns), store, scale);
+        Ok((range, layout, rows, columns, scale * self.extra_scale(name)?))
+    }
+
+    /// What llama.cpp multiplies the product with: the one element of a tensor beside the weights; 1 where there is none.
+    fn extra_scale(&self, name: &str) -> Result<f32, Error> {
+        let name = name.replace(".weight", ".scale");
+        Ok(if self.keys.gguf.tensor(&name).is_some() { self.norm(&name, 1)?[0] } else { 1.0 })
+    }
+
+    /// Refuses tensors that change what a model computes and that the forward pass does not know.
+    fn refuse_unknown(&self) -> Result<(), Error> {
+        let unknown = |name: &str| name.ends_with(".bias") || name.starts_with("rope_factors");
+        match self.keys.gguf.tensors().iter().find(|tensor| unknown(&tensor.name)) {
+            Some(tensor) => Err(self.error(tensor, "expected no biases and no RoPE factors but rope_freqs")),
+            None => Ok(()),
+        }
     }
 
     fn i2s_scale(&self, tensor: &TensorInfo) -> Result<f32, Error> {
@@ -299,7 +322,7 @@ impl<'a> Planner<'a> {
 impl Planner<'_> {
     /// Refuses a file in the I2_S layout of ARM builds, which has the same type and size and decodes to nonsense. Nothing
     /// in a file says which of the two it has, but its columns do: see [`pack::layout_z`].
-    fn probe_layout(&self) -> Result<(), Error> {
+    pub(super) fn probe_layout(&self) -> Result<(), Error> {
         // Enough rows for a density, of one layer in the middle.
         const ROWS: usize = 512;
         let gguf = self.keys.gguf;
@@ -349,24 +372,25 @@ impl<'a> WeightPlan<'a> {
         let mut planner = Planner { keys, exact, placed: Vec::new(), end: 0 };
         let (hidden, ff) = (config.hidden_size, config.intermediate_size);
         let (q, kv) = (config.q_width(), config.kv_width());
+        planner.refuse_unknown()?;
+        let pairs = Pairs::of(config);
         let mut layers = Vec::new();
         for i in 0..config.n_layers {
             let name = |part: &str| format!("blk.{i}.{part}.weight");
             layers.push(LayerPlan {
-                norms: [
-                    planner.norm(&name("attn_norm"), hidden)?,
-                    planner.norm(&name("attn_sub_norm"), q)?,
-                    planner.norm(&name("ffn_norm"), hidden)?,
-                    planner.norm(&name("ffn_sub_norm"), ff)?,
+                norms: [planner.norm(&name("attn_norm"), hidden)?, planner.norm(&name("ffn_norm"), hidden)?],
+                sub_norms: [
+                    config.sub_norms.then(|| planner.norm(&name("attn_sub_norm"), q)).transpose()?,
+                    config.sub_norms.then(|| planner.norm(&name("ffn_sub_norm"), ff)).transpose()?,
                 ],
                 matrices: [
-                    planner.ternary(&name("attn_q"), Layout::Rows, hidden, q)?,
-                    planner.ternary(&name("attn_k"), Layout::Rows, hidden, kv)?,
-                    planner.ternary(&name("attn_v"), Layout::Rows, hidden, kv)?,
-                    planner.ternary(&name("attn_output"), Layout::Rows, q, hidden)?,
-                    planner.ternary(&name("ffn_gate"), Layout::Rows, hidden, ff)?,
-                    planner.ternary(&name("ffn_up"), Layout::Rows, hidden, ff)?,
-                    planner.ternary(&name("ffn_down"), strategy.down_layout(config), ff, hidden)?,
+                    planner.ternary(&name("attn_q"), Layout::Rows, pairs, hidden, q)?,
+                    planner.ternary(&name("attn_k"), Layout::Rows, pairs, hidden, kv)?,
+                    planner.ternary(&name("attn_v"), Layout::Rows, None, hidden, kv)?,
+                    planner.ternary(&name("attn_output"), Layout::Rows, None, q, hidden)?,
+                    planner.ternary(&name("ffn_gate"), Layout::Rows, None, hidden, ff)?,
+                    planner.ternary(&name("ffn_up"), Layout::Rows, None, hidden, ff)?,
+                    planner.ternary(&name("ffn_down"), strategy.down_layout(config), None, ff, hidden)?,
                 ],
             });
         }
@@ -433,8 +457,9 @@ impl<'a> WeightPlan<'a> {
             };
             FloatMatrix::new(bytes, ty, vocab, hidden)
         };
-        let layers = layers.into_iter().map(|LayerPlan { norms, matrices }| {
-            let [attn_norm, attn_sub_norm, ffn_norm, ffn_sub_norm] = norms;
+        let layers = layers.into_iter().map(|LayerPlan { norms, sub_norms, matrices }| {
+            let [attn_norm, ffn_norm] = norms;
+            let [attn_sub_norm, ffn_sub_norm] = sub_norms;
             let [attn_q, attn_k, attn_v, attn_output, ffn_gate, ffn_up, ffn_down] = matrices.map(matrix);
             Layer {
                 attn_norm,
@@ -522,12 +547,12 @@ impl Weights {
                 attn_q: place(0),
                 attn_k: place(1),
                 attn_v: place(2),
-                attn_sub_norm: vec![1.0; q],
+                attn_sub_norm: config.sub_norms.then(|| vec![1.0; q]),
                 attn_output: place(3),
                 ffn_norm: vec![1.0; hidden],
                 ffn_gate: place(4),
                 ffn_up: place(5),
-                ffn_sub_norm: vec![1.0; ff],
+                ffn_sub_norm: config.sub_norms.then(|| vec![1.0; ff]),
                 ffn_down: place(6),
             }
         });
@@ -572,179 +597,4 @@ fn random_words(compute: &Compute, bytes: &mut [u8], f: impl Fn(u64) -> u64 + Sy
             word.copy_from_slice(&f(r ^ r >> 32).to_le_bytes()[..word.len()]);
         }
     });
-}
-
-/// One task of the load: part of a tensor and where it goes.
-struct Part<'a, 'b> {
-    placed: &'b Placed<'a>,
-    /// Offset of `target` in the tensor's place.
-    at: usize,
-    target: &'b mut [u8],
-}
-
-fn fill(
-    planner: &Planner<'_>,
-    file: &Arc<Gguf>,
-    buffer: &mut [u8],
-    compute: &Compute,
-    beside: &(dyn Fn() + Sync),
-) -> Result<(), Error> {
-    const PART: usize = 2 << 20;
-    let gguf = planner.keys.gguf;
-    let mut parts = Vec::new();
-    let mut rest = buffer;
-    let mut done = 0;
-    for placed in &planner.placed {
-        let (_, tail) = std::mem::take(&mut rest).split_at_mut(placed.range.start - done);
-        let (mut place, tail) = tail.split_at_mut(placed.range.len());
-        (rest, done) = (tail, placed.range.end);
-        let part = match placed.store {
-            Store::Floats | Store::Blocks(_) | Store::Ternary => PART,
-            Store::Rows { columns, .. } => row_bytes(columns) * (PART / row_bytes(columns)).max(1),
-            Store::Columns { rows, .. } => CHUNK * columns::column_bytes(rows),
-            Store::Screen { columns, .. } => Screen::bytes(Screen::PART, columns),
-        };
-        let mut at = 0;
-        while !place.is_empty() {
-            let (target, tail) = place.split_at_mut(part.min(place.len()));
-            place = tail;
-            let len = target.len();
-            parts.push(Mutex::new(Part { placed, at, target }));
-            at += len;
-        }
-    }
-    let failure = Mutex::new(None);
-    let fail = |error| {
-        failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-    };
-    // The two tasks that cannot be cut into parts come first.
-    compute.pool().run(parts.len() + 2, |task, _| {
-        let task = match task {
-            0 => return beside(),
-            1 => return planner.probe_layout().map_or_else(fail, |()| ()),
-            part => part - 2,
-        };
-        let mut part = parts[task].lock().unwrap_or_else(PoisonError::into_inner);
-        let Part { placed, at, target } = &mut *part;
-        let source = gguf.tensor_bytes(placed.tensor);
-        match placed.store {
-            Store::Floats | Store::Ternary => {
-                target.copy_from_slice(&source[*at..*at + target.len()]);
-                let start = placed.tensor.offset + *at as u64;
-                gguf.advise_dontneed(start..start + target.len() as u64);
-            }
-            Store::Blocks(format) => {
-                // Every part but the last is a whole number of blocks.
-                let (block, block_bytes) = format.sizes();
-                let mut values = vec![0.0; block];
-                let from = source[*at / 2 / block * block_bytes..].chunks_exact(block_bytes);
-                for (bytes, target) in from.zip(target.chunks_exact_mut(2 * block)) {
-                    format.decode(bytes, &mut values);
-                    for (target, &value) in target.as_chunks_mut().0.iter_mut().zip(&values) {
-                        *target = half::f16::from_f32(value).to_le_bytes();
-                    }
-                }
-            }
-            Store::Rows { columns, format: None } => pad(source, columns, *at / row_bytes(columns), target),
-            Store::Rows { columns, format: Some(format) } => {
-                let first = *at / row_bytes(columns);
-                let chunks = row_bytes(columns) / (CHUNK / 4);
-                for (i, target) in target.as_chunks_mut::<{ CHUNK / 4 }>().0.iter_mut().enumerate() {
-                    match row_chunk(source, format, columns, first + i / chunks, i % chunks, placed.scale) {
-                        Ok(codes) => *target = codes,
-                        Err(problem) => return fail(planner.error(placed.tensor, problem)),
-                    }
-                }
-            }
-            Store::Columns { rows, columns, format } => {
-                let chunk = *at / (CHUNK * columns::column_bytes(rows));
-                let strip = match format {
-                    None => Ok(strip(source, rows, columns, chunk)),
-                    Some(format) => (0..rows)
-                        .map(|r| row_chunk(source, format, columns, r, chunk, placed.scale))
-                        .collect::<Result<Vec<_>, _>>()
-                        .map(|codes| codes.concat()),
-                };
-                match strip {
-                    Ok(strip) => columns::transpose(&strip, target),
-                    Err(problem) => return fail(planner.error(placed.tensor, problem)),
-                }
-                // The last chunk is done with about last.
-                if (chunk + 1) * CHUNK >= columns {
-                    let start = placed.tensor.offset;
-                    gguf.advise_dontneed(start..start + source.len() as u64);
-                }
-            }
-            Store::Screen { rows, columns, ty } => {
-                let start = placed.tensor.offset as usize;
-                let bytes = Bytes::new(file.clone(), start..start + source.len());
-                let matrix = FloatMatrix::new(bytes, ty, rows, columns);
-                let part = *at / Screen::bytes(Screen::PART, columns);
-                compute.screen_part(&matrix, part, target);
-                let row = (source.len() / rows) as u64;
-                let (first, count) = (part * Screen::PART, target.len() / Screen::bytes(1, columns));
-                let start = placed.tensor.offset + first as u64 * row;
-                gguf.advise_dontneed(start..start + count as u64 * row);
-            }
-        }
-        let ternary = !matches!(placed.store, Store::Floats | Store::Blocks(_) | Store::Screen { .. });
-        if let Some(byte) = code_three(target).filter(|_| ternary) {
-            let problem = format!("code 3 near stored byte {}: no ternary weight", *at + byte);
-            fail(planner.error(placed.tensor, problem));
-        }
-    });
-    // Faults map neighbouring pages too, in parts that were done with.
-    gguf.advise_dontneed(gguf.data_offset()..gguf.byte_len());
-    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
-}
-
-/// The first byte that holds the code 3, which is never written.
-fn code_three(bytes: &[u8]) -> Option<usize> {
-    // Whole pieces first, without a branch in the loop.
-    let bad = |b: &u8| b & (b >> 1) & 0x55;
-    let piece = bytes.chunks(4096).position(|piece| piece.iter().map(bad).fold(0, |a, b| a | b) != 0)?;
-    bytes[piece * 4096..].iter().position(|b| bad(b) != 0).map(|i| piece * 4096 + i)
-}
-
-/// A chunk of every row, padded with zero weights.
-fn strip(source: &[u8], rows: usize, columns: usize, chunk: usize) -> Vec<u8> {
-    const BYTES: usize = CHUNK / 4;
-    let mut strip = Vec::with_capacity(rows * BYTES);
-    if columns.is_multiple_of(CHUNK) {
-        for row in source.chunks_exact(columns / 4).take(rows) {
-            strip.extend_from_slice(&row[BYTES * chunk..][..BYTES]);
-        }
-        return strip;
-    }
-    let mut row = vec![0; row_bytes(columns)];
-    for r in 0..rows {
-        pad(source, columns, r, &mut row);
-        strip.extend_from_slice(&row[BYTES * chunk..][..BYTES]);
-    }
-    strip
-}
-
-/// Writes rows from `first_row` on, whose weights lie flat in the file, as padded rows.
-fn pad(source: &[u8], columns: usize, first_row: usize, target: &mut [u8]) {
-    const ZERO: u8 = 0x55;
-    target.fill(ZERO);
-    let place = |i: usize| (i / 128 * 32 + i % 32, 6 - 2 * (i % 128 / 32));
-    for (r, row) in target.chunks_exact_mut(row_bytes(columns)).enumerate() {
-        let start = (first_row + r) * columns;
-        if columns.is_multiple_of(32) {
-            // Runs of 32 weights share their shift in the source and in the target.
-            for i in (0..columns).step_by(32) {
-                let ((from, right), (to, left)) = (place(start + i), place(i));
-                let run = &source[from..from + 32];
-                for (t, s) in row[to..to + 32].iter_mut().zip(run) {
-                    *t = *t & !(3 << left) | (s >> right & 3) << left;
-                }
-            }
-        } else {
-            for i in 0..columns {
-                let ((from, right), (to, left)) = (place(start + i), place(i));
-                row[to] = row[to] & !(3 << left) | (source[from] >> right & 3) << left;
-            }
-        }
-    }
 }

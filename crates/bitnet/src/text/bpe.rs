@@ -19,6 +19,8 @@ pub(super) struct Merge {
     pub(super) left: u32,
     pub(super) right: u32,
     pub(super) merged: u32,
+    /// Merges of a lower order go first, those of one order from left to right.
+    pub(super) order: u32,
 }
 
 /// All merges, by rank and by pair.
@@ -84,44 +86,52 @@ struct Symbol {
 }
 
 impl Merger {
-    /// Appends the tokens of a piece: while a merge applies, the one of the lowest rank, the leftmost first.
-    /// Time is n log n in the length of the piece.
+    /// Appends the tokens that a piece of these tokens, bytes or characters, is merged to: while a merge applies, the one of
+    /// the lowest order, the leftmost first. Time is n log n in the length of the piece.
     pub(super) fn encode(
         &mut self,
         merges: &Merges,
-        byte_ids: &[u32; 256],
-        piece: &[u8],
+        mut piece: impl Iterator<Item = u32>,
         ids: &mut Vec<u32>,
     ) {
-        for part in piece.chunks(MAX_PIECE) {
-            self.encode_part(merges, byte_ids, part, ids);
+        loop {
+            self.symbols.clear();
+            self.symbols.extend(piece.by_ref().take(MAX_PIECE).map(|id| Symbol {
+                id,
+                rank: NONE,
+                prev: NONE,
+                next: NONE,
+            }));
+            if self.symbols.is_empty() {
+                return;
+            }
+            self.encode_part(merges, ids);
         }
     }
 
-    fn encode_part(&mut self, merges: &Merges, byte_ids: &[u32; 256], part: &[u8], ids: &mut Vec<u32>) {
-        let id_at = |at: usize| part.get(at).map(|&byte| byte_ids[usize::from(byte)]);
+    fn encode_part(&mut self, merges: &Merges, ids: &mut Vec<u32>) {
+        let count = self.symbols.len();
         let mut entries = std::mem::take(&mut self.heap).into_vec();
         entries.clear();
-        self.symbols.clear();
-        for at in 0..part.len() {
-            let rank = id_at(at).zip(id_at(at + 1)).and_then(|(left, right)| merges.rank(left, right));
-            entries.extend(rank.map(|rank| entry(rank, at as u32)));
-            self.symbols.push(Symbol {
-                id: byte_ids[usize::from(part[at])],
-                rank: rank.unwrap_or(NONE),
-                prev: (at as u32).wrapping_sub(1), // NONE at 0
-                next: if at + 1 < part.len() { at as u32 + 1 } else { NONE },
-            });
+        for at in 0..count {
+            let right = self.symbols.get(at + 1).map(|right| right.id);
+            let rank = right.and_then(|right| merges.rank(self.symbols[at].id, right));
+            entries.extend(rank.map(|rank| entry(merges, rank, at as u32)));
+            let symbol = &mut self.symbols[at];
+            symbol.rank = rank.unwrap_or(NONE);
+            symbol.prev = (at as u32).wrapping_sub(1); // NONE at 0
+            symbol.next = if at + 1 < count { at as u32 + 1 } else { NONE };
         }
         self.heap = BinaryHeap::from(entries);
 
         while let Some(Reverse(entry)) = self.heap.pop() {
-            let (rank, at) = ((entry >> 32) as u32, entry as u32);
+            let (order, at) = ((entry >> 32) as u32, entry as u32);
             let symbol = &mut self.symbols[at as usize];
-            if symbol.rank != rank {
+            let Some(merge) = merges.by_rank.get(symbol.rank as usize).filter(|merge| merge.order == order)
+            else {
                 continue; // one of the two has been merged since
-            }
-            symbol.id = merges.by_rank[rank as usize].merged;
+            };
+            symbol.id = merge.merged;
             let (prev, merged) = (symbol.prev, symbol.next as usize);
             let next = self.symbols[merged].next;
             self.symbols[merged].rank = NONE;
@@ -148,11 +158,11 @@ impl Merger {
         let right = self.symbols.get(next as usize);
         let rank = right.and_then(|right| merges.rank(id, right.id));
         self.symbols[at as usize].rank = rank.unwrap_or(NONE);
-        self.heap.extend(rank.map(|rank| entry(rank, at)));
+        self.heap.extend(rank.map(|rank| entry(merges, rank, at)));
     }
 }
 
-/// Orders by rank, then by position.
-fn entry(rank: u32, at: u32) -> Reverse<u64> {
-    Reverse(u64::from(rank) << 32 | u64::from(at))
+/// Sorts by order, then by position.
+fn entry(merges: &Merges, rank: u32, at: u32) -> Reverse<u64> {
+    Reverse(u64::from(merges.by_rank[rank as usize].order) << 32 | u64::from(at))
 }

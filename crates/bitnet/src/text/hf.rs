@@ -8,29 +8,39 @@ use serde_json::Value;
 use super::split::PATTERN;
 use super::tokenizer::{TokenizerError, Vocab, shortened};
 
-/// The vocabulary of a `tokenizer.json`, in the form of GGUF's `tokenizer.ggml` arrays.
+/// The vocabulary of a `tokenizer.json` or `tokenizer.model`, in the form of GGUF's `tokenizer.ggml` arrays.
 #[derive(Debug, Clone, PartialEq)]
 pub struct HfVocab {
     /// Token texts by id: in GPT-2's byte alphabet for normal tokens, as they are for all others.
     pub tokens: Vec<String>,
-    /// One per token: 1 normal, 3 control, 4 user-defined.
+    /// One per token: 1 normal, 3 control, 4 user-defined; as SentencePiece has them also 2 unknown, 5 unused, 6 byte.
     pub token_types: Vec<i32>,
     /// `left right` in the byte alphabet, in order of rank.
     pub merges: Vec<String>,
     /// Whether a piece that is a token is that token, even where the merges would not lead to it.
     pub ignore_merges: bool,
+    /// SentencePiece's scores, one a token, in place of `merges`.
+    pub scores: Option<Vec<f32>>,
+    /// llama.cpp's name for the way text is cut: `llama-bpe`, `falcon3`, or `default` for SentencePiece.
+    pub pre: &'static str,
 }
 
 impl HfVocab {
-    /// Reads a `tokenizer.json`; refuses all but byte-level BPE with the LLaMA-3 split.
+    /// Reads a `tokenizer.json`; refuses all but byte-level BPE with the LLaMA-3 split, or Falcon3's, which loading a model
+    /// notices.
     /// The arrays are checked only when a tokenizer is made of them.
     pub fn parse(json: &[u8]) -> Result<Self, TokenizerError> {
         let file: File = serde_json::from_slice(json)?;
         let File { added_tokens, model, .. } = &file;
         let not_null = |value: &Value| !value.is_null() && value != "";
+        let pre = if is_llama3_split(&file.pre_tokenizer) {
+            Some("llama-bpe")
+        } else {
+            is_falcon_split(&file.pre_tokenizer).then_some("falcon3")
+        };
         let refusals = [
             ("normalizer", &file.normalizer, not_null(&file.normalizer)),
-            ("pre_tokenizer", &file.pre_tokenizer, !is_llama3_split(&file.pre_tokenizer)),
+            ("pre_tokenizer", &file.pre_tokenizer, pre.is_none()),
             ("model.type", &model.model_type, model.model_type != "BPE"),
             ("model.dropout", &model.dropout, not_null(&model.dropout)),
             ("model.continuing_subword_prefix", &model.prefix, not_null(&model.prefix)),
@@ -60,6 +70,8 @@ impl HfVocab {
             token_types: entries.iter().map(|entry| entry.1.1).collect(),
             merges: file.model.merges.into_iter().map(Merge::into_text).collect(),
             ignore_merges: file.model.ignore_merges,
+            scores: None,
+            pre: pre.unwrap_or_default(),
         })
     }
 
@@ -70,6 +82,7 @@ impl HfVocab {
             token_types: self.token_types.clone(),
             merges: self.merges.iter().map(String::as_str).collect(),
             ignore_merges: self.ignore_merges,
+            scores: self.scores.clone(),
         }
     }
 }
@@ -86,6 +99,17 @@ fn is_llama3_split(pre_tokenizer: &Value) -> bool {
         && bytes["type"] == "ByteLevel"
         && bytes["add_prefix_space"] == false
         && bytes["use_regex"] == false
+}
+
+/// Runs of punctuation on their own, then GPT-2's pattern, then digits.
+fn is_falcon_split(pre_tokenizer: &Value) -> bool {
+    let steps = pre_tokenizer["pretokenizers"].as_array().map_or(&[][..], Vec::as_slice);
+    let [punctuation, bytes, digits @ ..] = steps else { return false };
+    pre_tokenizer["type"] == "Sequence"
+        && punctuation["type"] == "Punctuation"
+        && bytes["type"] == "ByteLevel"
+        && bytes["add_prefix_space"] == false
+        && digits.iter().all(|step| step["type"] == "Digits" || step["type"] == "Split")
 }
 
 #[derive(Deserialize)]

@@ -5,6 +5,7 @@ mod classes;
 mod hf;
 mod jinja;
 mod jinja_guard;
+mod sentencepiece;
 mod split;
 mod stream;
 mod template;

@@ -1,4 +1,8 @@
-//! Byte-level BPE with the LLaMA-3 split.
+//! Byte-level BPE with the LLaMA-3 split, and SentencePiece's BPE.
+//!
+//! SentencePiece cuts no text into pieces: with a space before it, it is one. Its tokens have scores; of two neighbours that
+//! together are a token, those that give the highest score are merged first. So each way to make a token of two others is a
+//! merge, ordered by the score of the result. Characters that are no token become bytes.
 
 use std::hash::BuildHasher;
 
@@ -14,12 +18,14 @@ use super::split::pieces;
 pub struct Vocab<'a> {
     /// Token texts by id: in GPT-2's byte alphabet for normal tokens, as they are for all others.
     pub tokens: Vec<&'a str>,
-    /// One per token: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused.
+    /// One per token: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 a byte of SentencePiece's (`<0x0A>`).
     pub token_types: Vec<i32>,
     /// `left right` in the byte alphabet; a merge's rank is its index.
     pub merges: Vec<&'a str>,
     /// Whether a piece that is a token is that token, even where the merges would not lead to it.
     pub ignore_merges: bool,
+    /// SentencePiece's scores, one a token, in place of `merges`.
+    pub scores: Option<Vec<f32>>,
 }
 
 impl Vocab<'_> {
@@ -48,13 +54,13 @@ pub enum Specials {
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
     /// The vocabulary's arrays differ in length.
-    #[error("the vocabulary has {tokens} tokens but {types} token types")]
+    #[error("the vocabulary has {tokens} tokens but {types} token types or scores")]
     Lengths { tokens: usize, types: usize },
     /// 2^32 - 1 or more tokens, merges or bytes of token text.
     #[error("the vocabulary is too large")]
     TooLarge,
     /// A type that byte-level BPE has no use for.
-    #[error("token {id} is of type {found}; expected 1 to 5")]
+    #[error("token {id} is of type {found}; expected 1 to 5, or 6 for a byte of SentencePiece's")]
     TokenType { id: usize, found: i32 },
     /// A token without text.
     #[error("token {id} is empty")]
@@ -104,6 +110,8 @@ pub struct Tokenizer {
     byte_ids: [u32; 256],
     merges: Merges,
     ignore_merges: bool,
+    /// Whether it is SentencePiece's.
+    sentence: bool,
     user_defined: SpecialSet,
     /// Control and user-defined tokens.
     specials: SpecialSet,
@@ -116,14 +124,30 @@ enum Kind {
     Control,
     UserDefined,
     Unused,
+    /// A byte of a character that is no token.
+    Byte,
+}
+
+/// What SentencePiece writes for a space.
+const SPACE: char = '\u{2581}';
+
+/// The byte that a token such as `<0x0A>` stands for.
+fn byte_of(token: &str) -> Option<u8> {
+    let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
+    u8::from_str_radix(digits, 16).ok().filter(|_| digits.len() == 2)
 }
 
 impl Tokenizer {
     /// Builds a tokenizer. Nothing in `vocab` is trusted.
     pub fn new(vocab: &Vocab<'_>) -> Result<Self, TokenizerError> {
         let n_vocab = vocab.tokens.len();
-        if vocab.token_types.len() != n_vocab {
-            return Err(TokenizerError::Lengths { tokens: n_vocab, types: vocab.token_types.len() });
+        let sentence = vocab.scores.is_some();
+        let scores = vocab.scores.as_deref().unwrap_or_default();
+        if let Some(types) = [vocab.token_types.len(), if sentence { scores.len() } else { n_vocab }]
+            .into_iter()
+            .find(|n| *n != n_vocab)
+        {
+            return Err(TokenizerError::Lengths { tokens: n_vocab, types });
         }
         let n_bytes: usize = vocab.tokens.iter().map(|token| token.len()).sum();
         if n_vocab.max(n_bytes).max(vocab.merges.len()) >= u32::MAX as usize {
@@ -141,13 +165,19 @@ impl Tokenizer {
                 2 | 3 => Kind::Control,
                 4 => Kind::UserDefined,
                 5 => Kind::Unused,
+                6 if sentence && byte_of(token).is_some() => Kind::Byte,
                 found => return Err(TokenizerError::TokenType { id, found }),
             };
             if token.is_empty() && kind != Kind::Unused {
                 return Err(TokenizerError::EmptyToken { id });
             }
             kinds.push(kind);
-            if kind == Kind::Normal {
+            if let Some(byte) = byte_of(token).filter(|_| kind == Kind::Byte) {
+                texts.bytes.push(byte);
+                byte_ids[usize::from(byte)] = id as u32;
+            } else if sentence {
+                texts.bytes.extend(token.replace(SPACE, " ").as_bytes());
+            } else if kind == Kind::Normal {
                 push_decoded(token, &mut texts.bytes)
                     .map_err(|found| TokenizerError::TokenAlphabet { id, found })?;
             } else {
@@ -163,7 +193,7 @@ impl Tokenizer {
                     }
                     Entry::Vacant(slot) => slot.insert(id as u32),
                 };
-                if let &[byte] = bytes {
+                if let (&[byte], false) = (bytes, sentence) {
                     byte_ids[usize::from(byte)] = id as u32;
                 }
             }
@@ -188,8 +218,13 @@ impl Tokenizer {
             byte_ids,
             merges,
             ignore_merges: vocab.ignore_merges,
+            sentence,
         };
-        tokenizer.push_merges(&vocab.merges)?;
+        if sentence {
+            tokenizer.push_scored(scores)?;
+        } else {
+            tokenizer.push_merges(&vocab.merges)?;
+        }
         Ok(tokenizer)
     }
 
@@ -223,10 +258,59 @@ impl Tokenizer {
                 None => token(&pair, "result")?,
             };
             previous = Some(merged);
-            let merge = Merge { left, right, merged };
+            let merge = Merge { left, right, merged, order: rank as u32 };
             self.merges.push(merge).map_err(|first| TokenizerError::DuplicateMerge { first, rank })?;
         }
         Ok(())
+    }
+
+    /// Makes each way to put a normal token together a merge, of the order of its score.
+    fn push_scored(&mut self, scores: &[f32]) -> Result<(), TokenizerError> {
+        // Far more than any has; of longer ones there might be more ways than time.
+        const LONGEST: usize = 1024;
+        let usable =
+            |&id: &u32| self.kinds[id as usize] == Kind::Normal && self.texts.get(id).len() <= LONGEST;
+        let mut tokens: Vec<u32> = (0..self.n_vocab() as u32).filter(usable).collect();
+        tokens.sort_by(|&a, &b| scores[b as usize].total_cmp(&scores[a as usize]));
+        let (mut order, mut last) = (0, None);
+        for merged in tokens {
+            let score = scores[merged as usize].to_bits();
+            order += u32::from(last.replace(score).is_some_and(|last| last != score));
+            let text = self.texts.get(merged);
+            let ways = (1..text.len()).filter_map(|at| {
+                let left = self.normal_id(&text[..at])?;
+                Some(Merge { left, right: self.normal_id(&text[at..])?, merged, order })
+            });
+            for merge in ways.collect::<Vec<_>>() {
+                let twice = |first| TokenizerError::DuplicateMerge { first, rank: order as usize };
+                self.merges.push(merge).map_err(twice)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The tokens of a text without special ones.
+    fn encode_plain(&self, plain: &str, merger: &mut Merger, ids: &mut Vec<u32>) {
+        if self.sentence {
+            let start = if plain.is_empty() { None } else { self.normal_id(b" ") };
+            let chars = plain.char_indices().flat_map(|(at, c)| {
+                let bytes = if c == SPACE { b" " } else { &plain.as_bytes()[at..at + c.len_utf8()] };
+                let whole = self.normal_id(bytes);
+                let bytes = if whole.is_some() { &[] } else { bytes };
+                whole.into_iter().chain(bytes.iter().map(|&byte| self.byte_ids[usize::from(byte)]))
+            });
+            return merger.encode(&self.merges, start.into_iter().chain(chars), ids);
+        }
+        for piece in pieces(plain) {
+            let whole = if self.ignore_merges { self.normal_id(piece.as_bytes()) } else { None };
+            match whole {
+                Some(id) => ids.push(id),
+                None => {
+                    let bytes = piece.bytes().map(|byte| self.byte_ids[usize::from(byte)]);
+                    merger.encode(&self.merges, bytes, ids);
+                }
+            }
+        }
     }
 
     /// The tokens of a text. Adds no begin-of-text token. User-defined tokens are always recognised.
@@ -241,20 +325,15 @@ impl Tokenizer {
         loop {
             let special = set.find(&self.texts, rest.as_bytes());
             let plain = &rest[..special.map_or(rest.len(), |(at, _)| at)];
-            for piece in pieces(plain) {
-                let whole = if self.ignore_merges { self.normal_id(piece.as_bytes()) } else { None };
-                match whole {
-                    Some(id) => ids.push(id),
-                    None => merger.encode(&self.merges, &self.byte_ids, piece.as_bytes(), &mut ids),
-                }
-            }
+            self.encode_plain(plain, &mut merger, &mut ids);
             let Some((at, id)) = special else { return ids };
             ids.push(id);
             rest = &rest[at + self.texts.get(id).len()..];
         }
     }
 
-    /// The bytes of tokens one after the other; control tokens are left out unless `specials`.
+    /// The bytes of tokens one after the other; control tokens are left out unless `specials`, and so is the space that
+    /// SentencePiece puts before a text.
     /// The bytes need not be UTF-8, since tokens may be parts of a character.
     pub fn decode(&self, ids: &[u32], specials: bool) -> Result<Vec<u8>, TokenizerError> {
         let mut bytes = Vec::new();
@@ -264,6 +343,9 @@ impl Tokenizer {
             if specials || !self.is_control(id) {
                 bytes.extend(token);
             }
+        }
+        if self.sentence && bytes.first() == Some(&b' ') {
+            bytes.remove(0);
         }
         Ok(bytes)
     }
@@ -299,7 +381,7 @@ impl Tokenizer {
     }
 
     fn normal_id(&self, bytes: &[u8]) -> Option<u32> {
-        if let &[byte] = bytes {
+        if let (&[byte], true) = (bytes, !self.sentence) {
             return Some(self.byte_ids[usize::from(byte)]).filter(|&id| id != u32::MAX);
         }
         self.index.find(self.hasher.hash_one(bytes), |&id| self.texts.get(id) == bytes).copied()

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Every golden model.
-pub(crate) const MODELS: [&str; 5] = ["demo", "gqa", "silu", "mha", "ragged"];
+pub(crate) const MODELS: [&str; 7] = ["demo", "gqa", "silu", "mha", "ragged", "llama", "falcon"];
 
 pub(crate) fn fixture(model: &str, file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models").join(model).join(file)

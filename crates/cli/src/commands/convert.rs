@@ -21,7 +21,7 @@ pub struct Args {
     input: String,
     /// The file to write
     output: PathBuf,
-    /// Type of the ternary matrices
+    /// Type of the ternary matrices; f16 and bf16 are for programs that have no ternary types
     #[arg(long = "type", value_name = "TYPE", value_enum, ignore_case = true, default_value = "i2_s")]
     ternary: Type,
     /// Type of the embedding and the output head; auto: as it is, or of a folder the smallest of F16, BF16 and F32 that
@@ -43,6 +43,8 @@ enum Type {
     Iq1,
     #[value(name = "iq2_bn")]
     Iq2,
+    F16,
+    Bf16,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -65,6 +67,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             Type::Tq2 => TernaryType::TQ2_0,
             Type::Iq1 => TernaryType::IQ1_BN,
             Type::Iq2 => TernaryType::IQ2_BN,
+            Type::F16 => TernaryType::F16,
+            Type::Bf16 => TernaryType::BF16,
         },
         head: match args.head {
             Head::Auto => HeadType::Auto,

@@ -51,7 +51,7 @@ pub enum PackError {
         index: usize,
     },
     /// Weights that are ternary only part by part.
-    #[error("one part has the scale {first}, another {second}; expected one scale")]
+    #[error("one part has the scale {first}, another {second}: this is no ternary matrix")]
     Scales {
         /// The scale of a part.
         first: f32,

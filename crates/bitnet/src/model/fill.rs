@@ -1,0 +1,188 @@
+//! Loading: the tensors of a file are brought into the engine's layout by all threads, each code checked on the way.
+
+use super::stored::row_chunk;
+use super::weights::{Placed, Planner, Store};
+use crate::Error;
+use bitnet_gguf::Gguf;
+use bitnet_kernels::ternary::{CHUNK, columns, row_bytes};
+use bitnet_kernels::{Bytes, Compute, FloatMatrix, Screen};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// One task of the load: part of a tensor and where it goes.
+struct Part<'a, 'b> {
+    placed: &'b Placed<'a>,
+    /// Offset of `target` in the tensor's place.
+    at: usize,
+    target: &'b mut [u8],
+}
+
+/// Fills the buffer with what the planner placed, and gives the file's mapped pages back. One thread does `beside`.
+pub(super) fn fill(
+    planner: &Planner<'_>,
+    file: &Arc<Gguf>,
+    buffer: &mut [u8],
+    compute: &Compute,
+    beside: &(dyn Fn() + Sync),
+) -> Result<(), Error> {
+    const PART: usize = 2 << 20;
+    let gguf = planner.keys.gguf;
+    let mut parts = Vec::new();
+    let mut rest = buffer;
+    let mut done = 0;
+    for placed in &planner.placed {
+        let (_, tail) = std::mem::take(&mut rest).split_at_mut(placed.range.start - done);
+        let (mut place, tail) = tail.split_at_mut(placed.range.len());
+        (rest, done) = (tail, placed.range.end);
+        let part = match placed.store {
+            Store::Floats | Store::Blocks(_) | Store::Ternary => PART,
+            Store::Rows { columns, .. } => row_bytes(columns) * (PART / row_bytes(columns)).max(1),
+            Store::Columns { rows, .. } => CHUNK * columns::column_bytes(rows),
+            Store::Screen { columns, .. } => Screen::bytes(Screen::PART, columns),
+        };
+        let mut at = 0;
+        while !place.is_empty() {
+            let (target, tail) = place.split_at_mut(part.min(place.len()));
+            place = tail;
+            let len = target.len();
+            parts.push(Mutex::new(Part { placed, at, target }));
+            at += len;
+        }
+    }
+    let failure = Mutex::new(None);
+    let fail = |error| {
+        failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+    };
+    // The two tasks that cannot be cut into parts come first.
+    compute.pool().run(parts.len() + 2, |task, _| {
+        let task = match task {
+            0 => return beside(),
+            1 => return planner.probe_layout().map_or_else(fail, |()| ()),
+            part => part - 2,
+        };
+        let mut part = parts[task].lock().unwrap_or_else(PoisonError::into_inner);
+        let Part { placed, at, target } = &mut *part;
+        let source = gguf.tensor_bytes(placed.tensor);
+        match placed.store {
+            Store::Floats | Store::Ternary => {
+                target.copy_from_slice(&source[*at..*at + target.len()]);
+                let start = placed.tensor.offset + *at as u64;
+                gguf.advise_dontneed(start..start + target.len() as u64);
+            }
+            Store::Blocks(format) => {
+                // Every part but the last is a whole number of blocks.
+                let (block, block_bytes) = format.sizes();
+                let mut values = vec![0.0; block];
+                let from = source[*at / 2 / block * block_bytes..].chunks_exact(block_bytes);
+                for (bytes, target) in from.zip(target.chunks_exact_mut(2 * block)) {
+                    format.decode(bytes, &mut values);
+                    for (target, &value) in target.as_chunks_mut().0.iter_mut().zip(&values) {
+                        *target = half::f16::from_f32(value).to_le_bytes();
+                    }
+                }
+            }
+            Store::Rows { columns, format, pairs } => {
+                let first = *at / row_bytes(columns);
+                for (i, target) in target.chunks_exact_mut(row_bytes(columns)).enumerate() {
+                    let row = pairs.map_or(first + i, |pairs| pairs.row(first + i));
+                    let Some(format) = format else {
+                        pad(source, columns, row, target);
+                        continue;
+                    };
+                    for (chunk, target) in target.as_chunks_mut::<{ CHUNK / 4 }>().0.iter_mut().enumerate() {
+                        match row_chunk(source, format, columns, row, chunk, placed.scale) {
+                            Ok(codes) => *target = codes,
+                            Err(problem) => return fail(planner.error(placed.tensor, problem)),
+                        }
+                    }
+                }
+            }
+            Store::Columns { rows, columns, format } => {
+                let chunk = *at / (CHUNK * columns::column_bytes(rows));
+                let strip = match format {
+                    None => Ok(strip(source, rows, columns, chunk)),
+                    Some(format) => (0..rows)
+                        .map(|r| row_chunk(source, format, columns, r, chunk, placed.scale))
+                        .collect::<Result<Vec<_>, _>>()
+                        .map(|codes| codes.concat()),
+                };
+                match strip {
+                    Ok(strip) => columns::transpose(&strip, target),
+                    Err(problem) => return fail(planner.error(placed.tensor, problem)),
+                }
+                // The last chunk is done with about last.
+                if (chunk + 1) * CHUNK >= columns {
+                    let start = placed.tensor.offset;
+                    gguf.advise_dontneed(start..start + source.len() as u64);
+                }
+            }
+            Store::Screen { rows, columns, ty } => {
+                let start = placed.tensor.offset as usize;
+                let bytes = Bytes::new(file.clone(), start..start + source.len());
+                let matrix = FloatMatrix::new(bytes, ty, rows, columns);
+                let part = *at / Screen::bytes(Screen::PART, columns);
+                compute.screen_part(&matrix, part, target);
+                let row = (source.len() / rows) as u64;
+                let (first, count) = (part * Screen::PART, target.len() / Screen::bytes(1, columns));
+                let start = placed.tensor.offset + first as u64 * row;
+                gguf.advise_dontneed(start..start + count as u64 * row);
+            }
+        }
+        let ternary = !matches!(placed.store, Store::Floats | Store::Blocks(_) | Store::Screen { .. });
+        if let Some(byte) = code_three(target).filter(|_| ternary) {
+            let problem = format!("code 3 near stored byte {}: no ternary weight", *at + byte);
+            fail(planner.error(placed.tensor, problem));
+        }
+    });
+    // Faults map neighbouring pages too, in parts that were done with.
+    gguf.advise_dontneed(gguf.data_offset()..gguf.byte_len());
+    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+}
+
+/// The first byte that holds the code 3, which is never written.
+fn code_three(bytes: &[u8]) -> Option<usize> {
+    // Whole pieces first, without a branch in the loop.
+    let bad = |b: &u8| b & (b >> 1) & 0x55;
+    let piece = bytes.chunks(4096).position(|piece| piece.iter().map(bad).fold(0, |a, b| a | b) != 0)?;
+    bytes[piece * 4096..].iter().position(|b| bad(b) != 0).map(|i| piece * 4096 + i)
+}
+
+/// A chunk of every row, padded with zero weights.
+fn strip(source: &[u8], rows: usize, columns: usize, chunk: usize) -> Vec<u8> {
+    const BYTES: usize = CHUNK / 4;
+    let mut strip = Vec::with_capacity(rows * BYTES);
+    if columns.is_multiple_of(CHUNK) {
+        for row in source.chunks_exact(columns / 4).take(rows) {
+            strip.extend_from_slice(&row[BYTES * chunk..][..BYTES]);
+        }
+        return strip;
+    }
+    let mut row = vec![0; row_bytes(columns)];
+    for r in 0..rows {
+        pad(source, columns, r, &mut row);
+        strip.extend_from_slice(&row[BYTES * chunk..][..BYTES]);
+    }
+    strip
+}
+
+/// Writes row `r`, whose weights lie flat in the file, as a padded row.
+fn pad(source: &[u8], columns: usize, r: usize, row: &mut [u8]) {
+    const ZERO: u8 = 0x55;
+    row.fill(ZERO);
+    let place = |i: usize| (i / 128 * 32 + i % 32, 6 - 2 * (i % 128 / 32));
+    let start = r * columns;
+    if columns.is_multiple_of(32) {
+        // Runs of 32 weights share their shift in the source and in the target.
+        for i in (0..columns).step_by(32) {
+            let ((from, right), (to, left)) = (place(start + i), place(i));
+            let run = &source[from..from + 32];
+            for (t, s) in row[to..to + 32].iter_mut().zip(run) {
+                *t = *t & !(3 << left) | (s >> right & 3) << left;
+            }
+        }
+    } else {
+        for i in 0..columns {
+            let ((from, right), (to, left)) = (place(start + i), place(i));
+            row[to] = row[to] & !(3 << left) | (source[from] >> right & 3) << left;
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! SentencePiece's `tokenizer.model`.
+//!
+//! A protocol buffer (sentencepiece_model.proto): field 1 of the model, repeated, is a piece with the fields 1 text, 2 score
+//! (float32) and 3 type, whose numbers are those of GGUF, 1 where it is left out.
+
+use super::hf::HfVocab;
+
+impl HfVocab {
+    /// Reads the pieces of a `tokenizer.model`; None where it is none, or of another algorithm than BPE.
+    pub fn parse_sentencepiece(model: &[u8]) -> Option<Self> {
+        const BPE: u64 = 2;
+        let mut vocab = Self {
+            tokens: Vec::new(),
+            token_types: Vec::new(),
+            merges: Vec::new(),
+            ignore_merges: false,
+            scores: Some(Vec::new()),
+            pre: "default",
+        };
+        let mut algorithm = 0;
+        fields(model, |number, value| match (number, value) {
+            (1, Field::Bytes(piece)) => {
+                let (mut text, mut score, mut kind) = (None, 0.0, 1);
+                fields(piece, |number, value| {
+                    match (number, value) {
+                        (1, Field::Bytes(bytes)) => text = Some(str::from_utf8(bytes).ok()?.to_owned()),
+                        (2, Field::Four(bits)) => score = f32::from_bits(bits),
+                        (3, Field::Int(n)) => kind = i32::try_from(n).ok()?,
+                        _ => {}
+                    }
+                    Some(())
+                })?;
+                vocab.tokens.push(text?);
+                vocab.token_types.push(kind);
+                vocab.scores.get_or_insert_default().push(score);
+                Some(())
+            }
+            // What the model was trained with: field 3 is the algorithm.
+            (2, Field::Bytes(trainer)) => fields(trainer, |number, value| {
+                if let (3, Field::Int(n)) = (number, value) {
+                    algorithm = n;
+                }
+                Some(())
+            }),
+            _ => Some(()),
+        })?;
+        (algorithm == BPE && !vocab.tokens.is_empty()).then_some(vocab)
+    }
+}
+
+enum Field<'a> {
+    Int(u64),
+    Four(u32),
+    Bytes(&'a [u8]),
+}
+
+/// Hands over the fields of a message with their numbers. None where it is broken, or `take` finds it so.
+fn fields<'a>(mut bytes: &'a [u8], mut take: impl FnMut(u64, Field<'a>) -> Option<()>) -> Option<()> {
+    while !bytes.is_empty() {
+        let key = varint(&mut bytes)?;
+        let field = match key & 7 {
+            0 => Field::Int(varint(&mut bytes)?),
+            1 => {
+                bytes.split_off(..8)?;
+                continue;
+            }
+            2 => {
+                let len = usize::try_from(varint(&mut bytes)?).ok()?;
+                Field::Bytes(bytes.split_off(..len)?)
+            }
+            5 => Field::Four(u32::from_le_bytes(*bytes.split_off(..4)?.first_chunk()?)),
+            _ => return None,
+        };
+        take(key >> 3, field)?;
+    }
+    Some(())
+}
+
+/// Seven bits a byte, the lowest first.
+fn varint(bytes: &mut &[u8]) -> Option<u64> {
+    let mut value = 0;
+    for shift in (0..64).step_by(7) {
+        let byte = *bytes.split_off_first()?;
+        value |= u64::from(byte & 0x7f) << shift;
+        if byte < 0x80 {
+            return Some(value);
+        }
+    }
+    None
+}
