@@ -130,8 +130,8 @@ impl Masks {
             }
             self.push(id)?;
             count += 1;
-            if !self.find(count)? {
-                // What ends the text is better not proposed.
+            // What ends the text, or leads nowhere, is better not proposed.
+            if !self.find(count).unwrap_or(false) {
                 self.guide.pop(1)?;
                 count -= 1;
                 break;
