@@ -13,11 +13,11 @@ use std::fmt::{self, Debug, Display};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
-/// Most bytes of a schema, grammar or regular expression.
-const MAX_TEXT: usize = 1 << 20;
+/// Most bytes of a schema, grammar or regular expression: the time to compile the worst ones grows with its cube.
+const MAX_TEXT: usize = 128 << 10;
 
 /// Compilers recurse: the deepest text of [`MAX_TEXT`] bytes must fit.
-const STACK: usize = 64 << 20;
+const STACK: usize = 128 << 20;
 
 /// Longest token in bytes that a constrained text may have, and all tokens together.
 const MAX_TOKEN: usize = 512;
@@ -62,12 +62,22 @@ impl Grammar {
     /// What is wrong.
     pub fn regex(text: &str) -> Result<Self, ConstraintError> {
         check_length(text)?;
-        Self::new(TopLevelGrammar::from_regex(text))
+        // The place is one in a grammar around it.
+        let wrong = |ConstraintError(why)| {
+            ConstraintError(why.split_once(": ").map_or(why.clone(), |(_, why)| why.to_owned()))
+        };
+        Self::new(TopLevelGrammar::from_regex(text)).map_err(wrong)
     }
 
     fn new(grammar: TopLevelGrammar) -> Result<Self, ConstraintError> {
         guarded(move || {
             let (grammar, lexer) = GrammarInit::Serialized(grammar).to_internal(None, limits())?;
+            // Without a tokenizer llguidance cannot know tokens by name or number, and warns.
+            let names_tokens = lexer.render_warnings().iter().any(|warning| warning.contains("no tokenizer"));
+            anyhow::ensure!(
+                !names_tokens,
+                "tokens in angle brackets, such as <|name|>, cannot be part of a text"
+            );
             Ok(Self { init: GrammarInit::Internal(grammar, lexer) })
         })
     }
@@ -206,8 +216,25 @@ fn guarded<T: Send>(run: impl FnOnce() -> anyhow::Result<T> + Send) -> Result<T,
     })
 }
 
-/// The first line of a message; `at 2(5):` becomes words.
+/// The lines of a message that say something, as one, in this project's words.
 fn one_line(error: &impl Display) -> ConstraintError {
     let message = error.to_string();
-    ConstraintError(message.lines().next().unwrap_or_default().to_owned())
+    if message.starts_with("NoExtensionBias") {
+        return ConstraintError("no text follows this grammar".into());
+    }
+    let mut line = message.lines().next().unwrap_or_default().to_owned();
+    // The second line and later ones quote the source, but for what is wrong in a regular expression.
+    if let Some(why) = message.lines().find_map(|line| line.strip_prefix("error: ")) {
+        line = line.replace("regex parse error:", why);
+    }
+    // "2(5): …" and "at 2(5): …": a line and a column.
+    let place = line.strip_prefix("at ").unwrap_or(&line).split_once("): ");
+    if let Some((place, why)) = place
+        && let Some((row, column)) = place.split_once('(')
+        && [row, column].iter().all(|number| number.parse::<u32>().is_ok())
+    {
+        line = format!("line {row}, column {column}: {why}");
+    }
+    let line = line.replace("Unimplemented keys:", "not supported:");
+    ConstraintError(line.replace(" without 'referencing' feature", ""))
 }

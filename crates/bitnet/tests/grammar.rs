@@ -172,14 +172,11 @@ fn control_tokens_are_in_no_text() {
         assert!(!(allowed(id) && tokenizer.is_control(id)), "{id}");
         assert!(allowed(id) || tokenizer.is_control(id) || !begins_a_text || id > 300, "{id}");
     }
-    for grammar in ["start: <[0]>", "start: <[0-4000]>"] {
-        let Ok(grammar) = Grammar::lark(grammar) else { continue };
-        let Ok(constraint) = vocabulary.constraint(&grammar) else { continue };
-        let _ = constraint.start().mask(&mut mask);
-        assert!(
-            (0..model.config().vocab_size as u32)
-                .all(|id| !tokenizer.is_control(id) || mask[id as usize / 32] >> (id % 32) & 1 == 0)
-        );
+    // Not even by their numbers.
+    for grammar in
+        ["start: <[0]>", "start: <[0-4000]>", "start: \"a\" <|eot_id|>", "start: <[*]>", "start: <[^0]>"]
+    {
+        assert!(Grammar::lark(grammar).is_err_and(|error| error.0.contains("token")), "{grammar}");
     }
 }
 
@@ -196,9 +193,8 @@ fn what_is_wrong_is_told_in_a_line() {
         (Grammar::json_schema("false"), "nsatisfiable"),
         (Grammar::lark("start: \"a\"\nb: ("), "line 2"),
         (Grammar::lark("start: thing"), "thing"),
-        (Grammar::lark("start: \"a\" <|eot_id|>"), "eot_id"),
         (Grammar::regex("a(b"), "unclosed"),
-        (Grammar::lark(&"#".repeat(2 << 20)), "bytes"),
+        (Grammar::lark(&"#".repeat(1 << 20)), "bytes"),
     ] {
         let Err(error) = result else { panic!("{expected} was accepted") };
         let message = error.to_string();
@@ -226,14 +222,14 @@ fn hostile_grammars_end() {
     for (what, make) in [
         (
             "brackets",
-            Box::new(|| Grammar::lark(&format!("start: {}", nested(500_000, "(", ")").replace('1', "\"1\""))))
+            Box::new(|| Grammar::lark(&format!("start: {}", nested(60_000, "(", ")").replace('1', "\"1\""))))
                 as Box<dyn Fn() -> _>,
         ),
-        ("rules", Box::new(|| Grammar::lark(&chain(40_000)))),
-        ("terminals", Box::new(|| Grammar::lark(&terminals(40_000)))),
-        ("references", Box::new(|| Grammar::json_schema(&refs(30_000)))),
-        ("deep JSON", Box::new(|| Grammar::json_schema(&nested(100_000, "{\"items\":", "}")))),
-        ("groups", Box::new(|| regex(&nested(200_000, "(", ")")))),
+        ("rules", Box::new(|| Grammar::lark(&chain(7_500)))),
+        ("terminals", Box::new(|| Grammar::lark(&terminals(5_000)))),
+        ("references", Box::new(|| Grammar::json_schema(&refs(4_500)))),
+        ("deep JSON", Box::new(|| Grammar::json_schema(&nested(10_000, "{\"items\":", "}")))),
+        ("groups", Box::new(|| regex(&nested(60_000, "(", ")")))),
         ("repetition", Box::new(|| regex("((a{1000}){1000}){1000}"))),
         ("backtracking", Box::new(|| regex("(a|aa)*b(a*)*c(.*a.{500}){50}"))),
         ("lookahead", Box::new(|| regex("(.*a.{300}b)|(.*c.{300}d)"))),
