@@ -60,7 +60,7 @@ impl Guide for Chance {
 
 fn configs() -> Vec<SamplerConfig> {
     let mut all = vec![SamplerConfig::greedy()];
-    for seed in 0..3 {
+    for seed in 0..2 {
         let penalties = SamplerConfig { seed, repeat_penalty: 1.2, top_k: 3, ..SamplerConfig::default() };
         all.push(SamplerConfig { temperature: 1.3, top_k: 4, ..penalties.clone() });
         all.push(SamplerConfig { temperature: 0.0, repeat_last_n: 8, ..penalties });

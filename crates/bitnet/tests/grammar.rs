@@ -279,7 +279,7 @@ fn an_answer_keeps_its_form_when_old_messages_go() {
     let gguf = common::gguf("demo");
     let compute = bitnet::kernels::Compute::new(best(), 2);
     let model = bitnet::model::Model::load(&gguf, &compute, bitnet::model::Strategy::Sparse).unwrap();
-    let template = model.chat_template(Some("chatml")).unwrap();
+    let template = model.chat_template(None).unwrap();
     let options = bitnet::EngineOptions { context: 128, ..bitnet::EngineOptions::for_model(model.config()) };
     let mut engine = Engine::new(model, compute, options).unwrap();
     let mut chat = Chat::new(&mut engine, template);
