@@ -79,6 +79,8 @@ pub enum Wanted<'a> {
     Last(Logits<'a>),
     /// Those of every token.
     All(Logits<'a>),
+    /// Those of as many tokens at the end as there are choices, at most all; each has its own.
+    Tail(&'a [Logits<'a>]),
 }
 
 /// Tokens that continue a sequence.
@@ -252,11 +254,12 @@ impl Engine {
             if let Some(index) = feed.tokens.iter().position(|&id| id as usize >= vocab_size) {
                 return Err(Error::TokenOutOfRange { index, id: feed.tokens[index], vocab_size });
             }
-            if let Wanted::Last(Logits::Best { also, .. }) | Wanted::All(Logits::Best { also, .. }) =
-                feed.wanted
-                && let Some(index) = also.iter().position(|&id| id as usize >= vocab_size)
-            {
-                return Err(Error::TokenOutOfRange { index, id: also[index], vocab_size });
+            for choice in feed.wanted.choices() {
+                if let Logits::Best { also: ids, .. } | Logits::Listed(ids) = choice
+                    && let Some(index) = ids.iter().position(|&id| id as usize >= vocab_size)
+                {
+                    return Err(Error::TokenOutOfRange { index, id: ids[index], vocab_size });
+                }
             }
             let sequence = &self.sequences[feed.sequence.0];
             let len = sequence.tokens.len() + feed.tokens.len();
@@ -291,15 +294,10 @@ impl Engine {
                     (feed, next) = (feed + 1, 0);
                     continue;
                 };
-                let last = next + 1 == tokens.len();
                 let held = &mut self.sequences[sequence.0].tokens;
                 let position = held.len() as u32;
                 held.push(token);
-                let wants_logits = match wanted {
-                    Wanted::Nothing => false,
-                    Wanted::Last(_) => last,
-                    Wanted::All(_) => true,
-                };
+                let wants_logits = next + wanted.count(tokens.len()) >= tokens.len();
                 let (sequence, tag) = (sequence.0 as u32, feed as u32);
                 self.rows.push(Row { token, sequence, position, wants_logits, tag });
                 next += 1;
@@ -309,9 +307,14 @@ impl Engine {
             }
             let Self { model, compute, kv, rows, scratch, cancel, sequences, .. } = self;
             let pages = |sequence: u32| &sequences[sequence as usize].pages[..];
-            let choice = |row: &Row| match feeds[row.tag as usize].wanted {
-                Wanted::Last(logits) | Wanted::All(logits) => logits,
-                Wanted::Nothing => Logits::Every,
+            let choice = |row: &Row| {
+                let Feed { sequence, tokens, wanted } = feeds[row.tag as usize];
+                let end = sequences[sequence.0].before + tokens.len();
+                match wanted {
+                    Wanted::Nothing => Logits::Every,
+                    Wanted::Last(logits) | Wanted::All(logits) => logits,
+                    Wanted::Tail(each) => each[row.position as usize + each.len() - end],
+                }
             };
             let logits = &mut self.logits[written * vocab..];
             model.step(compute, kv, rows, pages, choice, scratch, logits, cancel).map_err(
@@ -336,6 +339,15 @@ impl Wanted<'_> {
             Self::Nothing => 0,
             Self::Last(_) => tokens.min(1),
             Self::All(_) => tokens,
+            Self::Tail(each) => tokens.min(each.len()),
+        }
+    }
+
+    fn choices(&self) -> &[Logits<'_>] {
+        match self {
+            Self::Nothing => &[],
+            Self::Last(logits) | Self::All(logits) => std::slice::from_ref(logits),
+            Self::Tail(each) => each,
         }
     }
 }

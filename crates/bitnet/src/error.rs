@@ -71,6 +71,9 @@ pub enum Error {
     /// No token could be chosen.
     #[error(transparent)]
     Sample(#[from] crate::generate::SampleError),
+    /// A text cannot follow the grammar it should follow.
+    #[error("grammar: {0}")]
+    Constraint(#[from] crate::generate::ConstraintError),
     /// The system has no memory left for a buffer.
     #[error("the system refuses {bytes} bytes for {what}")]
     NoMemory {

@@ -83,7 +83,7 @@ fn an_engine_takes_what_it_says_and_a_decoded_token_nothing() {
             .feed(&[Feed {
                 sequence,
                 tokens: &[token],
-                wanted: Wanted::Last(Logits::Best { top: 40, also: &[] }),
+                wanted: Wanted::Last(Logits::Best { top: 40, also: &[], among: None }),
             }])
             .unwrap();
     };

@@ -76,7 +76,7 @@ fn sparse_and_dense() {
                     engine.truncate(sequence, 0);
                     let (top, also) = (5, [1, 7]);
                     for (i, tokens) in tokens.chunks(chunk).enumerate() {
-                        let wanted = Wanted::All(Logits::Best { top, also: &also });
+                        let wanted = Wanted::All(Logits::Best { top, also: &also, among: None });
                         let best = engine.feed(&[Feed { sequence, tokens, wanted }]).unwrap();
                         for (t, best) in best.chunks(vocab).enumerate() {
                             let all = &reference[(i * chunk + t) * vocab..][..vocab];

@@ -4,6 +4,7 @@
 #![allow(unreachable_pub)]
 
 mod commands;
+mod constraint;
 mod editor;
 mod hub;
 mod machine;

@@ -2,6 +2,7 @@
 
 use anyhow::Context;
 use bitnet::convert::ConvertError;
+use bitnet::generate::ConstraintError;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag::{register, register_conditional_shutdown};
 use std::fmt::{self, Display};
@@ -75,7 +76,8 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
         return ExitCode::from(130);
     }
     notice(format_args!("error: {}", format!("{error:#}").replace(['\n', '\r'], " ")));
-    ExitCode::from(1)
+    // A grammar that is wrong is wrong usage.
+    ExitCode::from(if error.is::<ConstraintError>() { 2 } else { 1 })
 }
 
 /// A flag that Ctrl-C or a request to end raises, so that the command can clean up; while it is up, another one ends the

@@ -143,7 +143,7 @@ fn head(bencher: Bencher<'_, '_>, name: &str, screened: bool) {
     }
     let screen = Screen::new(bytes(copy), ROWS, HIDDEN);
     let (read, wanted) = match screened {
-        true => (screen.pass_bytes().0, Logits::Best { top: 1, also: &[] }),
+        true => (screen.pass_bytes().0, Logits::Best { top: 1, also: &[], among: None }),
         false => (matrix.byte_len(), Logits::Every),
     };
     let head = Head { matrix, screen: screened.then_some(screen) };

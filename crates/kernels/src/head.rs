@@ -25,7 +25,11 @@ pub enum Logits<'a> {
         top: usize,
         /// Tokens below the vocabulary size.
         also: &'a [u32],
+        /// Where only some tokens may be chosen: a bit for each, 32 a word, and the greatest are sought among them.
+        among: Option<&'a [u32]>,
     },
+    /// Those of these tokens, all below the vocabulary size; the others are negative infinity.
+    Listed(&'a [u32]),
 }
 
 /// Buffers of [`Compute::head`].
@@ -45,13 +49,15 @@ pub struct HeadScratch {
     counted: Counted,
 }
 
-/// What the screen did.
+/// What was computed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HeadCounts {
     /// Tokens whose head was screened.
     pub tokens: u64,
     /// Rows that its coarse codes left open, in all.
     pub open: u64,
+    /// Tokens of which only listed rows were computed.
+    pub listed: u64,
     /// Rows that were computed exactly, in all.
     pub exact: u64,
 }
@@ -88,7 +94,35 @@ impl HeadScratch {
         let probes = 2 * GROUP * columns.next_multiple_of(128);
         probes + 8 * GROUP * rows.div_ceil(BLOCK) + 4 * (5 * rows + BLOCK) + 4 * threads * columns
     }
-    /// What the screen did since the last call.
+    /// In the screen's logits of the `token`-th of a pass, makes those of tokens that are not `allowed` negative infinity.
+    fn leave_out(&mut self, token: usize, allowed: &[u32], out: &mut [f32]) {
+        const WORDS: usize = BLOCK / 32;
+        let blocks = out.len().div_ceil(BLOCK);
+        let tops = &mut self.tops[token * blocks..][..blocks];
+        for (b, (logits, top)) in out.chunks_mut(BLOCK).zip(tops).enumerate() {
+            let words: [u32; WORDS] =
+                std::array::from_fn(|w| allowed.get(b * WORDS + w).copied().unwrap_or(0));
+            if words == [u32::MAX; WORDS] {
+                continue;
+            }
+            *top = f32::NEG_INFINITY;
+            for (i, logit) in logits.iter_mut().enumerate() {
+                *logit = if words[i / 32] >> (i % 32) & 1 == 1 { *logit } else { f32::NEG_INFINITY };
+                *top = if *logit > *top { *logit } else { *top };
+            }
+        }
+    }
+
+    /// Makes `out` the exact logits of the listed rows, and negative infinity elsewhere.
+    fn put(&mut self, out: &mut [f32]) {
+        out.fill(f32::NEG_INFINITY);
+        for (&row, &logit) in self.list.iter().zip(&self.exact) {
+            out[row as usize] = logit;
+        }
+        self.counts.exact += self.list.len() as u64;
+    }
+
+    /// What was done since the last call.
     pub fn take_counts(&mut self) -> HeadCounts {
         std::mem::take(&mut self.counts)
     }
@@ -127,15 +161,28 @@ impl Compute {
         let tokens = x.len() / columns;
         assert_eq!(out.len(), tokens * rows);
         let best = |t: usize| match wanted(t) {
-            Logits::Best { top, also } if head.screen.is_some() => Some((top, also)),
+            Logits::Best { top, also, among } if head.screen.is_some() => Some((top, also, among)),
             _ => None,
         };
+        let listed = |t: usize| matches!(wanted(t), Logits::Listed(_));
         // Tokens that want the same share one pass over the weights.
         let mut t = 0;
         while t < tokens {
+            if let Logits::Listed(list) = wanted(t) {
+                let (x, out) = (&x[t * columns..][..columns], &mut out[t * rows..][..rows]);
+                scratch.list.clear();
+                scratch.list.extend_from_slice(list);
+                let HeadScratch { list, exact, rows, .. } = &mut *scratch;
+                self.exact_logits(&head.matrix, x, list, rows, exact);
+                scratch.put(out);
+                scratch.counts.listed += 1;
+                t += 1;
+                continue;
+            }
             let screens = best(t).is_some();
             let most = if screens { GROUP } else { tokens };
-            let run = (t..tokens).take_while(|&t| best(t).is_some() == screens).take(most).count();
+            let same = |&t: &usize| best(t).is_some() == screens && !listed(t);
+            let run = (t..tokens).take_while(same).take(most).count();
             let (x, out) = (&x[t * columns..][..run * columns], &mut out[t * rows..][..run * rows]);
             let screened = match &head.screen {
                 Some(screen) if screens => self.screen_pass(screen, x, scratch, out),
@@ -143,7 +190,12 @@ impl Compute {
             };
             if screened {
                 for (i, (x, out)) in x.chunks(columns).zip(out.chunks_mut(rows)).enumerate() {
-                    let (Some(screen), Some((top, also))) = (&head.screen, best(t + i)) else { continue };
+                    let (Some(screen), Some((top, also, among))) = (&head.screen, best(t + i)) else {
+                        continue;
+                    };
+                    if let Some(allowed) = among {
+                        scratch.leave_out(i, allowed, out);
+                    }
                     if !self.best_logits(&head.matrix, screen, x, i, top, also, scratch, out) {
                         self.all_logits(&head.matrix, x, out);
                     }
@@ -204,7 +256,7 @@ impl Compute {
         scratch: &mut HeadScratch,
         out: &mut [f32],
     ) -> bool {
-        let HeadScratch { probes, tops, widest, select, list, ranges, exact, rows, counts, .. } = scratch;
+        let HeadScratch { probes, tops, widest, select, list, ranges, exact, rows, .. } = scratch;
         let blocks = matrix.rows.div_ceil(BLOCK);
         let (probe, tops) = (&probes[token], &tops[token * blocks..][..blocks]);
         let widest = &widest[token * blocks..][..blocks];
@@ -258,13 +310,9 @@ impl Compute {
             return false;
         }
         self.exact_logits(matrix, x, list, rows, exact);
-        out.fill(f32::NEG_INFINITY);
-        for (&row, &logit) in list.iter().zip(&*exact) {
-            out[row as usize] = logit;
-        }
-        counts.tokens += 1;
-        counts.open += open as u64;
-        counts.exact += list.len() as u64;
+        scratch.put(out);
+        scratch.counts.tokens += 1;
+        scratch.counts.open += open as u64;
         true
     }
 

@@ -387,30 +387,51 @@ fn screened_head(random: &mut Random, rows: usize, columns: usize, compute: &Com
 #[test]
 fn the_screen_never_loses_a_row() {
     let mut random = Random(8);
-    for (columns, rows, tokens) in [(256, 3000, 3), (100, 2000, 9), (2560, 1024, 1)] {
+    for (columns, rows, tokens) in [(256, 3000usize, 3), (100, 2000, 9), (2560, 1024, 1)] {
         let mut x = random.floats(tokens * columns);
         x[1] = 40.0; // a channel that stands out, as trained models have them
         let also = [3, 1999 % rows as u32];
-        let (all, best) = everywhere(|compute| {
+        // Blocks of which all, some and no tokens are allowed.
+        let allowed = |r: usize| r % 512 < 256 || r % 512 < 400 && r % 3 != 1;
+        let mut mask = vec![0u32; rows.div_ceil(32)];
+        (0..rows).filter(|&r| allowed(r)).for_each(|r| mask[r / 32] |= 1 << (r % 32));
+        let list: Vec<u32> = (0..rows as u32).step_by(97).collect();
+        let (all, best, among, listed) = everywhere(|compute| {
             let head = screened_head(&mut Random(9), rows, columns, compute);
             let mut scratch = HeadScratch::new(rows, columns, compute.pool().threads());
             let logits = || vec![f32::NAN; tokens * rows];
             let (mut all, mut best) = (logits(), logits());
             compute.head(&head, &x, |_| Logits::Every, &mut scratch, &mut all);
-            let wanted = |t| Logits::Best { top: 1 + t, also: &also };
+            let wanted = |t| Logits::Best { top: 1 + t, also: &also, among: None };
             compute.head(&head, &x, wanted, &mut scratch, &mut best);
             // Of heads so small the screen may leave too much; then all logits are computed.
             assert!(scratch.take_counts().tokens > 0);
-            (bits(&all), bits(&best))
+            let (mut among, mut listed) = (logits(), logits());
+            let wanted = |t| Logits::Best { top: 1 + t, also: &also, among: Some(&mask) };
+            compute.head(&head, &x, wanted, &mut scratch, &mut among);
+            assert!(scratch.take_counts().tokens > 0);
+            // The second token wants others than the first.
+            let wanted = |t| if t == 1 { Logits::Every } else { Logits::Listed(&list) };
+            compute.head(&head, &x, wanted, &mut scratch, &mut listed);
+            (bits(&all), bits(&best), bits(&among), bits(&listed))
         });
-        for (t, (all, best)) in all.chunks(rows).zip(best.chunks(rows)).enumerate() {
+        let minus_infinity = f32::NEG_INFINITY.to_bits();
+        for t in 0..tokens {
+            let of = |all: &[u32]| all[t * rows..][..rows].to_vec();
+            let (all, best, among, listed) = (of(&all), of(&best), of(&among), of(&listed));
             let value = |r: usize| f32::from_bits(all[r]);
-            let mut ranked: Vec<usize> = (0..rows).collect();
-            ranked.sort_by(|&a, &b| value(b).total_cmp(&value(a)));
-            let floor = value(ranked[1 + t + also.len() - 1]);
+            for (best, allowed) in [(best, &(|_| true) as &dyn Fn(usize) -> bool), (among, &allowed)] {
+                let mut ranked: Vec<usize> = (0..rows).filter(|&r| allowed(r)).collect();
+                ranked.sort_by(|&a, &b| value(b).total_cmp(&value(a)));
+                let floor = value(ranked[1 + t + also.len() - 1]);
+                for r in 0..rows {
+                    let needed = value(r) >= floor && allowed(r) || also.contains(&(r as u32));
+                    assert!(best[r] == all[r] || best[r] == minus_infinity && !needed);
+                }
+            }
             for r in 0..rows {
-                let needed = value(r) >= floor || also.contains(&(r as u32));
-                assert!(best[r] == all[r] || best[r] == f32::NEG_INFINITY.to_bits() && !needed);
+                let given = t == 1 || list.contains(&(r as u32));
+                assert_eq!(listed[r], if given { all[r] } else { minus_infinity });
             }
         }
     }

@@ -120,6 +120,7 @@ impl Chat {
         let answer = loop {
             let so_far = all.as_ref().map_or(&[][..], |all| &all.generated.tokens);
             let prompt = self.fit(engine, so_far, stop.max_tokens, &mut dropped)?;
+            stop.begun = so_far.len();
             let common = engine.tokens(self.sequence).iter().zip(&prompt).take_while(|(a, b)| a == b).count();
             // The logits of the last token are wanted, so that one is computed anew.
             let cached = common.min(prompt.len().saturating_sub(1));
@@ -212,8 +213,10 @@ impl Chat {
 impl Answer {
     /// This part and the one after it.
     fn and(mut self, next: &Self) -> Self {
-        let Generated { finish, tokens, prompt_time, decode_time, proposed, accepted } = &next.generated;
+        let Generated { finish, tokens, prompt_time, decode_time, proposed, accepted, complete } =
+            &next.generated;
         self.generated.finish = finish.clone();
+        self.generated.complete = *complete;
         self.generated.tokens.extend(tokens);
         self.generated.prompt_time += *prompt_time;
         self.generated.decode_time += *decode_time;

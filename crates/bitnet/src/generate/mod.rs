@@ -1,12 +1,14 @@
 //! Choosing the next token: sampler, stop conditions and speculation; conversations.
 
 mod chat;
+mod constraint;
 mod run;
 mod sampler;
 mod speculate;
 mod stop;
 
 pub use chat::{Answer, Chat};
+pub use constraint::{Constraint, ConstraintError, Guide};
 pub use run::{Generated, generate};
 pub use sampler::{SampleError, Sampler, SamplerConfig, SamplerConfigError};
 pub(crate) use speculate::MOST as MOST_PROPOSED;

@@ -194,7 +194,7 @@ impl Sampler {
     }
 
     /// The same for the choices after `history` and after each further token of `proposed`, all in one.
-    pub(super) fn wanted_while(&mut self, history: &[u32], proposed: &[u32]) -> Logits<'_> {
+    pub(crate) fn wanted_while(&mut self, history: &[u32], proposed: &[u32]) -> Logits<'_> {
         let c = &self.config;
         let top = match c.top_k {
             _ if c.temperature == 0.0 => 1,
@@ -209,22 +209,57 @@ impl Sampler {
         }
         self.also.sort_unstable();
         self.also.dedup();
-        Logits::Best { top, also: &self.also }
+        Logits::Best { top, also: &self.also, among: None }
     }
 
     /// Chooses the next token, from logits `[vocab]`. `history` holds the tokens so far, the latest last.
     pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<u32, SampleError> {
+        self.sample_among(logits, history, None)
+    }
+
+    /// The same from the `allowed` tokens only, a bit for each, 32 a word: as if the other logits were negative infinity.
+    pub fn sample_among(
+        &mut self,
+        logits: &[f32],
+        history: &[u32],
+        allowed: Option<&[u32]>,
+    ) -> Result<u32, SampleError> {
         let c = &self.config;
         let penalises = c.penalises();
-        if !penalises && c.logit_bias.is_empty() {
+        if !penalises && c.logit_bias.is_empty() && allowed.is_none() {
             return self.choose(logits);
         }
         let mut edited = std::mem::take(&mut self.logits);
         edited.clear();
         edited.extend_from_slice(logits);
+        if let Some(allowed) = allowed {
+            for (w, logits) in edited.chunks_mut(32).enumerate() {
+                match allowed.get(w).copied().unwrap_or(0) {
+                    u32::MAX => {}
+                    0 => logits.fill(f32::NEG_INFINITY),
+                    word => {
+                        for (i, logit) in logits.iter_mut().enumerate() {
+                            *logit = if word >> i & 1 == 1 { *logit } else { f32::NEG_INFINITY };
+                        }
+                    }
+                }
+            }
+        }
         let chosen = self.edit(&mut edited, history, penalises).and_then(|()| self.choose(&edited));
         self.logits = edited;
         chosen
+    }
+
+    /// Takes a token that is the only one allowed, as [`Self::sample_among`] would without looking at its logit. False
+    /// where a bias forbids it.
+    pub(super) fn force(&mut self, id: u32) -> bool {
+        if self.config.logit_bias.contains(&(id, f32::NEG_INFINITY)) {
+            return false;
+        }
+        if self.config.temperature != 0.0 {
+            random(&mut self.state);
+        }
+        true
     }
 
     /// Adds the biases and applies the penalties.

@@ -1,6 +1,7 @@
 //! When a generation ends.
 
-use super::Speculation;
+use super::{Constraint, Speculation};
+use std::sync::Arc;
 
 /// Why a generation ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,6 +14,8 @@ pub enum FinishReason {
     Length,
     /// There is no room for another token in the context.
     ContextFull,
+    /// The text has the form of [`StopConditions::constraint`], and nothing can be added to it.
+    Complete,
     /// The caller ended it.
     Cancelled,
 }
@@ -20,7 +23,7 @@ pub enum FinishReason {
 /// What ends a generation besides a full context. The default ends none.
 ///
 /// Stop strings are matched where text comes out, by [`StopStrings`](crate::text::StopStrings).
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct StopConditions {
     /// Tokens that end it, such as the end of text and the end of a turn.
     pub ids: Vec<u32>,
@@ -28,6 +31,10 @@ pub struct StopConditions {
     pub strings: Vec<String>,
     /// Most tokens to generate.
     pub max_tokens: Option<usize>,
+    /// The form of the text. The tokens that end it are only chosen where it is complete, other control tokens never.
+    pub constraint: Option<Arc<dyn Constraint>>,
+    /// How many tokens at the end of the prompt belong to the text that the constraint is about.
+    pub begun: usize,
     /// How it gets there; this changes nothing but the time.
     pub speculation: Speculation,
 }

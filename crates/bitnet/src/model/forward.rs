@@ -240,11 +240,12 @@ impl Model {
         let counts = head.take_counts();
         profile.count_head(counts);
         let matrix = weights.head.matrix.byte_len();
-        let mut bytes = if wanted as u64 > counts.tokens { matrix } else { 0 };
+        let mut bytes = if wanted as u64 > counts.tokens + counts.listed { matrix } else { 0 };
         if let Some(screen) = weights.head.screen.as_ref().filter(|_| counts.tokens > 0) {
             let (pass, row) = screen.pass_bytes();
-            bytes += pass + row * counts.open as usize + matrix / config.vocab_size * counts.exact as usize;
+            bytes += pass + row * counts.open as usize;
         }
+        bytes += matrix / config.vocab_size * counts.exact as usize;
         profile.lap(Phase::Head, bytes);
         Ok(())
     }

@@ -16,7 +16,7 @@ pub struct Model {
     file: Option<Arc<Gguf>>,
     config: Config,
     weights: Weights,
-    tokenizer: Option<Tokenizer>,
+    tokenizer: Option<Arc<Tokenizer>>,
     special: SpecialTokens,
     template: Option<String>,
     repairs: Vec<Repair>,
@@ -98,7 +98,7 @@ impl<'a> ModelInfo<'a> {
             file: Some(file.clone()),
             config,
             weights: weights?,
-            tokenizer,
+            tokenizer: tokenizer.map(Arc::new),
             special,
             template: template.map(str::to_owned),
             repairs,
@@ -176,7 +176,7 @@ impl Model {
     ///
     /// # Errors
     /// [`Error::NoTokenizer`] where the file has none.
-    pub fn tokenizer(&self) -> Result<&Tokenizer, Error> {
+    pub fn tokenizer(&self) -> Result<&Arc<Tokenizer>, Error> {
         self.tokenizer.as_ref().ok_or_else(|| Error::NoTokenizer(self.name.clone()))
     }
     /// The tokens of `text`, after the token that begins a sequence where the model wants one.

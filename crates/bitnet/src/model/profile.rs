@@ -75,6 +75,7 @@ impl Profile {
         self.head
     }
     pub(crate) fn count_head(&mut self, counts: HeadCounts) {
+        self.head.listed += counts.listed;
         self.head.tokens += counts.tokens;
         self.head.open += counts.open;
         self.head.exact += counts.exact;

@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used)]
 #![allow(dead_code)] // each test binary uses a part
 
+pub(crate) mod masked;
+
 use bitnet::convert::{Options, convert};
 use bitnet::gguf::Gguf;
 use bitnet::kernels::{Compute, Kernels, KvType};

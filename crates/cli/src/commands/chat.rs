@@ -1,3 +1,4 @@
+use crate::constraint::{ConstraintArgs, INCOMPLETE};
 use crate::editor::{Input, Lines, history_file};
 use crate::output::{self, Interrupted, hint, notice, rate};
 use crate::prompt_cache::PromptCacheArgs;
@@ -47,6 +48,8 @@ pub struct Args {
     no_history: bool,
     #[command(flatten)]
     prompt_cache: PromptCacheArgs,
+    #[command(flatten)]
+    constraint: ConstraintArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
 }
@@ -99,6 +102,8 @@ struct Totals {
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let sampler = args.sampling.sampler();
+    ensure!(!args.constraint.reads_stdin(), "--json-schema -: in a chat, stdin has the messages");
+    let grammar = args.constraint.grammar()?;
     let loaded = args.load.as_deref().map(load).transpose()?;
     let template = args.chat_template.as_deref().map(template).transpose()?;
     let compute = args.model.compute()?;
@@ -111,6 +116,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         ids: model.special().stop.clone(),
         strings: Vec::new(),
         max_tokens: usize::try_from(args.n_predict).ok(),
+        constraint: ConstraintArgs::constraint(grammar.as_ref(), &model)?,
         ..StopConditions::default()
     };
     let name = model.file().to_owned();
@@ -230,6 +236,9 @@ impl Session {
             let dropped = answer.dropped;
             notice(format_args!("note: the context was full: the oldest {dropped} messages were left out"));
         }
+        if !answer.generated.complete && answer.generated.finish != FinishReason::Cancelled && !self.quiet {
+            notice(format_args!("note: {INCOMPLETE}"));
+        }
         if !self.quiet {
             self.print_statistics(&answer, first_token);
         }
@@ -250,7 +259,7 @@ impl Session {
         let first = first_token.unwrap_or(answer.generated.prompt_time).as_secs_f64();
         let (used, context) = (self.chat.cached_tokens(&self.engine), self.engine.options().context);
         let ended = match answer.generated.finish {
-            FinishReason::StopToken(_) | FinishReason::StopString(_) => "",
+            FinishReason::StopToken(_) | FinishReason::StopString(_) | FinishReason::Complete => "",
             FinishReason::Length => ", ended by -n",
             FinishReason::ContextFull => ", ended: the context is full",
             FinishReason::Cancelled => ", stopped",

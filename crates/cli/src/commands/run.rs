@@ -1,3 +1,5 @@
+use crate::Cli;
+use crate::constraint::{ConstraintArgs, INCOMPLETE};
 use crate::output::{self, Interrupted, notice, rate};
 use crate::prompt_cache::PromptCacheArgs;
 use crate::sampling::SamplingArgs;
@@ -6,6 +8,8 @@ use anyhow::{bail, ensure};
 use bitnet::Engine;
 use bitnet::generate::{FinishReason, Generated, Speculation, StopConditions, generate};
 use bitnet::text::Specials;
+use clap::CommandFactory;
+use clap::error::ErrorKind;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
@@ -16,7 +20,9 @@ use std::time::{Duration, Instant};
 #[command(after_help = "Examples:
   bitnet run -p \"Once upon a time\"
   bitnet run -m model.gguf -f prompt.txt -n 200 --temp 0
-  echo \"The capital of France is\" | bitnet run -m model.gguf -q")]
+  echo \"The capital of France is\" | bitnet run -m model.gguf -q
+  bitnet run -p \"A colour: \" --regex \"red|green|blue\"
+  bitnet run -f letter.txt --json-schema schema.json -n -1")]
 pub struct Args {
     #[command(flatten)]
     model: source::ModelArgs,
@@ -52,11 +58,19 @@ pub struct Args {
     #[command(flatten)]
     prompt_cache: PromptCacheArgs,
     #[command(flatten)]
+    constraint: ConstraintArgs,
+    #[command(flatten)]
     sampling: SamplingArgs,
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let mut sampler = args.sampling.sampler();
+    if args.constraint.reads_stdin() && args.prompt.is_none() && args.file.is_none() {
+        Cli::command()
+            .error(ErrorKind::ArgumentConflict, "the prompt and the schema are both read from stdin")
+            .exit();
+    }
+    let grammar = args.constraint.grammar()?;
     let text = match &args.prompt {
         Some(text) => text.clone(),
         None => source::read_prompt(args.file.as_deref())?,
@@ -75,6 +89,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         ids: if args.ignore_eos { Vec::new() } else { model.special().stop.clone() },
         strings: args.stop.clone(),
         max_tokens: usize::try_from(args.n_predict).ok(),
+        constraint: ConstraintArgs::constraint(grammar.as_ref(), &model)?,
+        begun: 0,
         speculation: if args.no_speculation { Speculation::Off } else { Speculation::Adaptive },
     };
     let mut engine = Engine::new(model, compute, options)?;
@@ -107,8 +123,12 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     if !args.json && !text.ends_with('\n') && (ended || !text.is_empty()) {
         output::print(b"\n")?;
     }
+    let generated = generated?;
+    if !generated.complete && generated.finish != FinishReason::Cancelled {
+        args.model.file.note(INCOMPLETE);
+    }
     let statistics = Statistics {
-        generated: generated?,
+        generated,
         prompt_tokens: prompt.len(),
         cached_tokens: cached,
         load_time,
@@ -161,6 +181,7 @@ impl Statistics {
             FinishReason::StopString(_) => "stop_string",
             FinishReason::Length => "length",
             FinishReason::ContextFull => "context_full",
+            FinishReason::Complete => "complete",
             FinishReason::Cancelled => "cancelled",
         }
     }
@@ -194,6 +215,7 @@ impl Statistics {
             "text": text,
             "tokens": self.generated.tokens,
             "finish": self.finish(),
+            "complete": self.generated.complete,
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "prompt_tokens_per_second": self.prompt_rate(),

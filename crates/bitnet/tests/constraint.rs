@@ -1,0 +1,169 @@
+//! A constraint gives the tokens that masking every logit gives, however few of them are computed.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use bitnet::Error;
+use bitnet::generate::{
+    Constraint, ConstraintError, FinishReason, Guide, Sampler, SamplerConfig, StopConditions, generate,
+};
+use bitnet::kernels::best;
+use common::masked::same_as_masked;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+/// Allows tokens that follow from those before: `share` of 65,536 of them, or one of `forced` times.
+#[derive(Clone, Debug)]
+struct Chance {
+    share: u64,
+    forced: u64,
+    text: Vec<u32>,
+    vocab: usize,
+}
+
+fn hash(x: u64) -> u64 {
+    let x = (x ^ (x >> 31)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (x ^ (x >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) ^ (x >> 32)
+}
+
+impl Constraint for Chance {
+    fn start(&self) -> Box<dyn Guide> {
+        Box::new(self.clone())
+    }
+}
+
+impl Guide for Chance {
+    fn mask(&mut self, mask: &mut [u32]) -> Result<bool, ConstraintError> {
+        let state = self.text.iter().fold(self.text.len() as u64, |state, &id| hash(state ^ u64::from(id)));
+        mask.fill(0);
+        let mut allow = |id: usize| mask[id / 32] |= 1 << (id % 32);
+        if state.is_multiple_of(self.forced) {
+            allow(hash(state) as usize % self.vocab);
+            return Ok(false);
+        }
+        // In runs, as grammars have them.
+        (0..self.vocab)
+            .filter(|&id| hash(state ^ (id / 8) as u64) % 65_536 < self.share)
+            .for_each(&mut allow);
+        allow(7);
+        Ok(state % 16 == 1)
+    }
+    fn push(&mut self, token: u32) -> Result<(), ConstraintError> {
+        self.text.push(token);
+        Ok(())
+    }
+    fn pop(&mut self, count: usize) -> Result<(), ConstraintError> {
+        self.text.truncate(self.text.len() - count);
+        Ok(())
+    }
+}
+
+fn configs() -> Vec<SamplerConfig> {
+    let mut all = vec![SamplerConfig::greedy()];
+    for seed in 0..2 {
+        let penalties = SamplerConfig { seed, repeat_penalty: 1.2, top_k: 3, ..SamplerConfig::default() };
+        all.push(SamplerConfig { temperature: 1.3, top_k: 4, ..penalties.clone() });
+        all.push(SamplerConfig { temperature: 0.0, repeat_last_n: 8, ..penalties });
+        all.push(SamplerConfig { seed, ..SamplerConfig::default() });
+        all.push(SamplerConfig {
+            seed,
+            top_k: 0,
+            logit_bias: vec![(40, 3.0), (41, -5.0)],
+            ..SamplerConfig::default()
+        });
+    }
+    all
+}
+
+#[test]
+fn any_mask_is_exact() {
+    let mut engine = common::engine(&common::gguf("demo"), best(), 2, 512, 1);
+    let vocab = engine.model().config().vocab_size;
+    let mut ends = Vec::new();
+    for share in [0, 60, 900, 9_000, 40_000, 65_536] {
+        for forced in [2, 50] {
+            let constraint: Arc<dyn Constraint> = Arc::new(Chance { share, forced, text: Vec::new(), vocab });
+            for config in configs() {
+                ends.push(same_as_masked(&mut engine, &constraint, &config, 24, "One day the cat the cat").1);
+            }
+        }
+    }
+    assert!(ends.contains(&FinishReason::Length));
+    assert!(ends.iter().any(|end| matches!(end, FinishReason::StopToken(_))));
+}
+
+#[test]
+fn a_text_goes_on_where_it_was() {
+    let mut engine = common::engine(&common::gguf("demo"), best(), 2, 512, 1);
+    let vocab = engine.model().config().vocab_size;
+    let constraint: Arc<dyn Constraint> = Arc::new(Chance { share: 300, forced: 4, text: Vec::new(), vocab });
+    let mut run = |prompt: &[u32], begun, max| {
+        let stop = StopConditions {
+            max_tokens: Some(max),
+            constraint: Some(constraint.clone()),
+            begun,
+            ..StopConditions::default()
+        };
+        let sequence = engine.open();
+        let mut sampler = Sampler::new(SamplerConfig::greedy()).unwrap();
+        let emit = &mut |_: &str| ControlFlow::Continue(());
+        let tokens = generate(&mut engine, sequence, prompt, &mut sampler, &stop, emit).unwrap().tokens;
+        engine.close(sequence);
+        tokens
+    };
+    let whole = run(&[5, 6], 0, 40);
+    for cut in [1, 13, 39] {
+        let rest = run(&[&[5, 6], &whole[..cut]].concat(), cut, 40 - cut);
+        assert_eq!(rest, whole[cut..]);
+    }
+}
+
+/// Fails, or allows nothing, after `good` tokens.
+#[derive(Clone, Debug)]
+struct Breaks {
+    good: usize,
+    fails: bool,
+}
+
+impl Constraint for Breaks {
+    fn start(&self) -> Box<dyn Guide> {
+        Box::new(self.clone())
+    }
+}
+
+impl Guide for Breaks {
+    fn mask(&mut self, mask: &mut [u32]) -> Result<bool, ConstraintError> {
+        mask.fill(if self.good > 0 { u32::MAX } else { 0 });
+        if self.good == 0 && self.fails { Err(ConstraintError("too much".into())) } else { Ok(false) }
+    }
+    fn push(&mut self, _: u32) -> Result<(), ConstraintError> {
+        self.good = self.good.saturating_sub(1);
+        Ok(())
+    }
+    fn pop(&mut self, count: usize) -> Result<(), ConstraintError> {
+        self.good += count;
+        Ok(())
+    }
+}
+
+#[test]
+fn a_dead_end_is_an_error() {
+    let mut engine = common::engine(&common::gguf("demo"), best(), 1, 512, 1);
+    for (good, fails, expected) in [(0, false, "no token"), (3, false, "no token"), (3, true, "too much")] {
+        let stop = StopConditions {
+            constraint: Some(Arc::new(Breaks { good, fails })),
+            ..StopConditions::default()
+        };
+        let sequence = engine.open();
+        let mut sampler = Sampler::new(SamplerConfig::greedy()).unwrap();
+        let mut parts = 0;
+        let emit = &mut |_: &str| {
+            parts += 1;
+            ControlFlow::Continue(())
+        };
+        let error = generate(&mut engine, sequence, &[1, 2], &mut sampler, &stop, emit).unwrap_err();
+        assert!(matches!(&error, Error::Constraint(why) if why.0.contains(expected)), "{error}");
+        assert_eq!(parts, good);
+        engine.close(sequence);
+    }
+}
