@@ -276,7 +276,7 @@ fn models_that_do_not_fit_together_are_refused() {
     for (key, value) in [
         ("bitnet-b1.58.block_count", Value::U32(u32::MAX)),
         ("bitnet-b1.58.attention.head_count", Value::U32(0)),
-        ("general.architecture", Value::Str("llama")),
+        ("general.architecture", Value::Str("gpt2")),
         ("tokenizer.ggml.bos_token_id", Value::U32(1 << 30)),
     ] {
         let path = rewritten(folder.path(), |k, v| Some(if k == key { value } else { v }), all);
