@@ -304,7 +304,7 @@ impl Engine {
                 return Err(Error::CacheFull { pages: self.pages(), page_tokens: PAGE });
             }
         }
-        self.touched = self.touched.max(self.pages - self.free.len());
+        self.touched = self.touched.max(self.pages() - self.free.len());
         Ok(())
     }
 
