@@ -174,7 +174,7 @@ impl KvStore {
     /// # Panics
     /// If there is no such page.
     pub fn copy_page(&mut self, from: u32, to: u32) {
-        let bytes = self.head_bytes * self.shape.heads * self.shape.layers;
+        let bytes = self.shape.data_bytes();
         let start = from as usize * bytes;
         self.data.copy_within(start..start + bytes, to as usize * bytes);
     }
