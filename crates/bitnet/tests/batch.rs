@@ -21,7 +21,12 @@ const CONTEXT: usize = 150;
 fn engine(gguf: &Arc<Gguf>, threads: usize, max_rows: usize, sequences: usize, cache_type: KvType) -> Engine {
     let compute = Compute::new(best(), threads);
     let model = Model::load(gguf, &compute, Strategy::Sparse).unwrap();
-    Engine::new(model, compute, EngineOptions { context: CONTEXT, sequences, max_rows, cache_type }).unwrap()
+    Engine::new(
+        model,
+        compute,
+        EngineOptions { context: CONTEXT, sequences, max_rows, cache_type, logits: 1 },
+    )
+    .unwrap()
 }
 
 /// Prompts with much, little and nothing in common, one of them twice, and all ways to end.

@@ -5,20 +5,21 @@ mod rows;
 
 use crate::output::{self, Interrupted, notice, rate};
 use crate::sampling::SamplingArgs;
-use crate::{machine, source};
+use crate::source::{self, Wish};
 use anyhow::{Context, bail, ensure};
 use bitnet::generate::{Batch, Ended, Event, FinishReason, Request, RequestId, StopConditions};
 use bitnet::gguf::Gguf;
-use bitnet::model::Model;
+use bitnet::model::{Model, ModelInfo};
 use bitnet::text::{ChatTemplate, Message, Role, Specials};
 use bitnet::{Engine, EngineOptions};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use resume::{Kept, Output};
 use rows::{Defaults, Prompt, Row, Rows};
 use serde::Serialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, HashMap};
+use std::fmt::Write;
 use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -53,7 +54,7 @@ pub struct Args {
     #[arg(long)]
     overwrite: bool,
     /// Rows that are computed together at most; the result does not depend on it
-    #[arg(short = 'b', long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(short = 'b', long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
     batch_size: u16,
     /// A prompt or a file of text is a message to answer, not a text to continue
     #[arg(long)]
@@ -129,20 +130,14 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let total = if bar { Rows::count(&inputs) } else { None };
     let mut rows = Rows::new(inputs);
     let gguf = Arc::new(args.model.file.open()?);
+    let compute = args.model.compute()?;
+    let info = ModelInfo::new(&gguf, args.model.strategy())?;
+    let width = usize::from(args.batch_size);
+    let options = plan(args, &gguf, &info, compute.pool().threads())?;
     // All that the text of a row depends on besides the row itself.
-    let settings = format!(
-        "{:?}",
-        (
-            &defaults.sampler,
-            &defaults.stop,
-            args.ignore_eos,
-            args.chat,
-            &args.system,
-            &template,
-            args.ctx_size,
-            args.model.cache.ty()
-        )
-    );
+    let (sampler, stop) = (&defaults.sampler, (args.n_predict, &args.stop, args.ignore_eos));
+    let chat = (args.chat, &args.system, &template);
+    let settings = format!("{:?}", (sampler, stop, chat, options.context, options.cache_type));
     let keys = fingerprint(&gguf)?.chain_update(settings);
     let mut before = Count::default();
     let mut output = Output::open(&args.output, args.overwrite, &mut |kept: Kept| {
@@ -161,18 +156,16 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         return Ok(());
     };
 
-    let compute = args.model.compute()?;
-    let model = args.model.load_from(&gguf, &compute)?;
-    drop(gguf);
+    let model = info.load(&gguf, &compute)?;
+    args.model.file.note_repairs(model.repairs());
+    model.tokenizer()?;
     args.sampling.check_biases(&model)?;
-    let context = args.model.context(args.ctx_size, model.config());
     let prompts = Prompts::new(args, &model, template.as_deref())?;
-    let mut options = args.model.options(context, model.config());
-    options.sequences = width(args, options, &model, compute.pool().threads());
     let engine = Engine::new(model, compute, options)?;
     let interrupted = output::interrupt_flag()?;
     let mut run = Run {
-        batch: Batch::new(engine, options.sequences),
+        batch: Batch::new(engine, width),
+        width,
         prompts,
         defaults,
         keys,
@@ -219,6 +212,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     if !args.model.file.quiet {
         run.report(before, progress.start);
     }
+    args.model.tell_memory(run.batch.engine());
     match failure {
         _ if stopping => bail!(Interrupted),
         Some(error) => Err(error),
@@ -226,18 +220,20 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     }
 }
 
-/// As many rows at once as asked for and as half of the free memory holds contexts for.
-fn width(args: &Args, options: EngineOptions, model: &Model, threads: usize) -> usize {
-    let asked = usize::from(args.batch_size);
-    let one = EngineOptions { sequences: 1, ..options }.bytes(model.config(), threads).kv_cache;
-    let free = machine::memory().map(|(_, free)| free).into_iter().chain(machine::cgroup_memory()).min();
-    let most = free.map_or(asked, |free| usize::try_from(free / 2).unwrap_or(usize::MAX) / one.max(1)).max(1);
-    if most < asked {
-        args.model.file.note(format_args!(
-            "{most} rows at once, not {asked}: half of the free memory holds the cache of so many (-c and --cache-type make it smaller)"
-        ));
+/// An engine for as many full contexts as the memory allows; rows that need less than that run together all the same. The
+/// context itself does not give way, for then the text might depend on the memory.
+fn plan(args: &Args, gguf: &Gguf, info: &ModelInfo<'_>, threads: usize) -> anyhow::Result<EngineOptions> {
+    let context = u32::try_from(source::context(args.ctx_size, &info.config)).ok();
+    let logits = usize::from(args.batch_size);
+    let mut sequences = logits;
+    loop {
+        let wish = Wish { context, sequences, logits, ..Wish::default() };
+        let plan = args.model.plan(gguf.name(), &info.config, &wish, |options| info.memory(options, threads));
+        if plan.is_ok() || sequences == 1 {
+            return plan;
+        }
+        sequences /= 2;
     }
-    most.min(asked)
 }
 
 /// A hash of a model file without reading all of it: its directory, its length, and the beginning of every tensor.
@@ -299,6 +295,7 @@ impl Prompts {
 
 struct Run {
     batch: Batch,
+    width: usize,
     prompts: Prompts,
     defaults: Defaults,
     keys: Sha256,
@@ -323,8 +320,7 @@ struct Active {
 impl Run {
     /// Whether another row may begin. What is finished and waits is lost when the run is killed, so it may not be too much.
     fn has_room(&self) -> bool {
-        let width = self.batch.engine().options().sequences;
-        self.batch.waiting() < width && self.active.len() + self.finished.len() < 64 * width
+        self.batch.waiting() < self.width && self.active.len() + self.finished.len() < 64 * self.width
     }
 
     /// Takes a row in; one that asks for nothing that can be done is finished at once.
@@ -427,7 +423,7 @@ impl Run {
 
 fn done(ended: &Ended, text: String, seed: u64) -> Outcome {
     let finish_reason = match ended.finish {
-        FinishReason::StopToken(_) | FinishReason::StopString(_) => "stop",
+        FinishReason::StopToken(_) | FinishReason::StopString(_) | FinishReason::Complete => "stop",
         FinishReason::Length => "length",
         FinishReason::ContextFull => "context_full",
         FinishReason::Cancelled => "cancelled",
@@ -447,8 +443,8 @@ impl Progress {
         let target = if shown { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let bar = ProgressBar::with_draw_target(total, target);
         bar.set_style(ProgressStyle::with_template(match total {
-            Some(_) => "{bar:30} {pos} of {len} rows, {msg}, {eta} left",
-            None => "{spinner} {pos} rows, {msg}",
+            Some(_) => "{bar:30} {pos} of {len} rows{msg}",
+            None => "{spinner} {pos} rows{msg}",
         })?);
         // What was there before is no speed.
         bar.set_position(before.rows);
@@ -460,8 +456,12 @@ impl Progress {
         if !self.bar.is_hidden() {
             let counts = run.batch.counts();
             let tokens = counts.prompt_tokens + counts.generated_tokens;
-            self.bar.set_message(format!("{:.1} tokens/s", rate(tokens, self.start.elapsed())));
             self.bar.set_position(run.next);
+            let mut message = format!(", {:.1} tokens/s", rate(tokens, self.start.elapsed()));
+            if run.new.rows > 0 && self.bar.length().is_some() {
+                let _ = write!(message, ", {} left", HumanDuration(self.bar.eta()));
+            }
+            self.bar.set_message(message);
         }
     }
 }
