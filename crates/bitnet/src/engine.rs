@@ -110,7 +110,8 @@ pub struct Engine {
     options: EngineOptions,
     kv: KvStore,
     free: Vec<u32>,
-    pages: usize,
+    /// For each page, how many sequences have it.
+    owners: Vec<u32>,
     sequences: Vec<Sequence>,
     scratch: Scratch,
     rows: Vec<Row>,
@@ -139,7 +140,7 @@ impl Engine {
             scratch: Scratch::new(&model, &compute, options.max_rows),
             kv,
             free: (0..pages as u32).rev().collect(),
-            pages,
+            owners: vec![0; pages],
             sequences: Vec::new(),
             rows: Vec::with_capacity(options.max_rows),
             touched: 0,
@@ -194,6 +195,30 @@ impl Engine {
         SequenceId(index)
     }
 
+    /// A new sequence that begins with the first `len` tokens of another, or as many as it has. What was computed of them is
+    /// shared, in memory too, until one of the two writes behind them.
+    pub fn fork(&mut self, from: SequenceId, len: usize) -> SequenceId {
+        let id = self.open();
+        let [from, new] = if from.0 < id.0 {
+            let (a, b) = self.sequences.split_at_mut(id.0);
+            [&mut a[from.0], &mut b[0]]
+        } else {
+            let (a, b) = self.sequences.split_at_mut(from.0);
+            [&mut b[0], &mut a[id.0]]
+        };
+        new.tokens.extend(from.tokens.iter().take(len));
+        new.pages.extend(&from.pages[..new.tokens.len().div_ceil(PAGE)]);
+        for &page in &new.pages {
+            self.owners[page as usize] += 1;
+        }
+        id
+    }
+
+    /// Pages of the cache, of [`PAGE`] tokens each.
+    pub fn pages(&self) -> usize {
+        self.owners.len()
+    }
+
     /// Ends a sequence and frees its pages.
     pub fn close(&mut self, id: SequenceId) {
         self.truncate(id, 0);
@@ -210,7 +235,12 @@ impl Engine {
         let sequence = &mut self.sequences[id.0];
         sequence.tokens.truncate(len);
         let keep = sequence.tokens.len().div_ceil(PAGE);
-        self.free.extend(sequence.pages.drain(keep..).rev());
+        for page in sequence.pages.drain(keep..).rev() {
+            self.owners[page as usize] -= 1;
+            if self.owners[page as usize] == 0 {
+                self.free.push(page);
+            }
+        }
     }
 
     /// Continues sequences with the tokens of `feeds`, all in the same steps, and returns the wanted logits,
@@ -249,7 +279,6 @@ impl Engine {
     /// Checks that all tokens exist and fit, and gives the sequences the pages they need.
     fn reserve(&mut self, feeds: &[Feed<'_>]) -> Result<(), Error> {
         let vocab_size = self.model.config().vocab_size;
-        let mut needed = 0;
         for feed in feeds {
             if let Some(index) = feed.tokens.iter().position(|&id| id as usize >= vocab_size) {
                 return Err(Error::TokenOutOfRange { index, id: feed.tokens[index], vocab_size });
@@ -266,20 +295,41 @@ impl Engine {
             if len > self.options.context {
                 return Err(Error::ContextFull { needed: len, context: self.options.context });
             }
-            needed += len.div_ceil(PAGE) - sequence.pages.len();
         }
-        if needed > self.free.len() {
-            return Err(Error::CacheFull { pages: self.pages, page_tokens: PAGE });
+        for (i, feed) in feeds.iter().enumerate() {
+            if self.take_pages(feed).is_none() {
+                for feed in &feeds[..=i] {
+                    self.truncate(feed.sequence, self.sequences[feed.sequence.0].before);
+                }
+                return Err(Error::CacheFull { pages: self.pages(), page_tokens: PAGE });
+            }
         }
-        for feed in feeds {
-            let sequence = &mut self.sequences[feed.sequence.0];
-            sequence.before = sequence.tokens.len();
-            let pages = (sequence.tokens.len() + feed.tokens.len()).div_ceil(PAGE) - sequence.pages.len();
-            let from = self.free.len() - pages;
-            sequence.pages.extend(self.free.drain(from..).rev());
-        }
-        self.touched = self.touched.max(self.pages - self.free.len());
+        self.touched = self.touched.max(self.pages() - self.free.len());
         Ok(())
+    }
+
+    /// Gives a sequence the pages for a feed, and its last one to itself. None where not enough are free.
+    fn take_pages(&mut self, feed: &Feed<'_>) -> Option<()> {
+        let sequence = &mut self.sequences[feed.sequence.0];
+        let before = sequence.tokens.len();
+        sequence.before = before;
+        if !before.is_multiple_of(PAGE)
+            && !feed.tokens.is_empty()
+            && let Some(last) = sequence.pages.last_mut()
+            && self.owners[*last as usize] > 1
+        {
+            let page = self.free.pop()?;
+            self.kv.copy_page(*last, page);
+            self.owners[*last as usize] -= 1;
+            self.owners[page as usize] = 1;
+            *last = page;
+        }
+        while sequence.pages.len() < (before + feed.tokens.len()).div_ceil(PAGE) {
+            let page = self.free.pop()?;
+            self.owners[page as usize] = 1;
+            sequence.pages.push(page);
+        }
+        Some(())
     }
 
     fn run_steps(&mut self, feeds: &[Feed<'_>]) -> Result<(), Error> {

@@ -42,6 +42,7 @@ enum Command {
     /// Continue a text
     Run(commands::run::Args),
     Chat(commands::chat::Args),
+    Batch(commands::batch::Args),
     /// Print the token ids of a text
     Tokenize(commands::tokenize::Args),
     /// Print the text of token ids
@@ -74,6 +75,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) => commands::run::run(&args),
         Command::Chat(args) => commands::chat::run(&args),
+        Command::Batch(args) => commands::batch::run(&args),
         Command::Tokenize(args) => commands::tokenize::run(&args),
         Command::Detokenize(args) => commands::detokenize::run(&args),
         Command::Logits(args) => commands::logits::run(&args),

@@ -44,6 +44,11 @@ pub struct SamplingArgs {
 impl SamplingArgs {
     /// The sampler; a setting out of range is a usage error.
     pub fn sampler(&self) -> Sampler {
+        self.sampler_from(|| RandomState::new().hash_one(0) >> 32)
+    }
+
+    /// The sampler, with a seed where the user gave none.
+    pub fn sampler_from(&self, seed: impl FnOnce() -> u64) -> Sampler {
         let config = SamplerConfig {
             temperature: self.temp,
             top_k: self.top_k,
@@ -54,7 +59,7 @@ impl SamplingArgs {
             frequency_penalty: self.frequency_penalty,
             presence_penalty: self.presence_penalty,
             logit_bias: self.logit_bias.clone(),
-            seed: self.seed.unwrap_or_else(|| RandomState::new().hash_one(0) >> 32),
+            seed: self.seed.unwrap_or_else(seed),
         };
         Sampler::new(config).unwrap_or_else(|error| {
             crate::Cli::command().error(clap::error::ErrorKind::ValueValidation, error).exit()

@@ -4,7 +4,7 @@ use crate::hub;
 use crate::memory::{self, MemoryArgs};
 use crate::output::notice;
 use crate::selftest;
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use bitnet::gguf::Gguf;
 use bitnet::hub::ModelName;
 use bitnet::kernels::{Compute, Kernels, MemoryPart, PartBytes, allowed_threads, best, supported};
@@ -243,6 +243,16 @@ pub fn read_prompt(file: Option<&Path>) -> anyhow::Result<String> {
     if text.ends_with('\n') {
         text.pop();
     }
+    Ok(text)
+}
+
+/// The name of a built-in template, or what is in a file.
+pub fn template(choice: &str) -> anyhow::Result<String> {
+    if !choice.contains(['/', '\\', '.']) && !Path::new(choice).exists() {
+        return Ok(choice.to_owned());
+    }
+    let text = read_text(Some(Path::new(choice)))?;
+    ensure!(text.contains('{'), "{choice}: not a chat template: no Jinja in it");
     Ok(text)
 }
 

@@ -168,6 +168,16 @@ impl KvStore {
     pub fn shape(&self) -> KvShape {
         self.shape
     }
+
+    /// Copies page `from` to page `to`.
+    ///
+    /// # Panics
+    /// If there is no such page.
+    pub fn copy_page(&mut self, from: u32, to: u32) {
+        let bytes = self.shape.data_bytes();
+        let start = from as usize * bytes;
+        self.data.copy_within(start..start + bytes, to as usize * bytes);
+    }
 }
 
 /// Writes one position of one head.

@@ -197,8 +197,9 @@ impl Engine {
                 break;
             }
             let Some(page) = self.free.pop() else { break };
+            self.owners[page as usize] = 1;
             self.sequences[sequence.0].pages.push(page);
-            self.touched = self.touched.max(self.pages - self.free.len());
+            self.touched = self.touched.max(self.pages() - self.free.len());
             let data = self.kv.page_mut(page);
             file.read_exact(data)?;
             let mut found = [0; 32];

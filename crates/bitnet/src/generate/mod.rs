@@ -1,5 +1,6 @@
-//! Choosing the next token: sampler, stop conditions and speculation; conversations.
+//! Choosing the next token: sampler, stop conditions and speculation; conversations; many generations at once.
 
+mod batch;
 mod chat;
 mod constraint;
 mod run;
@@ -7,6 +8,7 @@ mod sampler;
 mod speculate;
 mod stop;
 
+pub use batch::{Batch, BatchCounts, Ended, Event, Request, RequestId};
 pub use chat::{Answer, Chat};
 pub use constraint::{Constraint, ConstraintError, Guide};
 pub use run::{Generated, generate};

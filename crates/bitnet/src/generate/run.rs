@@ -1,7 +1,7 @@
 use super::constraint::Masks;
 use super::speculate::Speculator;
+use super::stop::Output;
 use super::{FinishReason, MOST_PROPOSED, Sampler, StopConditions};
-use crate::text::{StopStrings, TextStream};
 use crate::{Engine, Error, Feed, SequenceId, Wanted};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
@@ -79,8 +79,7 @@ fn decode(
         None => None,
     };
     let mut speculator = Speculator::new(stop.speculation, history, end);
-    let (text, stops) = (TextStream::default(), StopStrings::new(&stop.strings));
-    let mut writer = Writer { text, stops, stop, first, emit };
+    let mut writer = Writer { text: Output::new(&stop.strings), stop, first, emit };
     let mut prompt_time = None;
     let (mut proposed, mut accepted) = (0, 0);
     // What is fed: the prompt, later the last token and those that the constraint forced after it; and `guesses` more that
@@ -181,8 +180,7 @@ fn decode(
 
 /// Where the text goes.
 struct Writer<'a> {
-    text: TextStream,
-    stops: StopStrings,
+    text: Output,
     stop: &'a StopConditions,
     /// Where the text begins in the history.
     first: usize,
@@ -196,9 +194,8 @@ impl Writer<'_> {
         let ended = self.stop.check(id, history.len() - self.first);
         if !matches!(ended, Some(FinishReason::StopToken(_))) {
             let bytes = engine.model().tokenizer()?.token_bytes(id).unwrap_or_default();
-            let out = self.stops.push(self.text.push(bytes));
-            let matched = out.stop;
-            let cancelled = (self.emit)(out.text).is_break();
+            let (part, matched) = self.text.push(bytes);
+            let cancelled = (self.emit)(part).is_break();
             if let Some(index) = matched {
                 return Ok(Some(FinishReason::StopString(self.stop.strings[index].clone())));
             }
@@ -215,12 +212,7 @@ impl Writer<'_> {
         if matches!(finish, FinishReason::StopString(_)) {
             return finish;
         }
-        let rest = self.text.finish().to_owned();
-        let out = self.stops.push(&rest);
-        let (mut tail, matched) = (out.text.to_owned(), out.stop);
-        if matched.is_none() {
-            tail.push_str(&self.stops.finish());
-        }
+        let (tail, matched) = self.text.finish();
         if !tail.is_empty() {
             let _ = (self.emit)(&tail);
         }

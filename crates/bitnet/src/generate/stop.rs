@@ -1,6 +1,7 @@
 //! When a generation ends.
 
 use super::{Constraint, Speculation};
+use crate::text::{StopStrings, TextStream};
 use std::sync::Arc;
 
 /// Why a generation ended.
@@ -50,6 +51,34 @@ impl StopConditions {
         } else {
             None
         }
+    }
+}
+
+/// The text of a generation as it comes, up to a stop string, which is named by its index.
+pub(super) struct Output {
+    text: TextStream,
+    stops: StopStrings,
+}
+
+impl Output {
+    pub(super) fn new(stops: &[String]) -> Self {
+        Self { text: TextStream::default(), stops: StopStrings::new(stops) }
+    }
+
+    /// What the bytes of another token bring to light.
+    pub(super) fn push(&mut self, bytes: &[u8]) -> (&str, Option<usize>) {
+        let out = self.stops.push(self.text.push(bytes));
+        (out.text, out.stop)
+    }
+
+    /// What was held back: the start of a stop string that did not come, an unfinished character.
+    pub(super) fn finish(&mut self) -> (String, Option<usize>) {
+        let out = self.stops.push(self.text.finish());
+        let (mut tail, matched) = (out.text.to_owned(), out.stop);
+        if matched.is_none() {
+            tail.push_str(&self.stops.finish());
+        }
+        (tail, matched)
     }
 }
 

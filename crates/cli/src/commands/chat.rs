@@ -105,7 +105,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     ensure!(!args.constraint.reads_stdin(), "--json-schema -: in a chat, stdin has the messages");
     let grammar = args.constraint.grammar()?;
     let loaded = args.load.as_deref().map(load).transpose()?;
-    let template = args.chat_template.as_deref().map(template).transpose()?;
+    let template = args.chat_template.as_deref().map(source::template).transpose()?;
     let compute = args.model.compute()?;
     let wish = Wish { context: args.ctx_size, ..Wish::default() };
     let (model, options) = args.model.load(&compute, &wish)?;
@@ -386,16 +386,6 @@ fn advice(error: Error) -> anyhow::Error {
 fn printable(text: &str) -> std::borrow::Cow<'_, str> {
     let harmful = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
     if text.contains(harmful) { text.replace(harmful, "\u{fffd}").into() } else { text.into() }
-}
-
-/// The name of a built-in template, or what is in a file.
-fn template(choice: &str) -> anyhow::Result<String> {
-    if !choice.contains(['/', '\\', '.']) && !Path::new(choice).exists() {
-        return Ok(choice.to_owned());
-    }
-    let text = source::read_text(Some(Path::new(choice)))?;
-    ensure!(text.contains('{'), "{choice}: not a chat template: no Jinja in it");
-    Ok(text)
 }
 
 fn load(path: &Path) -> anyhow::Result<Vec<Message>> {
