@@ -100,11 +100,16 @@ struct Tokens {
 struct Environment {
     trie: TokTrie,
     tokenizer: Arc<Tokenizer>,
+    /// Whether the tokens of a part of a text give that part. SentencePiece's begin with a space.
+    exact: bool,
 }
 
 impl TokenizerEnv for Environment {
     fn tok_trie(&self) -> &TokTrie {
         &self.trie
+    }
+    fn tokenize_is_canonical(&self) -> bool {
+        self.exact
     }
     fn tokenize_bytes(&self, bytes: &[u8]) -> Vec<TokenId> {
         self.trie.tokenize_with_greedy_fallback(bytes, |text| self.tokenizer.encode(text, Specials::AsText))
@@ -135,11 +140,13 @@ impl Vocabulary {
         if total >= MAX_TOKENS || n >= 1 << 24 {
             return Err(ConstraintError(format!("{n} tokens of {total} bytes are too many for grammars")));
         }
+        let letter = tokenizer.encode("a", Specials::AsText);
+        let exact = letter.iter().filter_map(|&id| tokenizer.token_bytes(id)).flatten().eq(b"a");
         let tokenizer = tokenizer.clone();
         guarded(move || {
             let end = n as u32;
             let trie = TokTrie::from(&TokRxInfo::new(end + 1, end), &words);
-            let environment: TokEnv = Arc::new(Environment { trie, tokenizer });
+            let environment: TokEnv = Arc::new(Environment { trie, tokenizer, exact });
             let slices = SlicedBiasComputer::json_slices();
             let mut factory = ParserFactory::new(&environment, InferenceCapabilities::default(), &slices)?;
             *factory.limits_mut() = limits();

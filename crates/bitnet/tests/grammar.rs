@@ -7,6 +7,7 @@ mod common;
 use bitnet::generate::{Chat, Constraint, FinishReason, Sampler, SamplerConfig, StopConditions};
 use bitnet::grammar::{Grammar, Vocabulary};
 use bitnet::kernels::best;
+use bitnet::text::{HfVocab, Tokenizer};
 use bitnet::{Engine, Error};
 use common::masked::same_as_masked;
 use serde_json::{Value, json};
@@ -177,6 +178,38 @@ fn control_tokens_are_in_no_text() {
         ["start: <[0]>", "start: <[0-4000]>", "start: \"a\" <|eot_id|>", "start: <[*]>", "start: <[^0]>"]
     {
         assert!(Grammar::lark(grammar).is_err_and(|error| error.0.contains("token")), "{grammar}");
+    }
+}
+
+/// SentencePiece puts a space before what it encodes, and has some texts in two tokens.
+#[test]
+fn sentencepiece_vocabularies() {
+    let vocab =
+        HfVocab::parse_sentencepiece(include_bytes!("fixtures/tokenizer/sentencepiece.model")).unwrap();
+    let tokenizer = Arc::new(Tokenizer::new(&vocab.vocab()).unwrap());
+    let vocabulary = Vocabulary::new(&tokenizer).unwrap();
+    let wanted = "{\"Größe\": 12, \"the end\": \"昨日\"}";
+    let fixed = Grammar::lark(&format!("start: {wanted:?} \"a\"?")).unwrap();
+    let fixed = vocabulary.constraint(&fixed).unwrap();
+    let mut random = Random(3);
+    let mut mask = vec![0u32; tokenizer.n_vocab().div_ceil(32)];
+    for _ in 0..20 {
+        let (mut guide, mut bytes, mut ends) = (fixed.start(), Vec::<u8>::new(), Vec::new());
+        loop {
+            if guide.mask(&mut mask).unwrap() {
+                ends.push(bytes.clone());
+            }
+            let allowed: Vec<u32> = (0..tokenizer.n_vocab() as u32)
+                .filter(|id| mask[*id as usize / 32] >> (id % 32) & 1 == 1)
+                .collect();
+            if allowed.is_empty() {
+                break;
+            }
+            let id = allowed[random.below(allowed.len() as u64) as usize];
+            bytes.extend(tokenizer.token_bytes(id).unwrap());
+            guide.push(id).unwrap();
+        }
+        assert_eq!(ends, [wanted.as_bytes(), format!("{wanted}a").as_bytes()]);
     }
 }
 
