@@ -102,7 +102,7 @@ impl MemoryArgs {
                     })
                     .collect();
                 if steps.is_empty() {
-                    steps.push("nothing".to_owned());
+                    steps.push("a smaller model".to_owned());
                 }
                 if self.max_memory.is_none() {
                     steps.push("a --max-memory that you know to be right".to_owned());

@@ -84,7 +84,7 @@ fn a_budget_is_kept_or_refused() {
         let (_, stderr, code) = bitnet("", &args);
         let last = stderr.lines().last().unwrap();
         assert!(
-            code == 1 && last.contains("--max-memory allows 1.0 MiB: what helps is nothing"),
+            code == 1 && last.contains("--max-memory allows 1.0 MiB: what helps is a smaller model"),
             "{args:?}: {stderr}"
         );
     }
