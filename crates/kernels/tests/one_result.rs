@@ -405,11 +405,15 @@ fn the_screen_never_loses_a_row() {
             let wanted = |t| Logits::Best { top: 1 + t, also: &also, among: None };
             compute.head(&head, &x, wanted, &mut scratch, &mut best);
             // Of heads so small the screen may leave too much; then all logits are computed.
-            assert!(scratch.take_counts().tokens > 0);
+            let counts = scratch.take_counts();
+            // The finer codes must settle most of what the coarse ones leave open.
+            assert!(counts.tokens > 0 && 4 * counts.exact < counts.open, "{counts:?}");
             let (mut among, mut listed) = (logits(), logits());
             let wanted = |t| Logits::Best { top: 1 + t, also: &also, among: Some(&mask) };
             compute.head(&head, &x, wanted, &mut scratch, &mut among);
-            assert!(scratch.take_counts().tokens > 0);
+            let counts = scratch.take_counts();
+            // The finer codes must settle most of what the coarse ones leave open.
+            assert!(counts.tokens > 0 && 4 * counts.exact < counts.open, "{counts:?}");
             // The second token wants others than the first.
             let wanted = |t| if t == 1 { Logits::Every } else { Logits::Listed(&list) };
             compute.head(&head, &x, wanted, &mut scratch, &mut listed);
