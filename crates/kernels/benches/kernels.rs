@@ -39,9 +39,14 @@ fn floats(n: usize) -> Vec<f32> {
     numbers(n).map(|x| x - 0.5).collect()
 }
 
-fn bytes(v: Vec<u8>) -> Bytes {
+/// On a cache line, as models have them.
+fn bytes(mut v: Vec<u8>) -> Bytes {
     let n = v.len();
-    Bytes::new(Arc::new(v), 0..n)
+    v.reserve_exact(64);
+    let skip = v.as_ptr().align_offset(64);
+    v.resize(n + skip, 0);
+    v.rotate_right(skip);
+    Bytes::new(Arc::new(v), skip..n + skip)
 }
 
 fn matrix(layout: Layout, rows: usize, columns: usize) -> TernaryMatrix {

@@ -9,7 +9,7 @@ use crate::pool::Pool;
 use crate::table::Kernels;
 use crate::ternary::lookup;
 use crate::ternary::panel::{BLOCK, Part, Source};
-use crate::ternary::{self, Activations, Layout, OutPtr, ROW_TOKENS, Which, columns};
+use crate::ternary::{self, Activations, Layout, OutPtr, ROW_TOKENS, Which, columns, tiles};
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
@@ -100,9 +100,25 @@ impl FloatMatrix {
     }
 }
 
+/// How a product is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// Row by row, each with all tokens.
+    Rows,
+    /// Column by column, without those whose codes are zero.
+    LiveColumns,
+    /// By [`tiles`].
+    Tiles,
+    /// With weights unpacked, or sums looked up, for many tokens.
+    Many,
+}
+
 /// Int8 activations of up to a fixed number of tokens, as [`Compute::norm_quantize`] leaves them.
 pub struct QuantizedRows {
     codes: Aligned<i8>,
+    /// The codes of several tokens once more, where tiles of them are multiplied.
+    tiles: Aligned<i8>,
+    way: Way,
     scales: Vec<f32>,
     sums: Vec<i32>,
     tokens: usize,
@@ -126,6 +142,8 @@ impl QuantizedRows {
         let lists = taken(&scales) + taken(&sums) + taken(&live) + taken(&packed);
         Self {
             codes: Aligned::zeroed(tokens * width),
+            tiles: Aligned::zeroed(Self::tiled(tokens) * width),
+            way: Way::Rows,
             scales,
             sums,
             tokens: 0,
@@ -141,7 +159,11 @@ impl QuantizedRows {
     pub const fn bytes(tokens: usize, columns: usize) -> usize {
         let few = if tokens < ROW_TOKENS { tokens } else { ROW_TOKENS };
         let width = ternary::row_bytes(columns) * 4;
-        tokens * (width + 8) + (4 + 1) * (few * width + 1)
+        tokens * (width + 8) + (4 + 1) * (few * width + 1) + Self::tiled(tokens) * width
+    }
+    /// Tokens in whole tiles, where there can be enough for them.
+    const fn tiled(tokens: usize) -> usize {
+        if tokens < tiles::FEWEST { 0 } else { tokens.next_multiple_of(tiles::SIDE) }
     }
     /// The codes of one token in natural order, and the scale s = 127 / max|x| they were made with.
     pub fn row(&self, token: usize) -> (Vec<i8>, f32) {
@@ -152,10 +174,7 @@ impl QuantizedRows {
     }
     /// Codes that are not 0, of a token on average, where they were counted.
     pub fn live_columns(&self) -> Option<usize> {
-        self.sparse().then(|| self.live.len() / self.tokens)
-    }
-    fn sparse(&self) -> bool {
-        self.layout == Layout::Columns && self.tokens <= ROW_TOKENS
+        (self.way == Way::LiveColumns).then(|| self.live.len() / self.tokens)
     }
     fn view(&self) -> Activations<'_> {
         let width = ternary::row_bytes(self.columns) * 4;
@@ -390,6 +409,14 @@ impl Compute {
     ) {
         let width = ternary::row_bytes(columns) * 4;
         (q.tokens, q.columns, q.layout) = (tokens, columns, layout);
+        let tiles = self.kernels.has_tiles() && tokens >= tiles::FEWEST;
+        q.way = match layout {
+            Layout::Rows if tiles => Way::Tiles,
+            Layout::Columns if tiles && tokens <= tiles::COLUMN_TOKENS => Way::Tiles,
+            _ if tokens > ROW_TOKENS => Way::Many,
+            Layout::Rows => Way::Rows,
+            Layout::Columns => Way::LiveColumns,
+        };
         {
             let codes = Rows::new(&mut q.codes[..tokens * width], width);
             let scales = Rows::new(&mut q.scales[..tokens], 1);
@@ -405,8 +432,22 @@ impl Compute {
                 (scale[0], sum[0]) = self.kernels.quantize(row, layout, codes);
             });
         }
-        if q.sparse() {
-            q.find_live_columns();
+        match (q.way, layout) {
+            (Way::LiveColumns, _) => q.find_live_columns(),
+            (Way::Tiles, Layout::Rows) => {
+                let codes = &q.codes[..tokens * width];
+                let to = Rows::new(&mut q.tiles, tiles::SIDE * width);
+                self.pool.run(tokens.div_ceil(tiles::SIDE), |some, _| {
+                    // SAFETY: each sixteen tokens are one task.
+                    let to = unsafe { to.row(some) };
+                    let codes = &codes[some * tiles::SIDE * width..];
+                    let mut rows = [&codes[..width]; tiles::SIDE];
+                    let count =
+                        rows.iter_mut().zip(codes.chunks(width)).map(|(row, codes)| *row = codes).count();
+                    self.kernels.tile_codes(&rows[..count], to);
+                });
+            }
+            _ => {}
         }
     }
 
@@ -420,14 +461,17 @@ impl Compute {
         work: &mut Workspace,
         jobs: [(&TernaryMatrix, &mut [f32]); N],
     ) {
-        if q.sparse() {
+        if q.layout == Layout::Columns && q.way != Way::Many {
             jobs.into_iter().for_each(|(matrix, out)| self.few_by_columns(q, work, matrix, out));
             return;
         }
         // Few tokens take some 16 KiB of rows at a time.
         let row_bytes = ternary::row_bytes(q.columns);
-        let few = q.tokens <= ROW_TOKENS;
-        let grain = if few { ((16 << 10) / row_bytes).max(4) & !3 } else { BLOCK };
+        let grain = match q.way {
+            Way::Rows => ((16 << 10) / row_bytes).max(4) & !3,
+            Way::Tiles => 2 * BLOCK,
+            _ => BLOCK,
+        };
         let mut end = 0;
         let plan = jobs.map(|(matrix, out)| {
             check(matrix, q, out);
@@ -439,12 +483,21 @@ impl Compute {
             let (matrix, out, first) = plan[plan.iter().rposition(|job| job.2 <= at).unwrap_or(0)];
             (matrix, out, at - first, grain.min(matrix.rows - (at - first)))
         };
-        if few {
+        if q.way != Way::Many {
+            let tiles = &q.tiles
+                [..if q.way == Way::Tiles { QuantizedRows::tiled(q.tokens) * 4 * row_bytes } else { 0 }];
             self.pool.run_ranges(end, grain, |range, _| {
                 let (matrix, out, first, count) = job(range.start);
-                let (w, which) = (&matrix.bytes, Which::All { first, count });
                 // SAFETY: these rows are this task's alone and lie in the output, whose length was checked.
-                unsafe { self.kernels.gemv_rows(w, row_bytes, which, matrix.scale, q.view(), out) }
+                unsafe {
+                    if q.way == Way::Tiles {
+                        let w = &matrix.bytes[first * row_bytes..][..count * row_bytes];
+                        self.kernels.tile_rows(w, row_bytes, first, matrix.scale, q.view(), tiles, out);
+                    } else {
+                        let (w, which) = (&matrix.bytes, Which::All { first, count });
+                        self.kernels.gemv_rows(w, row_bytes, which, matrix.scale, q.view(), out);
+                    }
+                }
             });
             return;
         }
@@ -516,7 +569,14 @@ impl Compute {
         let parts = Rows::new(sums, width);
         // One token takes some 16 KiB at a time, a third of the columns being live; several share 256 KiB.
         let bytes = if tokens == 1 { 48 << 10 } else { 256 << 10 };
-        self.pool.run_ranges(matrix.columns, (bytes / column_bytes).max(1), |range, worker| {
+        let grain = if q.way == Way::Tiles { ternary::CHUNK } else { (bytes / column_bytes).max(1) };
+        self.pool.run_ranges(matrix.columns, grain, |range, worker| {
+            if q.way == Way::Tiles {
+                // SAFETY: as below.
+                let sums = unsafe { parts.rows(worker * tokens, tokens) };
+                self.kernels.tile_columns(&matrix.bytes, column_bytes, range, q.view().codes, tokens, sums);
+                return;
+            }
             for token in 0..tokens {
                 // SAFETY: each worker runs one task at a time.
                 let sums = unsafe { parts.row(worker * tokens + token) };

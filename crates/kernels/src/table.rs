@@ -1,6 +1,7 @@
 //! The kernels of one instruction set as a plain struct of functions, chosen once.
 
 use crate::attention::{self, Segment};
+use crate::isa::Isa;
 #[cfg(target_arch = "aarch64")]
 use crate::isa::neon::{BASE, DOTPROD, I8MM, Neon};
 use crate::isa::scalar::Scalar;
@@ -9,7 +10,8 @@ use crate::isa::{avx2::Avx2, avx512::Avx512};
 use crate::ops::{self, FloatType};
 use crate::screen::{self, Dither, Probe, Screen};
 use crate::ternary::panel::Part;
-use crate::ternary::{self, Activations, Layout, OutPtr, Which, columns};
+use crate::ternary::{self, Activations, Layout, OutPtr, Which, columns, tiles};
+use std::ops::Range;
 
 /// The kernels of one instruction set. One is only to be had where the CPU can run it: [`supported`], [`best`].
 pub struct Kernels {
@@ -27,6 +29,10 @@ pub struct Kernels {
     gemv_rows: unsafe fn(&[u8], usize, Which<'_>, f32, Activations<'_>, OutPtr),
     matmul: unsafe fn(&[Part<'_>], Activations<'_>, usize, &mut [u8]),
     looks_up: unsafe fn() -> bool,
+    has_tiles: unsafe fn() -> bool,
+    tile_codes: unsafe fn(&[&[i8]], &mut [i8]),
+    tile_rows: unsafe fn(&[u8], usize, usize, f32, Activations<'_>, &[i8], OutPtr),
+    tile_columns: unsafe fn(&[u8], usize, Range<usize>, &[i8], usize, &mut [i32]),
     add_columns: unsafe fn(&[u8], usize, &[u32], &[i8], &mut [i32]),
     finish_columns: unsafe fn(&[i32], usize, i32, f32, &mut [f32]),
     head_rows: unsafe fn(FloatType, &[u8], &[f32], usize, usize, OutPtr),
@@ -45,7 +51,7 @@ macro_rules! kernels {
             use super::*;
             pub(super) static KERNELS: Kernels = Kernels {
                 name: $name, rmsnorm, quantize, add, relu2_mul, silu_mul, rope, attend, join, code_queries, decode_row,
-                gemv_rows, matmul, looks_up, add_columns, finish_columns, head_rows,
+                gemv_rows, matmul, looks_up, has_tiles, tile_codes, tile_rows, tile_columns, add_columns, finish_columns, head_rows,
                 head_listed, screen_row, screen_logits, narrow, stream_read,
             };
             $(#[target_feature(enable = $features)])?
@@ -107,6 +113,28 @@ macro_rules! kernels {
             $(#[target_feature(enable = $features)])?
             unsafe fn looks_up() -> bool {
                 ternary::looks_up($isa)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn has_tiles() -> bool {
+                ternary::has_tiles($isa)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn tile_codes(rows: &[&[i8]], tiles: &mut [i8]) {
+                $isa.tile_codes(rows, tiles);
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn tile_rows(
+                w: &[u8], row_bytes: usize, first: usize, weight_scale: f32, a: Activations<'_>, tiles: &[i8], out: OutPtr,
+            ) {
+                let isa = $isa;
+                // SAFETY: the caller's contract, handed on.
+                unsafe { tiles::matmul(isa, w, row_bytes, first, weight_scale, a, tiles, out) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn tile_columns(
+                w: &[u8], column_bytes: usize, range: Range<usize>, codes: &[i8], tokens: usize, sums: &mut [i32],
+            ) {
+                $isa.tile_columns(w, column_bytes, range, codes, tokens, sums);
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn add_columns(w: &[u8], column_bytes: usize, list: &[u32], q: &[i8], sums: &mut [i32]) {
@@ -328,6 +356,42 @@ impl Kernels {
     pub(crate) fn looks_up(&self) -> bool {
         // SAFETY: as above.
         unsafe { (self.looks_up)() }
+    }
+    /// Whether there are kernels for tiles, without which none of the next three may be called.
+    pub(crate) fn has_tiles(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { (self.has_tiles)() }
+    }
+    pub(crate) fn tile_codes(&self, rows: &[&[i8]], tiles: &mut [i8]) {
+        // SAFETY: as above.
+        unsafe { (self.tile_codes)(rows, tiles) }
+    }
+    /// # Safety
+    /// As [`tiles::matmul`].
+    pub(crate) unsafe fn tile_rows(
+        &self,
+        w: &[u8],
+        row_bytes: usize,
+        first: usize,
+        weight_scale: f32,
+        a: Activations<'_>,
+        tiles: &[i8],
+        out: OutPtr,
+    ) {
+        // SAFETY: as above, and the caller's contract.
+        unsafe { (self.tile_rows)(w, row_bytes, first, weight_scale, a, tiles, out) }
+    }
+    pub(crate) fn tile_columns(
+        &self,
+        w: &[u8],
+        column_bytes: usize,
+        range: Range<usize>,
+        codes: &[i8],
+        tokens: usize,
+        sums: &mut [i32],
+    ) {
+        // SAFETY: as above.
+        unsafe { (self.tile_columns)(w, column_bytes, range, codes, tokens, sums) }
     }
     pub(crate) fn add_columns(
         &self,

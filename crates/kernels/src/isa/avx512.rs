@@ -7,7 +7,9 @@ use super::{
 };
 use crate::attention::FETCH;
 use crate::ternary::lookup::Places;
+use crate::ternary::tiles::Dots;
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 /// Proof that the CPU has AVX-512 F and BW, VNNI where `VNNI` is true, and where `AMX` is true AMX for int8 too, which the
 /// system lets this process use.
@@ -31,6 +33,7 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
     type F = __m512;
     const PANEL_TOKENS: usize = if AMX { 32 } else { 12 };
     const LOOKS_UP: bool = !VNNI;
+    const TILES: bool = AMX;
 
     #[inline(always)]
     fn prefetch(self, p: *const u8) {
@@ -252,6 +255,37 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
         unsafe { panel_vnni(panel, a, quads, dots) }
     }
     #[inline(always)]
+    fn tile_codes(self, rows: &[&[i8]], tiles: &mut [i8]) {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { super::amx::tile_codes(rows, tiles) }
+    }
+    #[inline(always)]
+    fn tile_rows<const FIELDS: usize>(
+        self,
+        w: &[u8],
+        row_bytes: usize,
+        tiles: &[i8],
+        put: impl FnMut(usize, usize, &Dots),
+    ) {
+        assert!(AMX);
+        // SAFETY: `self` proves AMX.
+        unsafe { super::amx::rows::<FIELDS>(w, row_bytes, tiles, put) }
+    }
+    #[inline(always)]
+    fn tile_columns(
+        self,
+        w: &[u8],
+        column_bytes: usize,
+        range: Range<usize>,
+        codes: &[i8],
+        tokens: usize,
+        sums: &mut [i32],
+    ) {
+        assert!(AMX);
+        // SAFETY: `self` proves AMX.
+        unsafe { super::amx::columns(w, column_bytes, range, codes, tokens, sums) }
+    }
+    #[inline(always)]
     fn fill_tables(self, q: &[[i8; 4 * GROUPS]; LANES], tables: &mut [[i16; LANES]]) {
         // SAFETY: AVX-512F comes with AVX2.
         unsafe { super::avx2::fill_tables(q, tables) }
@@ -392,7 +426,7 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
 /// # Safety
 /// Needs AVX-512F.
 #[inline(always)]
-unsafe fn transpose(v: [__m512i; 16]) -> [__m512i; 16] {
+pub(super) unsafe fn transpose(v: [__m512i; 16]) -> [__m512i; 16] {
     // SAFETY: the caller has AVX-512F; no memory is touched.
     unsafe {
         let zero = _mm512_setzero_si512();

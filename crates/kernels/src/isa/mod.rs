@@ -19,6 +19,8 @@ use crate::screen;
 use crate::ternary::columns::{self, GROUP};
 use crate::ternary::lookup::{self, GROUPS, LANES, Places};
 use crate::ternary::panel::{self, PANEL};
+use crate::ternary::tiles::{self, Dots};
+use std::ops::Range;
 
 /// Primitives over sixteen float32 lanes, and the exact integer dot product.
 ///
@@ -31,6 +33,8 @@ pub(crate) trait Isa: Copy {
     const PANEL_TOKENS: usize;
     /// Whether products with several tokens are looked up and not multiplied.
     const LOOKS_UP: bool = false;
+    /// Whether the CPU multiplies whole tiles, as [`tiles`] has them.
+    const TILES: bool = false;
     /// Rows of a float tile of four tokens: 4, or 1 where sixty-four sums of four lanes are more than the registers hold.
     const HEAD_ROWS: usize = 4;
 
@@ -88,6 +92,40 @@ pub(crate) trait Isa: Copy {
     #[inline(always)]
     fn panel_tile<const T: usize>(self, panel: &[u8], a: [&[i8]; T], dots: &mut [[i32; PANEL]; T]) {
         panel::panel_tile(panel, a, dots);
+    }
+    /// Lays out the codes of up to sixteen tokens as [`tiles`] says. Each has 64 bytes for each tile.
+    #[inline(always)]
+    fn tile_codes(self, rows: &[&[i8]], tiles: &mut [i8]) {
+        tiles::tile_codes(rows, tiles);
+    }
+    /// With [`Isa::TILES`]: calls `put(t, r, dots)` with the exact dot products of tokens t to t + 15 (`dots[token][row]`) and rows r to
+    /// r + 15, for all rows of `w`, a multiple of sixteen, and all tokens of `tiles`. A byte of a row holds a code in each of
+    /// `FIELDS` fields: four, the highest bits first, or two, the lowest bits first; a chunk of 64 bytes first all codes of the
+    /// first field.
+    #[inline(always)]
+    fn tile_rows<const FIELDS: usize>(
+        self,
+        _w: &[u8],
+        _row_bytes: usize,
+        _tiles: &[i8],
+        _put: impl FnMut(usize, usize, &Dots),
+    ) {
+        unreachable!("no tiles")
+    }
+    /// With [`Isa::TILES`]: adds the columns `range` of `w`, which begins with a multiple of 64, each times its code in `codes`
+    /// (`[tokens][columns]`), to `sums` (`[tokens][outputs]`), as [`columns::add_columns`] says. Up to sixteen tokens; past the last
+    /// column their codes are zero.
+    #[inline(always)]
+    fn tile_columns(
+        self,
+        _w: &[u8],
+        _column_bytes: usize,
+        _range: Range<usize>,
+        _codes: &[i8],
+        _tokens: usize,
+        _sums: &mut [i32],
+    ) {
+        unreachable!("no tiles")
     }
     /// Fills the tables of a step of [`lookup`], whose activations are `q`: row d0 + 3 d1 + 9 d2 + 27 d3 of group g has for each token the
     /// sum of (d - 1) q, the group's inputs being g, g + 8, g + 16, g + 24.

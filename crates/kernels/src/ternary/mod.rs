@@ -12,6 +12,7 @@ pub mod columns;
 pub(crate) mod lookup;
 pub mod pack;
 pub(crate) mod panel;
+pub(crate) mod tiles;
 
 use crate::isa::Isa;
 
@@ -60,6 +61,16 @@ pub(crate) struct Activations<'a> {
     pub(crate) sums: &'a [i32],
 }
 
+impl<'a> Activations<'a> {
+    /// Those of the first tokens, and the others.
+    #[inline(always)]
+    fn split_at(&self, tokens: usize) -> (Self, Self) {
+        let (codes, codes2) = self.codes.split_at(self.codes.len() / self.scales.len() * tokens);
+        let ((scales, scales2), (sums, sums2)) = (self.scales.split_at(tokens), self.sums.split_at(tokens));
+        (Self { codes, scales, sums }, Self { codes: codes2, scales: scales2, sums: sums2 })
+    }
+}
+
 /// Where a product goes: element (token, row) at `token * stride + row`.
 #[derive(Clone, Copy)]
 pub(crate) struct OutPtr {
@@ -101,9 +112,9 @@ pub(crate) enum Which<'a> {
 }
 
 /// Most tokens that are multiplied row by row; more are worth unpacking the weights for.
-pub(crate) const ROW_TOKENS: usize = 8;
+pub(crate) const ROW_TOKENS: usize = 16;
 
-/// Multiplies rows of the stored matrix `w` (each `row_bytes`) with up to [`ROW_TOKENS`] tokens and writes row r of token t
+/// Multiplies rows of the stored matrix `w` (each `row_bytes`) with some tokens and writes row r of token t
 /// to `out` at (t, r), as `(Σ w q) * (weight_scale / s)`.
 ///
 /// # Safety
@@ -146,20 +157,31 @@ unsafe fn gemv_tokens<I: Isa>(
     a: Activations<'_>,
     out: OutPtr,
 ) {
-    // SAFETY: the caller's contract, handed on.
-    unsafe {
-        match a.scales.len() {
-            1 => gemv::<I, 4, 1>(isa, w, row_bytes, count, row, weight_scale, a, out),
-            2 => gemv::<I, 4, 2>(isa, w, row_bytes, count, row, weight_scale, a, out),
-            3 => gemv::<I, 2, 3>(isa, w, row_bytes, count, row, weight_scale, a, out),
-            4 => gemv::<I, 2, 4>(isa, w, row_bytes, count, row, weight_scale, a, out),
-            5 => gemv::<I, 2, 5>(isa, w, row_bytes, count, row, weight_scale, a, out),
-            6 => gemv::<I, 2, 6>(isa, w, row_bytes, count, row, weight_scale, a, out),
-            7 => gemv::<I, 2, 7>(isa, w, row_bytes, count, row, weight_scale, a, out),
-            8 => gemv::<I, 2, 8>(isa, w, row_bytes, count, row, weight_scale, a, out),
-            tokens => unreachable!("{tokens} tokens row by row"),
+    let (mut rest, mut out) = (a, out);
+    while !rest.scales.is_empty() {
+        let (a, after) = rest.split_at(rest.scales.len().min(8));
+        // SAFETY: the caller's contract, handed on; a row of `out` begins with its token.
+        unsafe {
+            match a.scales.len() {
+                1 => gemv::<I, 4, 1>(isa, w, row_bytes, count, row, weight_scale, a, out),
+                2 => gemv::<I, 4, 2>(isa, w, row_bytes, count, row, weight_scale, a, out),
+                3 => gemv::<I, 2, 3>(isa, w, row_bytes, count, row, weight_scale, a, out),
+                4 => gemv::<I, 2, 4>(isa, w, row_bytes, count, row, weight_scale, a, out),
+                5 => gemv::<I, 2, 5>(isa, w, row_bytes, count, row, weight_scale, a, out),
+                6 => gemv::<I, 2, 6>(isa, w, row_bytes, count, row, weight_scale, a, out),
+                7 => gemv::<I, 2, 7>(isa, w, row_bytes, count, row, weight_scale, a, out),
+                _ => gemv::<I, 2, 8>(isa, w, row_bytes, count, row, weight_scale, a, out),
+            }
+            out.ptr = out.ptr.wrapping_add(a.scales.len() * out.stride);
         }
+        rest = after;
     }
+}
+
+/// [`Isa::TILES`].
+#[inline(always)]
+pub(crate) fn has_tiles<I: Isa>(_: I) -> bool {
+    I::TILES
 }
 
 /// Multiplies the outputs of `parts` with tokens of `a`: those from `t0` on by [`lookup`] where [`looks_up`] says so, else all, at most
