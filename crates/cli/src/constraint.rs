@@ -48,9 +48,7 @@ impl ConstraintArgs {
             }
             (Some(file), ..) if file == "-" => ("stdin".to_owned(), Form::Schema(source::read_text(None)?)),
             (Some(file), ..) => (file.clone(), Form::Schema(source::read_text(Some(Path::new(file)))?)),
-            (_, Some(file), _) => {
-                (file.display().to_string(), Form::Grammar(source::read_text(Some(file))?))
-            }
+            (_, Some(file), _) => (file.display().to_string(), Form::Grammar(source::read_text(Some(file))?)),
             (.., Some(regex)) => ("--regex".to_owned(), Form::Regex(regex.clone())),
             _ => return Ok(None),
         };

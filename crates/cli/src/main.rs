@@ -72,6 +72,9 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // That a file may not grow any more is an error like any other.
+    #[cfg(unix)]
+    let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, std::sync::Arc::default());
     let result = match Cli::parse().command {
         Command::Run(args) => commands::run::run(&args),
         Command::Chat(args) => commands::chat::run(&args),

@@ -4,7 +4,9 @@ use super::config::{Keys, Repair};
 use super::rope::{angles, inverse_frequencies};
 use super::weights::WeightPlan;
 use super::{Config, Strategy, Weights, identity};
-use crate::text::{ChatTemplate, Specials, TemplateError, TemplateModel, Tokenizer, Vocab};
+use crate::text::{
+    ChatTemplate, NUMERALS, Numerals, Specials, Split, TemplateError, TemplateModel, Tokenizer, Vocab,
+};
 use crate::{EngineOptions, Error, MemoryPlan};
 use bitnet_gguf::Gguf;
 use bitnet_kernels::{Compute, MemoryPart, PartBytes};
@@ -235,23 +237,38 @@ fn read_vocab<'a>(
             return Err(keys.error("key \"tokenizer.ggml.model\"", problem));
         }
     };
-    let mut notice = |what: &str| {
-        let message = format!("{what}: text is split as LLaMA-3 does");
-        repairs.push(Repair { name: "pre_tokenizer", message });
-    };
-    match gguf.get_str("tokenizer.ggml.pre")? {
-        _ if sentence => {}
-        Some("llama-bpe" | "llama3" | "llama-v3") => {}
-        Some(pre @ ("falcon3" | "falcon_e" | "falcon-e")) => {
-            notice(&format!("the pre-tokenizer {pre} cuts numbers and punctuation smaller"));
+    let tokens = strings("tokenizer.ggml.tokens", tokens)?;
+    let split = match gguf.get_str("tokenizer.ggml.pre")? {
+        _ if sentence => Split::Llama3,
+        Some("llama-bpe" | "llama3" | "llama-v3") => Split::Llama3,
+        Some(pre @ ("falcon" | "falcon3" | "falcon_e" | "falcon-e")) => {
+            let numerals = match gguf.get_str(NUMERALS)? {
+                Some("each") => Some(Numerals::Each),
+                Some("runs") => Some(Numerals::Runs),
+                None => None,
+                Some(other) => {
+                    let problem = format!("expected \"each\" or \"runs\", found {other:?}");
+                    return Err(keys.error(format!("key {NUMERALS:?}"), problem));
+                }
+            };
+            // llama.cpp and bitnet.cpp mean different things by the newer names; no cut between digits leads to this token.
+            if pre != "falcon" && tokens.contains(&"10") {
+                Split::Llama3
+            } else {
+                Split::Falcon { digits: if pre == "falcon" { 3 } else { 1 }, numerals }
+            }
         }
         Some(other) => {
-            let problem = format!("expected \"llama-bpe\", \"falcon3\" or \"falcon_e\", found {other:?}");
+            let problem =
+                format!("expected \"llama-bpe\", \"falcon\", \"falcon3\" or \"falcon_e\", found {other:?}");
             return Err(keys.error("key \"tokenizer.ggml.pre\"", problem));
         }
-        None => notice("no pre-tokenizer in the metadata"),
-    }
-    let tokens = strings("tokenizer.ggml.tokens", tokens)?;
+        None => {
+            let message = "no pre-tokenizer in the metadata: text is split as LLaMA-3 does".to_owned();
+            repairs.push(Repair { name: "pre_tokenizer", message });
+            Split::Llama3
+        }
+    };
     if tokens.len() > config.vocab_size {
         let problem = format!("{} tokens, the embedding has {} rows", tokens.len(), config.vocab_size);
         return Err(keys.error("key \"tokenizer.ggml.tokens\"", problem));
@@ -279,15 +296,16 @@ fn read_vocab<'a>(
         }
     };
     let merges = match gguf.get_array("tokenizer.ggml.merges")? {
-        _ if sentence => Vec::new(),
         Some(merges) => strings("tokenizer.ggml.merges", merges)?,
+        None if sentence => Vec::new(),
         None => {
             return Err(
                 keys.error("key \"tokenizer.ggml.merges\"", "missing: byte-level BPE needs its merges")
             );
         }
     };
-    Ok(Some(Vocab { tokens, token_types, merges, ignore_merges: true, scores }))
+    let ignore_merges = split == Split::Llama3;
+    Ok(Some(Vocab { tokens, token_types, merges, ignore_merges, scores, split }))
 }
 
 fn read_special(
