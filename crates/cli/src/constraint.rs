@@ -5,9 +5,10 @@ use anyhow::{Context, Error};
 use bitnet::generate::{Constraint, ConstraintError};
 use bitnet::grammar::{Grammar, Vocabulary};
 use bitnet::model::Model;
+use bitnet::text::Tokenizer;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// For texts that ended too early.
 pub const INCOMPLETE: &str = "the output is incomplete: it ended before it had the form that was asked for";
@@ -75,13 +76,20 @@ impl Form {
 /// Makes constraints of forms, of each one once.
 #[derive(Default)]
 pub struct Forms {
-    vocabulary: Option<Vocabulary>,
+    vocabulary: OnceLock<Result<Vocabulary, ConstraintError>>,
     made: HashMap<Form, Arc<dyn Constraint>>,
 }
 
 impl Forms {
     /// Constraints that are kept; each may take some megabytes.
     const MOST: usize = 32;
+
+    /// Prepares the vocabulary, which takes some tenths of a second, if it is needed for `form`.
+    pub fn prepare(&self, form: Option<&Form>, tokenizer: &Arc<Tokenizer>) {
+        if form.is_some() {
+            self.vocabulary.get_or_init(|| Vocabulary::new(tokenizer));
+        }
+    }
 
     /// What makes the texts of `model` follow the form.
     pub fn constraint(
@@ -93,10 +101,9 @@ impl Forms {
         if let Some(made) = self.made.get(form) {
             return Ok(Some(made.clone()));
         }
-        let vocabulary = match &mut self.vocabulary {
-            Some(vocabulary) => vocabulary,
-            none => none.insert(Vocabulary::new(model.tokenizer()?)?),
-        };
+        let tokenizer = model.tokenizer()?;
+        let vocabulary =
+            self.vocabulary.get_or_init(|| Vocabulary::new(tokenizer)).as_ref().map_err(Clone::clone)?;
         let made = vocabulary.constraint(&form.compile()?).map_err(Error::new).context("grammar")?;
         if self.made.len() >= Self::MOST {
             self.made.clear();

@@ -83,12 +83,31 @@ impl<'a> ModelInfo<'a> {
     /// # Panics
     /// If it is another file.
     pub fn load(self, file: &Arc<Gguf>, compute: &Compute) -> Result<Model, Error> {
+        self.load_with(file, compute, |_| ())
+    }
+
+    /// As [`Self::load`]; one of the threads hands the tokenizer to `beside` while the others still read the weights.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    ///
+    /// # Panics
+    /// As [`Self::load`].
+    pub fn load_with(
+        self,
+        file: &Arc<Gguf>,
+        compute: &Compute,
+        beside: impl Fn(&Arc<Tokenizer>) + Sync,
+    ) -> Result<Model, Error> {
         assert!(std::ptr::eq(self.gguf, &raw const **file), "another file");
         let Self { config, repairs, special, plan, vocab, template, .. } = self;
         // The tokenizer is built while the other threads read the weights.
         let tokenizer = OnceLock::new();
         let weights = plan.load(&config, file, compute, || {
-            let built = vocab.as_ref().map(Tokenizer::new).transpose();
+            let built = vocab.as_ref().map(|vocab| Tokenizer::new(vocab).map(Arc::new)).transpose();
+            if let Ok(Some(tokenizer)) = &built {
+                beside(tokenizer);
+            }
             let _ = tokenizer.set(built);
         });
         let tokenizer = tokenizer.into_inner().unwrap_or(Ok(None));
@@ -100,7 +119,7 @@ impl<'a> ModelInfo<'a> {
             file: Some(file.clone()),
             config,
             weights: weights?,
-            tokenizer: tokenizer.map(Arc::new),
+            tokenizer,
             special,
             template: template.map(str::to_owned),
             repairs,

@@ -158,7 +158,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         return Ok(());
     };
 
-    let model = info.load(&gguf, &compute)?;
+    let forms = Forms::default();
+    let prepare = |tokenizer: &_| forms.prepare(defaults.form.as_ref(), tokenizer);
+    let model = info.load_with(&gguf, &compute, prepare)?;
     args.model.file.note_repairs(model.repairs());
     model.tokenizer()?;
     sampling.check_biases(&model)?;
@@ -169,7 +171,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         batch: Batch::new(engine, width),
         width,
         prompts,
-        forms: Forms::default(),
+        forms,
         defaults,
         keys,
         active: HashMap::new(),

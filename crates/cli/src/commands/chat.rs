@@ -101,13 +101,15 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let template = args.chat_template.as_deref().map(source::template).transpose()?;
     let compute = args.model.compute()?;
     let wish = Wish { context: *ctx_size, ..Wish::default() };
-    let (model, options) = args.model.load(&compute, &wish)?;
+    let mut forms = Forms::default();
+    let prepare = |tokenizer: &_| forms.prepare(form.as_ref(), tokenizer);
+    let (model, options) = args.model.load_with(&compute, &wish, prepare)?;
     sampling.check_biases(&model)?;
     let context = options.context;
     let template = model.chat_template(template.as_deref())?;
     let stop = StopConditions {
         ids: model.special().stop.clone(),
-        constraint: Forms::default().constraint(form.as_ref(), &model)?,
+        constraint: forms.constraint(form.as_ref(), &model)?,
         ..args.generate.stop()
     };
     let name = model.file().to_owned();

@@ -63,7 +63,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let start = Instant::now();
     let compute = args.model.compute()?;
     let wish = Wish { context: *ctx_size, ..Wish::default() };
-    let (model, options) = args.model.load(&compute, &wish)?;
+    let mut forms = Forms::default();
+    let prepare = |tokenizer: &_| forms.prepare(form.as_ref(), tokenizer);
+    let (model, options) = args.model.load_with(&compute, &wish, prepare)?;
     let specials = if args.special { Specials::Parse } else { Specials::AsText };
     let prompt = model.prompt(&text, specials)?;
     let (context, found) = (options.context, prompt.len());
@@ -72,7 +74,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     sampling.check_biases(&model)?;
     let stop = StopConditions {
         ids: if args.ignore_eos { Vec::new() } else { model.special().stop.clone() },
-        constraint: Forms::default().constraint(form.as_ref(), &model)?,
+        constraint: forms.constraint(form.as_ref(), &model)?,
         ..args.generate.stop()
     };
     let mut engine = Engine::new(model, compute, options)?;
