@@ -190,7 +190,9 @@ fn rows_have_forms_of_their_own() {
     }
     assert!(out[1]["text"].as_str().unwrap().starts_with('{') && out[1]["finish_reason"] == "stop");
     assert!(out[3]["finish_reason"] == "length" && out[3]["complete"] == false);
-    for (row, expected) in out[4..8].iter().zip(["unclosed", "uniqueItems", "must be an object", "more than one"]) {
+    for (row, expected) in
+        out[4..8].iter().zip(["unclosed", "uniqueItems", "must be an object", "more than one"])
+    {
         assert!(row["error"].as_str().unwrap().contains(expected), "{row}");
     }
     assert_eq!(out[8]["text"], out[1]["text"]);
