@@ -15,7 +15,9 @@ mod sampling;
 mod selftest;
 mod source;
 
-use clap::{Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, Subcommand};
+use std::fmt::Display;
 use std::process::ExitCode;
 
 /// Run BitNet b1.58 models.
@@ -69,6 +71,11 @@ enum Command {
     Bench(commands::bench::Args),
     Completions(commands::completions::Args),
     Man(commands::man::Args),
+}
+
+/// Ends the program as a wrong option does.
+fn usage_error(kind: ErrorKind, message: impl Display) -> ! {
+    Cli::command().error(kind, message).exit()
 }
 
 fn main() -> ExitCode {

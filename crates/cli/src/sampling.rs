@@ -5,7 +5,6 @@ use crate::source;
 use anyhow::bail;
 use bitnet::generate::{Sampler, SamplerConfig, Speculation, StopConditions};
 use bitnet::model::Model;
-use clap::CommandFactory;
 use std::hash::{BuildHasher, RandomState};
 
 #[derive(clap::Args)]
@@ -97,9 +96,8 @@ impl SamplingArgs {
             logit_bias: self.logit_bias.clone(),
             seed: self.seed.unwrap_or_else(seed),
         };
-        Sampler::new(config).unwrap_or_else(|error| {
-            crate::Cli::command().error(clap::error::ErrorKind::ValueValidation, error).exit()
-        })
+        Sampler::new(config)
+            .unwrap_or_else(|error| crate::usage_error(clap::error::ErrorKind::ValueValidation, error))
     }
 
     pub fn check_biases(&self, model: &Model) -> anyhow::Result<()> {

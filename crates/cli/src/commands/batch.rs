@@ -3,18 +3,17 @@
 mod resume;
 mod rows;
 
-use crate::Cli;
 use crate::constraint::Forms;
 use crate::output::{self, Interrupted, notice, rate};
 use crate::sampling::GenerateArgs;
 use crate::source::{self, Wish};
+use crate::usage_error;
 use anyhow::{Context, bail, ensure};
 use bitnet::generate::{Batch, Ended, Event, FinishReason, Request, RequestId};
 use bitnet::gguf::Gguf;
 use bitnet::model::{Model, ModelInfo};
 use bitnet::text::{ChatTemplate, Message, Role, Specials};
 use bitnet::{Engine, EngineOptions};
-use clap::CommandFactory;
 use clap::error::ErrorKind;
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use resume::{Kept, Output};
@@ -115,9 +114,7 @@ struct Count {
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let GenerateArgs { constraint, sampling, .. } = &args.generate;
     if constraint.reads_stdin() && args.inputs.iter().any(|input| input.as_os_str() == "-") {
-        Cli::command()
-            .error(ErrorKind::ArgumentConflict, "the rows and the schema are both read from stdin")
-            .exit();
+        usage_error(ErrorKind::ArgumentConflict, "the rows and the schema are both read from stdin");
     }
     let defaults = Defaults {
         sampler: sampling.sampler_from(|| 0).config().clone(),

@@ -4,10 +4,12 @@ use crate::output::{self, Interrupted, hint, notice, rate};
 use crate::prompt_cache::PromptCacheArgs;
 use crate::sampling::GenerateArgs;
 use crate::source::{self, Wish};
+use crate::usage_error;
 use anyhow::{Context, bail, ensure};
 use bitnet::generate::{Answer, Chat, FinishReason, Sampler, SamplerConfig, StopConditions};
 use bitnet::text::{Message, Role};
 use bitnet::{Engine, Error};
+use clap::error::ErrorKind;
 use serde::{Deserialize, Serialize};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -95,7 +97,9 @@ struct Totals {
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let GenerateArgs { constraint, sampling, ctx_size, .. } = &args.generate;
     let sampler = sampling.sampler();
-    ensure!(!constraint.reads_stdin(), "--json-schema -: in a chat, stdin has the messages");
+    if constraint.reads_stdin() {
+        usage_error(ErrorKind::ArgumentConflict, "--json-schema -: in a chat, stdin has the messages");
+    }
     let form = constraint.form()?;
     let loaded = args.load.as_deref().map(load).transpose()?;
     let template = args.chat_template.as_deref().map(source::template).transpose()?;
@@ -209,7 +213,7 @@ impl Session {
         if let Some(error) = failure {
             return Err(error);
         }
-        if first_token.is_none() || !ends_line {
+        if first_token.is_none() && answer.is_ok() || !ends_line {
             output::print(b"\n")?;
         }
         let answer = answer.map_err(advice)?;

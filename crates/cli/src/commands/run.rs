@@ -1,14 +1,13 @@
-use crate::Cli;
 use crate::constraint::{Forms, INCOMPLETE};
 use crate::output::{self, Interrupted, notice, rate};
 use crate::prompt_cache::PromptCacheArgs;
 use crate::sampling::GenerateArgs;
 use crate::source::{self, Wish};
+use crate::usage_error;
 use anyhow::{bail, ensure};
 use bitnet::Engine;
 use bitnet::generate::{FinishReason, Generated, StopConditions, generate};
 use bitnet::text::Specials;
-use clap::CommandFactory;
 use clap::error::ErrorKind;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -51,9 +50,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let GenerateArgs { constraint, sampling, ctx_size, .. } = &args.generate;
     let mut sampler = sampling.sampler();
     if constraint.reads_stdin() && args.prompt.is_none() && args.file.is_none() {
-        Cli::command()
-            .error(ErrorKind::ArgumentConflict, "the prompt and the schema are both read from stdin")
-            .exit();
+        usage_error(ErrorKind::ArgumentConflict, "the prompt and the schema are both read from stdin");
     }
     let form = constraint.form()?;
     let text = match &args.prompt {
