@@ -246,9 +246,12 @@ impl Tokenizer {
             let form = || TokenizerError::MergeForm { rank, text: shortened(text) };
             let (left, right) = text.split_once(' ').ok_or_else(form)?;
             pair.clear();
-            let decode = |part: &str, pair: &mut Vec<u8>| match self.sentence {
-                true => Ok(pair.extend(part.replace(SPACE, " ").as_bytes())),
-                false => push_decoded(part, pair).map_err(|_| form()),
+            let decode = |part: &str, pair: &mut Vec<u8>| {
+                if self.sentence {
+                    pair.extend(part.replace(SPACE, " ").as_bytes());
+                    return Ok(());
+                }
+                push_decoded(part, pair).map_err(|_| form())
             };
             decode(left, &mut pair)?;
             let middle = pair.len();
