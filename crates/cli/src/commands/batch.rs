@@ -154,6 +154,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         args.model.file.note(format_args!("all {} rows are there{}", before.rows, errors(before.errors)));
         return Ok(());
     };
+    // Rows may come from somebody who takes time; those that are there must not wait for them.
+    let (sender, input) = mpsc::sync_channel(width);
+    thread::spawn(move || while sender.send(rows.next()).is_ok() {});
 
     let forms = Forms::default();
     let prepare = |tokenizer: &_| forms.prepare(defaults.form.as_ref(), tokenizer);
@@ -179,9 +182,6 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let progress = Progress::new(bar, total, before)?;
 
     run.start(first);
-    // Rows may come from somebody who takes time; those that are there must not wait for him.
-    let (sender, input) = mpsc::sync_channel(width);
-    thread::spawn(move || while sender.send(rows.next()).is_ok() {});
     let mut open = true;
     let mut failure = None;
     let mut stopping = false;
