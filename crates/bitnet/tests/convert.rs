@@ -586,6 +586,24 @@ fn tokenizers_of_other_families_come_along() {
         let direct = Tokenizer::from_hf_json(file.to_string().as_bytes()).unwrap();
         let text = "  It's 12345 für <b>\u{e9}\u{4f60}\u{1f44b}</b>,\n\tHe SAID: \"x-1.5\"...  ";
         assert_eq!(loaded.encode(text, Specials::AsText), direct.encode(text, Specials::AsText), "{pre}");
+        if pre != "falcon3" {
+            continue;
+        }
+        // A file of another program has no more than the name: a token of several digits tells what it means.
+        let path = dir.path().join("out.gguf");
+        convert_to(dir.path(), &path, Options::default(), &mut |_| ControlFlow::Continue(())).unwrap();
+        let mut bytes = std::fs::read(path).unwrap();
+        let mut patch = |from: &[u8], to: &[u8]| {
+            let at = bytes.windows(from.len()).position(|window| window == from).unwrap();
+            bytes[at..at + to.len()].copy_from_slice(to);
+        };
+        patch(b"tokenizer.numerals", b"tokenizer.anything");
+        patch(b"\x02\0\0\0\0\0\0\018", b"\x02\0\0\0\0\0\0\010");
+        patch(b"\x03\0\0\0\0\0\0\01 8", b"\x03\0\0\0\0\0\0\01 0");
+        let other = Gguf::from_vec("other", bytes).unwrap();
+        let other = ModelInfo::new(&other, Strategy::Sparse).unwrap().tokenizer().unwrap();
+        assert_eq!(other.encode("10", Specials::AsText).len(), 1);
+        assert_eq!(loaded.encode("18", Specials::AsText).len(), 2);
     }
 }
 

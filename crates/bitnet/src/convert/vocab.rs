@@ -72,14 +72,25 @@ impl HfTokenizer {
     pub(super) fn write(&self, writer: &mut Writer) -> Result<(), ConvertError> {
         let HfVocab { tokens, token_types, merges, scores, split, .. } = &self.vocab;
         writer.meta("tokenizer.ggml.model", Value::Str(if scores.is_some() { "llama" } else { "gpt2" }))?;
-        let (pre, numerals) = match *split {
-            _ if scores.is_some() => ("default", None),
-            Split::Llama3 => ("llama-bpe", None),
-            Split::Falcon { digits, numerals } => (if digits == 3 { "falcon" } else { "falcon3" }, numerals),
+        let pre = match *split {
+            _ if scores.is_some() => "default",
+            Split::Llama3 => "llama-bpe",
+            Split::Falcon { digits, .. } => {
+                if digits == 3 {
+                    "falcon"
+                } else {
+                    "falcon3"
+                }
+            }
         };
         writer.meta("tokenizer.ggml.pre", Value::Str(pre))?;
-        if let Some(numerals) = numerals {
-            writer.meta(NUMERALS, Value::Str(if numerals == Numerals::Each { "each" } else { "runs" }))?;
+        if let Split::Falcon { numerals, .. } = *split {
+            let numerals = match numerals {
+                None => "none",
+                Some(Numerals::Each) => "each",
+                Some(Numerals::Runs) => "runs",
+            };
+            writer.meta(NUMERALS, Value::Str(numerals))?;
         }
         writer.meta_array("tokenizer.ggml.tokens", ValueType::Str, tokens.iter().map(|t| Value::Str(t)))?;
         let types = token_types.iter().copied().map(Value::I32);

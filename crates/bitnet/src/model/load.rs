@@ -261,20 +261,17 @@ fn read_vocab<'a>(
         _ if sentence => Split::Llama3,
         Some("llama-bpe" | "llama3" | "llama-v3") => Split::Llama3,
         Some(pre @ ("falcon" | "falcon3" | "falcon_e" | "falcon-e")) => {
-            let numerals = match gguf.get_str(NUMERALS)? {
-                Some("each") => Some(Numerals::Each),
-                Some("runs") => Some(Numerals::Runs),
-                None => None,
+            let digits = if pre == "falcon" { 3 } else { 1 };
+            match gguf.get_str(NUMERALS)? {
+                Some("each") => Split::Falcon { digits, numerals: Some(Numerals::Each) },
+                Some("runs") => Split::Falcon { digits, numerals: Some(Numerals::Runs) },
+                // llama.cpp and bitnet.cpp mean different things by the newer names; no cut between digits leads to this token.
+                None if digits == 1 && tokens.contains(&"10") => Split::Llama3,
+                None | Some("none") => Split::Falcon { digits, numerals: None },
                 Some(other) => {
-                    let problem = format!("expected \"each\" or \"runs\", found {other:?}");
+                    let problem = format!("expected \"none\", \"each\" or \"runs\", found {other:?}");
                     return Err(keys.error(format!("key {NUMERALS:?}"), problem));
                 }
-            };
-            // llama.cpp and bitnet.cpp mean different things by the newer names; no cut between digits leads to this token.
-            if pre != "falcon" && tokens.contains(&"10") {
-                Split::Llama3
-            } else {
-                Split::Falcon { digits: if pre == "falcon" { 3 } else { 1 }, numerals }
             }
         }
         Some(other) => {

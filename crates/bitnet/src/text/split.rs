@@ -46,7 +46,7 @@ impl Split {
     }
 }
 
-/// A key of our own in GGUF, for which llama.cpp's names have no room: [`Numerals`], "each" or "runs".
+/// A key of our own in GGUF, for which llama.cpp's names have no room: [`Numerals`], "none", "each" or "runs".
 pub(crate) const NUMERALS: &str = "bitnet.tokenizer.numerals";
 
 /// The pattern that [`pieces`] follows, as `tokenizer.json` spells it.
