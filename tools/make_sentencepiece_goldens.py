@@ -5,8 +5,9 @@
 
     sentencepiece.model   a small model with the settings of LLaMA-2's, trained on TEXT (fixtures/models/demo/tale.txt)
     sentencepiece.json    [text, ids] for many texts
+    sentencepiece-tokenizer.json   the same vocabulary as Hugging Face's tokenizer.json, which gives the same ids
 
-needs: sentencepiece (0.2.3 wrote the committed files)
+needs: sentencepiece (0.2.3 wrote the committed files), tokenizers (0.23)
 """
 
 import json
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 
 import sentencepiece
+from tokenizers import Tokenizer
 
 text, out = Path(sys.argv[1]), Path(sys.argv[2])
 sentencepiece.SentencePieceTrainer.train(
@@ -36,3 +38,27 @@ for _ in range(60):
 with open(out / "sentencepiece.json", "w", encoding="utf-8") as file:
     rows = [json.dumps([text, model.encode(text)], ensure_ascii=False, separators=(",", ":")) for text in texts]
     file.write("[\n" + ",\n".join(rows) + "\n]\n")
+
+pieces = [model.id_to_piece(id) for id in range(model.vocab_size())]
+vocab = {piece: id for id, piece in enumerate(pieces)}
+special = [id for id in range(len(pieces)) if model.is_control(id) or model.is_unknown(id)]
+scores = {piece: model.get_score(id) for piece, id in vocab.items() if id not in special and not model.is_byte(id)}
+ways = [(piece[:i], piece[i:], score) for piece, score in scores.items() for i in range(1, len(piece))]
+ways = [way for way in ways if way[0] in scores and way[1] in scores]
+# As transformers.convert_slow_tokenizer orders them.
+ways.sort(key=lambda way: (way[2], len(way[0]), len(way[1])), reverse=True)
+flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+tokenizer = {
+    "version": "1.0", "truncation": None, "padding": None, "added_tokens": [{"id": id, "content": pieces[id]} | flags for id in special],
+    "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+    "pre_tokenizer": None, "post_processor": None,
+    "decoder": {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
+                {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+    "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None, "end_of_word_suffix": None,
+              "fuse_unk": True, "byte_fallback": True, "ignore_merges": False, "vocab": vocab, "merges": [way[:2] for way in ways]},
+}
+text = json.dumps(tokenizer, separators=(",", ":"))
+(out / "sentencepiece-tokenizer.json").write_text(text + "\n")
+reference = Tokenizer.from_str(text)
+reference.encode_special_tokens = True
+assert all(reference.encode(text, add_special_tokens=False).ids == model.encode(text) for text in texts)

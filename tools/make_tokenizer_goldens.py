@@ -5,6 +5,8 @@
   llama3-extract.json   the part of the LLaMA-3 vocabulary that the texts can touch: every token that occurs in a
                         piece of a text, under its real id, and the merges that lead to these tokens in their real
                         order; and the texts with the ids that the whole vocabulary gives
+  falcon-cases.json     pre-tokenizers as Falcon has them, and the ids that the demo vocabulary gives with them for every second
+                        of the texts
   classes.rs            with --classes: the Unicode classes of the reference's regex engine
 
 usage: make_tokenizer_goldens.py --tokenizer-json demo-model/tokenizer.json --llama3 llama3/tokenizer.model
@@ -114,6 +116,22 @@ def extract(tokens, merges, special, tokenizer):
         "special_ids": special_ids, "specials": [special[id - len(tokens)] for id in special_ids],
         "merges": [f"{left} {right}" for left, right in merges if left + right in kept], "cases": cases(tokenizer)}
 
+def falcon(path):
+    split = lambda regex: {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    digits = lambda each: {"type": "Digits", "individual_digits": each}
+    first = [{"type": "Punctuation", "behavior": "Contiguous"},
+             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]
+    out = []
+    for n, rest in enumerate([[digits(False), split("[0-9][0-9][0-9]")], [split("[0-9]")], [digits(True)], [split("[0-9][0-9][0-9]")]]):
+        file = json.load(open(path))
+        file["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": first + rest}
+        file["model"]["ignore_merges"] = False
+        tokenizer = Tokenizer.from_str(json.dumps(file))
+        tokenizer.encode_special_tokens = True
+        ids = [[text, tokenizer.encode(text, add_special_tokens=False).ids] for text in texts()[n % 2::2]]
+        out.append({"pre_tokenizer": file["pre_tokenizer"], "cases": ids})
+    return out
+
 def classes():
     """Asks the regex engine for the class of every code point."""
     points = [c for c in range(0x110000) if not 0xd800 <= c < 0xe000]
@@ -127,7 +145,10 @@ def classes():
             if hit: table[point] = number
     table[0xd800:0xe000] = bytes([table[0xd7ff]]) * 0x800  # never asked for
     bounds = [c << 2 | table[c] for c in range(0x110000) if c == 0 or table[c] != table[c - 1]]
-    rows = re.findall(r".{1,105}(?:,|$)", ",".join(map(hex, bounds)) + ",")
+    rows = lambda numbers: "".join(f"    {row}\n" for row in re.findall(r".{1,105}(?:,|$)", ",".join(map(hex, numbers)) + ","))
+    marks = pre_tokenizers.Punctuation("contiguous")
+    mark = lambda c: not 0xd800 <= c < 0xe000 and len(marks.pre_tokenize_str(f"a{chr(c)}a")) == 3
+    turns = [c for c in range(1, 0x110000) if mark(c) != mark(c - 1)]
     return r'''//! Unicode classes of the split, written by `tools/make_tokenizer_goldens.py`.
 //!
 //! Those of Unicode 16, asked of the regex engine of Hugging Face's `tokenizers` code point by code point.
@@ -144,7 +165,12 @@ pub(super) const SPACE: u8 = 3;
 /// Code points where a new class begins, in order: code point << 2 | class.
 #[rustfmt::skip]
 pub(super) const BOUNDARIES: &[u32] = &[
-''' + "".join(f"    {row}\n" for row in rows) + "];\n"
+''' + rows(bounds) + '''];
+
+/// Where punctuation begins, and where it ends, in turns: that of the step "Punctuation", by an older version of Unicode.
+#[rustfmt::skip]
+pub(super) const PUNCTUATION: &[u32] = &[
+''' + rows(turns) + "];\n"
 
 def write_json(path, value):
     with open(path, "w") as f:
@@ -159,5 +185,6 @@ if __name__ == "__main__":
     os.makedirs(a.out, exist_ok=True)
     write_json(f"{a.out}/demo-tokenizer.json", json.load(open(a.tokenizer_json)))
     write_json(f"{a.out}/demo-cases.json", cases(Tokenizer.from_file(a.tokenizer_json)))
+    write_json(f"{a.out}/falcon-cases.json", falcon(a.tokenizer_json))
     write_json(f"{a.out}/llama3-extract.json", extract(*llama3(a.llama3)))
     if a.classes: open(a.classes, "w").write(classes())

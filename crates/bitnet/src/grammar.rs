@@ -180,7 +180,8 @@ impl Debug for Compiled {
 
 impl Constraint for Compiled {
     fn start(&self) -> Box<dyn Guide> {
-        Box::new(Self { matcher: self.matcher.clone(), tokens: self.tokens.clone() })
+        // With caches of its own: what others put there counts against the limits.
+        Box::new(Self { matcher: self.matcher.deep_clone(), tokens: self.tokens.clone() })
     }
 }
 

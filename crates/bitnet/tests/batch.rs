@@ -4,13 +4,15 @@
 mod common;
 
 use bitnet::generate::{
-    Batch, Ended, Event, FinishReason, Request, RequestId, Sampler, SamplerConfig, StopConditions, generate,
+    Batch, Ended, Event, FinishReason, Request, RequestId, Sampler, SamplerConfig, Speculation,
+    StopConditions, generate,
 };
 use bitnet::gguf::{Gguf, Writer};
 use bitnet::kernels::{Compute, KvType, Logits, PAGE, best};
 use bitnet::model::{Model, Strategy};
 use bitnet::text::Specials;
 use bitnet::{Engine, EngineOptions, Error, Feed, Wanted};
+use common::masked::Chance;
 use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -44,12 +46,22 @@ fn requests(engine: &Engine) -> Vec<(Vec<u32>, SamplerConfig, StopConditions)> {
         "O".to_owned(),
     ];
     let end = StopConditions { max_tokens: Some(40), ..StopConditions::default() };
+    let vocab = engine.model().config().vocab_size;
+    let formed = |share, forced| StopConditions {
+        constraint: Some(Arc::new(Chance { share, forced, text: Vec::new(), vocab })),
+        ids: engine.model().special().stop.clone(),
+        speculation: Speculation::Always,
+        ..end.clone()
+    };
+    let always = StopConditions { speculation: Speculation::Always, ..StopConditions::default() };
     let mut all = Vec::new();
     for (i, text) in texts.iter().enumerate() {
         let prompt = engine.model().prompt(text, Specials::AsText).unwrap();
         for (config, stop) in [
             (SamplerConfig::greedy(), StopConditions { max_tokens: Some(3 * i), ..end.clone() }),
             (SamplerConfig { seed: i as u64, ..SamplerConfig::default() }, StopConditions::default()),
+            (SamplerConfig { seed: i as u64, ..SamplerConfig::default() }, formed(9_000, 2)),
+            (SamplerConfig::greedy(), if i % 4 == 1 { always.clone() } else { formed(60, 50) }),
             (
                 SamplerConfig { seed: 9, temperature: 1.2, repeat_penalty: 1.2, ..SamplerConfig::default() },
                 StopConditions {

@@ -8,55 +8,9 @@ use bitnet::generate::{
     Constraint, ConstraintError, FinishReason, Guide, Sampler, SamplerConfig, StopConditions, generate,
 };
 use bitnet::kernels::best;
-use common::masked::same_as_masked;
+use common::masked::{Chance, same_as_masked};
 use std::ops::ControlFlow;
 use std::sync::Arc;
-
-/// Allows tokens that follow from those before: `share` of 65,536 of them, or one of `forced` times.
-#[derive(Clone, Debug)]
-struct Chance {
-    share: u64,
-    forced: u64,
-    text: Vec<u32>,
-    vocab: usize,
-}
-
-fn hash(x: u64) -> u64 {
-    let x = (x ^ (x >> 31)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    (x ^ (x >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) ^ (x >> 32)
-}
-
-impl Constraint for Chance {
-    fn start(&self) -> Box<dyn Guide> {
-        Box::new(self.clone())
-    }
-}
-
-impl Guide for Chance {
-    fn mask(&mut self, mask: &mut [u32]) -> Result<bool, ConstraintError> {
-        let state = self.text.iter().fold(self.text.len() as u64, |state, &id| hash(state ^ u64::from(id)));
-        mask.fill(0);
-        let mut allow = |id: usize| mask[id / 32] |= 1 << (id % 32);
-        if state.is_multiple_of(self.forced) {
-            allow(hash(state) as usize % self.vocab);
-            return Ok(false);
-        }
-        // In runs, as grammars have them.
-        (0..self.vocab)
-            .filter(|&id| hash(state ^ (id / 8) as u64) % 65_536 < self.share)
-            .for_each(&mut allow);
-        allow(7);
-        Ok(state % 16 == 1)
-    }
-    fn push(&mut self, token: u32) -> Result<(), ConstraintError> {
-        self.text.push(token);
-        Ok(())
-    }
-    fn pop(&mut self, count: usize) -> Result<(), ConstraintError> {
-        self.text.truncate(self.text.len() - count);
-        Ok(())
-    }
-}
 
 fn configs() -> Vec<SamplerConfig> {
     let mut all = vec![SamplerConfig::greedy()];

@@ -8,6 +8,8 @@ use std::path::Path;
 use bitnet::convert::{ConvertError, HeadType, Options, Progress, Report, convert as convert_to};
 use bitnet::gguf::{Gguf, TensorType};
 use bitnet::kernels::ternary::pack::unpack_i2s;
+use bitnet::model::{ModelInfo, Strategy};
+use bitnet::text::{Specials, Tokenizer};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -552,6 +554,57 @@ fn tokenizer() -> Value {
         ]},
         "model": {"type": "BPE", "vocab": vocab, "merges": [["t", "h"]], "ignore_merges": true},
     })
+}
+
+#[test]
+fn tokenizers_of_other_families_come_along() {
+    let fixture = |name: &str| {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer");
+        serde_json::from_slice::<Value>(&std::fs::read(dir.join(name)).unwrap()).unwrap()
+    };
+    let mut demo = fixture("demo-tokenizer.json");
+    demo["model"]["ignore_merges"] = false.into();
+    let mut files = vec![(fixture("sentencepiece-tokenizer.json"), 600, "llama", "default")];
+    let variants = fixture("falcon-cases.json");
+    for (variant, pre) in variants.as_array().unwrap().iter().zip(["falcon", "falcon3", "falcon3", "falcon"])
+    {
+        demo["pre_tokenizer"] = variant["pre_tokenizer"].clone();
+        files.push((demo.clone(), 4096, "gpt2", pre));
+    }
+    for (file, vocab, model, pre) in files {
+        let mut config = config();
+        config["vocab_size"] = vocab.into();
+        let mut tensors = tensors();
+        let embedding = ("BF16", vec![vocab, HIDDEN], vec![0.5; (vocab * HIDDEN) as usize]);
+        tensors.insert("model.embed_tokens.weight".into(), embedding);
+        let dir = folder(&config, &tensors);
+        std::fs::write(dir.path().join("tokenizer.json"), file.to_string()).unwrap();
+        let (_, gguf) = convert(&dir, HeadType::Auto).unwrap();
+        let name = |key| gguf.get_str(key).unwrap();
+        assert_eq!((name("tokenizer.ggml.model"), name("tokenizer.ggml.pre")), (Some(model), Some(pre)));
+        let loaded = ModelInfo::new(&gguf, Strategy::Sparse).unwrap().tokenizer().unwrap();
+        let direct = Tokenizer::from_hf_json(file.to_string().as_bytes()).unwrap();
+        let text = "  It's 12345 für <b>\u{e9}\u{4f60}\u{1f44b}</b>,\n\tHe SAID: \"x-1.5\"...  ";
+        assert_eq!(loaded.encode(text, Specials::AsText), direct.encode(text, Specials::AsText), "{pre}");
+        if pre != "falcon3" {
+            continue;
+        }
+        // A file of another program has no more than the name: a token of several digits tells what it means.
+        let path = dir.path().join("out.gguf");
+        convert_to(dir.path(), &path, Options::default(), &mut |_| ControlFlow::Continue(())).unwrap();
+        let mut bytes = std::fs::read(path).unwrap();
+        let mut patch = |from: &[u8], to: &[u8]| {
+            let at = bytes.windows(from.len()).position(|window| window == from).unwrap();
+            bytes[at..at + to.len()].copy_from_slice(to);
+        };
+        patch(b"tokenizer.numerals", b"tokenizer.anything");
+        patch(b"\x02\0\0\0\0\0\0\018", b"\x02\0\0\0\0\0\0\010");
+        patch(b"\x03\0\0\0\0\0\0\01 8", b"\x03\0\0\0\0\0\0\01 0");
+        let other = Gguf::from_vec("other", bytes).unwrap();
+        let other = ModelInfo::new(&other, Strategy::Sparse).unwrap().tokenizer().unwrap();
+        assert_eq!(other.encode("10", Specials::AsText).len(), 1);
+        assert_eq!(loaded.encode("18", Specials::AsText).len(), 2);
+    }
 }
 
 #[test]

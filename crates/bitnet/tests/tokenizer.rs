@@ -3,7 +3,9 @@
 
 use std::sync::LazyLock;
 
-use bitnet::text::{HfVocab, Specials, StopStrings, TextStream, Tokenizer, TokenizerError, Vocab};
+use bitnet::text::{
+    HfVocab, Numerals, Specials, Split, StopStrings, TextStream, Tokenizer, TokenizerError, Vocab,
+};
 use proptest::prelude::*;
 use serde::Deserialize;
 
@@ -64,8 +66,15 @@ fn llama3_extract_equals_reference() {
         token_types[id as usize] = token_type;
     }
     let merges = extract.merges.iter().map(String::as_str).collect();
-    let tokenizer =
-        Tokenizer::new(&Vocab { tokens, token_types, merges, ignore_merges: true, scores: None }).unwrap();
+    let tokenizer = Tokenizer::new(&Vocab {
+        tokens,
+        token_types,
+        merges,
+        ignore_merges: true,
+        scores: None,
+        split: Split::Llama3,
+    })
+    .unwrap();
     assert_cases(&tokenizer, &extract.cases);
     assert_eq!(tokenizer.n_vocab(), 128_256);
     assert_eq!(tokenizer.token_id("<|eot_id|>"), Some(128_009));
@@ -84,11 +93,23 @@ fn sentencepiece_agrees_with_its_library() {
     let model = include_bytes!("fixtures/tokenizer/sentencepiece.model");
     let vocab = HfVocab::parse_sentencepiece(model).unwrap();
     let tokenizer = Tokenizer::new(&vocab.vocab()).unwrap();
+    // Hugging Face's form of the same, which gives the same tokens there too.
+    let json = include_bytes!("fixtures/tokenizer/sentencepiece-tokenizer.json");
+    let other = HfVocab::parse(json).unwrap();
+    assert!(other.merges.len() == 349 && other.tokens == vocab.tokens);
+    let types = |vocab: &HfVocab| {
+        vocab.token_types.iter().map(|ty| if *ty == 2 { 3 } else { *ty }).collect::<Vec<_>>()
+    };
+    assert_eq!(types(&other), types(&vocab));
+    let by_merges = Tokenizer::new(&other.vocab()).unwrap();
+    let by_scores = Tokenizer::new(&Vocab { merges: Vec::new(), ..other.vocab() }).unwrap();
     let cases: Vec<(String, Vec<u32>)> =
         serde_json::from_str(include_str!("fixtures/tokenizer/sentencepiece.json")).unwrap();
     assert!(cases.len() > 100);
     for (text, ids) in cases {
-        assert_eq!(tokenizer.encode(&text, Specials::AsText), ids, "{text:?}");
+        for tokenizer in [&tokenizer, &by_merges, &by_scores] {
+            assert_eq!(tokenizer.encode(&text, Specials::AsText), ids, "{text:?}");
+        }
         let back = tokenizer.decode(&ids, false).unwrap();
         assert_eq!(String::from_utf8(back).unwrap(), text.replace('▁', " "));
     }
@@ -118,7 +139,14 @@ fn build(tokens: &[(&str, i32)], merges: &[&str], ignore_merges: bool) -> Result
     let bytes =
         demo.tokens.iter().filter(|token| token.chars().count() == 1).map(|token| (token.as_str(), 1));
     let (tokens, token_types) = bytes.chain(tokens.iter().copied()).unzip();
-    Tokenizer::new(&Vocab { tokens, token_types, merges: merges.to_vec(), ignore_merges, scores: None })
+    Tokenizer::new(&Vocab {
+        tokens,
+        token_types,
+        merges: merges.to_vec(),
+        ignore_merges,
+        scores: None,
+        split: Split::Llama3,
+    })
 }
 
 fn spell(tokenizer: &Tokenizer, text: &str, specials: Specials) -> Vec<String> {
@@ -175,12 +203,59 @@ fn hostile_vocabularies_are_refused() {
     assert!(matches!(build(&[("a b", 1)], &[], true), Err(E::TokenAlphabet { found: ' ', .. })));
     assert!(matches!(build(&[("漢", 1)], &[], true), Err(E::TokenAlphabet { found: '漢', .. })));
     assert!(matches!(build(&[("x", 6)], &[], true), Err(E::TokenType { found: 6, .. })));
-    let short =
-        Vocab { tokens: vec!["a"], token_types: vec![], merges: vec![], ignore_merges: true, scores: None };
+    let short = Vocab {
+        tokens: vec!["a"],
+        token_types: vec![],
+        merges: vec![],
+        ignore_merges: true,
+        scores: None,
+        split: Split::Llama3,
+    };
     assert!(matches!(Tokenizer::new(&short), Err(E::Lengths { tokens: 1, types: 0 })));
-    let no_bytes =
-        Vocab { tokens: vec!["a"], token_types: vec![1], merges: vec![], ignore_merges: true, scores: None };
+    let no_bytes = Vocab {
+        tokens: vec!["a"],
+        token_types: vec![1],
+        merges: vec![],
+        ignore_merges: true,
+        scores: None,
+        split: Split::Llama3,
+    };
     assert!(matches!(Tokenizer::new(&no_bytes), Err(E::MissingByte { byte: 0 })));
+}
+
+#[test]
+fn falcon_splits_equal_the_reference() {
+    #[derive(Deserialize)]
+    struct Variant {
+        pre_tokenizer: serde_json::Value,
+        cases: Vec<(String, Vec<u32>)>,
+    }
+    let variants: Vec<Variant> =
+        serde_json::from_str(include_str!("fixtures/tokenizer/falcon-cases.json")).unwrap();
+    let mut demo: serde_json::Value = serde_json::from_slice(DEMO_JSON).unwrap();
+    demo["model"]["ignore_merges"] = false.into();
+    let mut splits = Vec::new();
+    for Variant { pre_tokenizer, cases } in variants {
+        demo["pre_tokenizer"] = pre_tokenizer;
+        let vocab = HfVocab::parse(demo.to_string().as_bytes()).unwrap();
+        splits.push(vocab.split);
+        let tokenizer = Tokenizer::new(&vocab.vocab()).unwrap();
+        assert!(cases.len() > 50);
+        for (text, ids) in cases {
+            assert_eq!(tokenizer.encode(&text, Specials::AsText), ids, "{text:?} with {:?}", vocab.split);
+        }
+    }
+    let falcon = |digits, numerals| Split::Falcon { digits, numerals };
+    let expected =
+        [falcon(3, Some(Numerals::Runs)), falcon(1, None), falcon(1, Some(Numerals::Each)), falcon(3, None)];
+    assert_eq!(splits, expected);
+    // Other steps are not guessed at.
+    let steps = demo["pre_tokenizer"]["pretokenizers"].as_array().unwrap().clone();
+    for wrong in [&steps[1..], &steps[..1], &steps[..2], &[&steps[..], &steps[2..]].concat()] {
+        demo["pre_tokenizer"]["pretokenizers"] = wrong.into();
+        let parsed = HfVocab::parse(demo.to_string().as_bytes());
+        assert!(matches!(parsed, Err(TokenizerError::Unsupported { what: "pre_tokenizer", .. })));
+    }
 }
 
 #[test]
@@ -198,7 +273,7 @@ fn tokenizer_json_of_another_kind_is_refused() {
     assert_eq!(refused(r#""use_regex":false"#, r#""use_regex":true"#), "pre_tokenizer");
     assert_eq!(refused(r#""normalizer":null"#, r#""normalizer":{"type":"NFC"}"#), "normalizer");
     assert_eq!(refused(r#""type":"BPE""#, r#""type":"Unigram""#), "model.type");
-    assert_eq!(refused(r#""byte_fallback":false"#, r#""byte_fallback":true"#), "model.byte_fallback");
+    assert_eq!(refused(r#""byte_fallback":false"#, r#""byte_fallback":true"#), "normalizer");
     assert_eq!(refused(r#""lstrip":false"#, r#""lstrip":true"#), "an added token");
     assert!(matches!(parse(r#""\"":1"#, r#""\"":4294967295"#), Err(TokenizerError::Ids { count: 4096, .. })));
     assert!(matches!(parse(r#""\"":1"#, r#""\"":2"#), Err(TokenizerError::Ids { count: 4096, .. })));

@@ -1,12 +1,14 @@
-//! The form of the output: the options that the generating commands share.
+//! The form of the output, of a command or of a row of a batch.
 
 use crate::source;
-use anyhow::Context;
-use bitnet::generate::Constraint;
+use anyhow::{Context, Error};
+use bitnet::generate::{Constraint, ConstraintError};
 use bitnet::grammar::{Grammar, Vocabulary};
 use bitnet::model::Model;
+use bitnet::text::Tokenizer;
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// For texts that ended too early.
 pub const INCOMPLETE: &str = "the output is incomplete: it ended before it had the form that was asked for";
@@ -25,40 +27,88 @@ pub struct ConstraintArgs {
     regex: Option<String>,
 }
 
+/// The source of a grammar.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Form {
+    Schema(String),
+    Grammar(String),
+    Regex(String),
+}
+
 impl ConstraintArgs {
     /// Whether the schema comes from stdin.
     pub fn reads_stdin(&self) -> bool {
         self.json_schema.as_deref() == Some("-")
     }
 
-    /// The grammar, if there is one; a wrong one is a usage error.
-    pub fn grammar(&self) -> anyhow::Result<Option<Grammar>> {
-        let (name, grammar) = match (&self.json_schema, &self.grammar, &self.regex) {
+    /// The form that is asked for; a wrong one is a usage error.
+    pub fn form(&self) -> anyhow::Result<Option<Form>> {
+        let (name, form) = match (&self.json_schema, &self.grammar, &self.regex) {
             (Some(schema), ..) if schema.trim_start().starts_with('{') => {
-                ("--json-schema".to_owned(), Grammar::json_schema(schema))
+                ("--json-schema".to_owned(), Form::Schema(schema.clone()))
             }
-            (Some(file), ..) if file == "-" => {
-                ("stdin".to_owned(), Grammar::json_schema(&source::read_text(None)?))
-            }
-            (Some(file), ..) => {
-                (file.clone(), Grammar::json_schema(&source::read_text(Some(Path::new(file)))?))
-            }
-            (_, Some(file), _) => {
-                (file.display().to_string(), Grammar::lark(&source::read_text(Some(file))?))
-            }
-            (.., Some(regex)) => ("--regex".to_owned(), Grammar::regex(regex)),
+            (Some(file), ..) if file == "-" => ("stdin".to_owned(), Form::Schema(source::read_text(None)?)),
+            (Some(file), ..) => (file.clone(), Form::Schema(source::read_text(Some(Path::new(file)))?)),
+            (_, Some(file), _) => (file.display().to_string(), Form::Grammar(source::read_text(Some(file))?)),
+            (.., Some(regex)) => ("--regex".to_owned(), Form::Regex(regex.clone())),
             _ => return Ok(None),
         };
-        Ok(Some(grammar.context(name)?))
+        form.check().context(name)?;
+        Ok(Some(form))
+    }
+}
+
+impl Form {
+    fn compile(&self) -> Result<Grammar, ConstraintError> {
+        match self {
+            Self::Schema(text) => Grammar::json_schema(text),
+            Self::Grammar(text) => Grammar::lark(text),
+            Self::Regex(text) => Grammar::regex(text),
+        }
     }
 
-    /// What makes the texts of `model` follow the grammar.
+    /// Whether it is one.
+    pub fn check(&self) -> Result<(), ConstraintError> {
+        self.compile().map(drop)
+    }
+}
+
+/// Makes constraints of forms, of each one once.
+#[derive(Default)]
+pub struct Forms {
+    vocabulary: OnceLock<Result<Vocabulary, ConstraintError>>,
+    made: HashMap<Form, Arc<dyn Constraint>>,
+}
+
+impl Forms {
+    /// Constraints that are kept; each may take some megabytes.
+    const MOST: usize = 32;
+
+    /// Prepares the vocabulary, which takes some tenths of a second, if it is needed for `form`.
+    pub fn prepare(&self, form: Option<&Form>, tokenizer: &Arc<Tokenizer>) {
+        if form.is_some() {
+            self.vocabulary.get_or_init(|| Vocabulary::new(tokenizer));
+        }
+    }
+
+    /// What makes the texts of `model` follow the form.
     pub fn constraint(
-        grammar: Option<&Grammar>,
+        &mut self,
+        form: Option<&Form>,
         model: &Model,
     ) -> anyhow::Result<Option<Arc<dyn Constraint>>> {
-        let Some(grammar) = grammar else { return Ok(None) };
-        let vocabulary = Vocabulary::new(model.tokenizer()?)?;
-        Ok(Some(vocabulary.constraint(grammar).context("grammar")?))
+        let Some(form) = form else { return Ok(None) };
+        if let Some(made) = self.made.get(form) {
+            return Ok(Some(made.clone()));
+        }
+        let tokenizer = model.tokenizer()?;
+        let vocabulary =
+            self.vocabulary.get_or_init(|| Vocabulary::new(tokenizer)).as_ref().map_err(Clone::clone)?;
+        let made = vocabulary.constraint(&form.compile()?).map_err(Error::new).context("grammar")?;
+        if self.made.len() >= Self::MOST {
+            self.made.clear();
+        }
+        self.made.insert(form.clone(), made.clone());
+        Ok(Some(made))
     }
 }

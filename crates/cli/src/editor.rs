@@ -1,6 +1,7 @@
 //! Lines from a person or from a pipe.
 
-use anyhow::{Context, bail};
+use crate::output::Interrupted;
+use anyhow::{Context, bail, ensure};
 use rustyline::completion::Completer;
 use rustyline::error::ReadlineError;
 use rustyline::highlight::Highlighter;
@@ -10,6 +11,9 @@ use rustyline::validate::{ValidationContext, ValidationResult, Validator};
 use rustyline::{Cmd, CompletionType, Config, Editor, Helper, KeyCode, KeyEvent, Modifiers};
 use std::io::{self, BufRead, IsTerminal, Read};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::time::Duration;
 
 /// A longer line of a pipe is no message.
 const MAX_LINE: u64 = 16 << 20;
@@ -29,14 +33,17 @@ pub enum Lines {
     /// A terminal on both sides: editing, history, completion.
     Edited { editor: Box<Editor<Words, FileHistory>>, history: Option<PathBuf> },
     /// A pipe or a file, or a terminal whose other side is one.
-    Plain { lines: u64 },
+    Plain(Receiver<anyhow::Result<Input>>),
 }
 
 impl Lines {
     /// Lines of stdin. `words` are completed at the start of a line.
     pub fn new(words: &'static [&'static str], history: Option<PathBuf>) -> anyhow::Result<Self> {
         if !(io::stdin().is_terminal() && io::stdout().is_terminal()) {
-            return Ok(Self::Plain { lines: 0 });
+            let (sender, lines) = mpsc::sync_channel(0);
+            let mut number = 0;
+            std::thread::spawn(move || while sender.send(next_plain(&mut number)).is_ok() {});
+            return Ok(Self::Plain(lines));
         }
         let config = Config::builder()
             .max_history_size(1000)?
@@ -59,9 +66,16 @@ impl Lines {
         matches!(self, Self::Edited { .. })
     }
 
-    pub fn next(&mut self, prompt: &str) -> anyhow::Result<Input> {
+    /// The next line. While `interrupted` is up, a pipe gives [`Interrupted`].
+    pub fn next(&mut self, prompt: &str, interrupted: &AtomicBool) -> anyhow::Result<Input> {
         match self {
-            Self::Plain { lines } => next_plain(lines),
+            Self::Plain(lines) => loop {
+                ensure!(!interrupted.load(Ordering::Relaxed), Interrupted);
+                match lines.recv_timeout(Duration::from_millis(50)) {
+                    Err(RecvTimeoutError::Timeout) => {}
+                    line => break line?,
+                }
+            },
             Self::Edited { editor, history } => match editor.readline(prompt) {
                 Ok(line) => {
                     if let Some(file) = history {

@@ -15,7 +15,9 @@ mod sampling;
 mod selftest;
 mod source;
 
-use clap::{Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, Subcommand};
+use std::fmt::Display;
 use std::process::ExitCode;
 
 /// Run BitNet b1.58 models.
@@ -71,7 +73,15 @@ enum Command {
     Man(commands::man::Args),
 }
 
+/// Ends the program as a wrong option does.
+fn usage_error(kind: ErrorKind, message: impl Display) -> ! {
+    Cli::command().error(kind, message).exit()
+}
+
 fn main() -> ExitCode {
+    // That a file may not grow any more is an error like any other.
+    #[cfg(unix)]
+    let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, std::sync::Arc::default());
     let result = match Cli::parse().command {
         Command::Run(args) => commands::run::run(&args),
         Command::Chat(args) => commands::chat::run(&args),

@@ -1,10 +1,45 @@
-//! How the next token is chosen: the options that `run` and `chat` share.
+//! How texts are generated: the options that `run`, `chat` and `batch` share.
 
+use crate::constraint::ConstraintArgs;
+use crate::source;
 use anyhow::bail;
-use bitnet::generate::{Sampler, SamplerConfig};
+use bitnet::generate::{Sampler, SamplerConfig, Speculation, StopConditions};
 use bitnet::model::Model;
-use clap::CommandFactory;
 use std::hash::{BuildHasher, RandomState};
+
+#[derive(clap::Args)]
+pub struct GenerateArgs {
+    /// Most tokens to generate; -1: until the model ends the text or the context is full
+    #[arg(short = 'n', long, value_name = "N", default_value = "128", allow_negative_numbers = true,
+          value_parser = clap::value_parser!(i64).range(-1..))]
+    n_predict: i64,
+    /// Tokens of context; 0: as many as the model was trained with [default: the same, at most 4096]
+    #[arg(short = 'c', long, value_name = "CTX", value_parser = source::context_range())]
+    pub ctx_size: Option<u32>,
+    /// End at this text, which is not part of the result; may be given several times
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true,
+          value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    stop: Vec<String>,
+    /// Do not let a step check tokens that may come next because they came before; the text is the same
+    #[arg(long)]
+    no_speculation: bool,
+    #[command(flatten)]
+    pub constraint: ConstraintArgs,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+impl GenerateArgs {
+    /// What ends a text besides tokens, and no constraint yet.
+    pub fn stop(&self) -> StopConditions {
+        StopConditions {
+            strings: self.stop.clone(),
+            max_tokens: usize::try_from(self.n_predict).ok(),
+            speculation: if self.no_speculation { Speculation::Off } else { Speculation::Adaptive },
+            ..StopConditions::default()
+        }
+    }
+}
 
 #[derive(clap::Args)]
 #[command(next_help_heading = "Sampling")]
@@ -61,9 +96,8 @@ impl SamplingArgs {
             logit_bias: self.logit_bias.clone(),
             seed: self.seed.unwrap_or_else(seed),
         };
-        Sampler::new(config).unwrap_or_else(|error| {
-            crate::Cli::command().error(clap::error::ErrorKind::ValueValidation, error).exit()
-        })
+        Sampler::new(config)
+            .unwrap_or_else(|error| crate::usage_error(clap::error::ErrorKind::ValueValidation, error))
     }
 
     pub fn check_biases(&self, model: &Model) -> anyhow::Result<()> {

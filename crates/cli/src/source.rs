@@ -9,6 +9,7 @@ use bitnet::gguf::Gguf;
 use bitnet::hub::ModelName;
 use bitnet::kernels::{Compute, Kernels, MemoryPart, PartBytes, allowed_threads, best, supported};
 use bitnet::model::{Config, Model, ModelInfo, Repair, Strategy};
+use bitnet::text::Tokenizer;
 use bitnet::{Engine, EngineOptions, Error, MemoryPlan};
 use std::fmt::Display;
 use std::io::{IsTerminal, Read};
@@ -139,7 +140,17 @@ impl ModelArgs {
 
     /// Plans the memory and then loads the model; tells what was repaired and what gave way.
     pub fn load(&self, compute: &Compute, wish: &Wish) -> anyhow::Result<(Model, EngineOptions)> {
-        let (model, options) = self.load_file(&Arc::new(self.file.open()?), compute, wish)?;
+        self.load_with(compute, wish, |_| ())
+    }
+
+    /// As [`Self::load`]; `beside` gets the tokenizer while the weights are read.
+    pub fn load_with(
+        &self,
+        compute: &Compute,
+        wish: &Wish,
+        beside: impl Fn(&Arc<Tokenizer>) + Sync,
+    ) -> anyhow::Result<(Model, EngineOptions)> {
+        let (model, options) = self.load_file(&Arc::new(self.file.open()?), compute, wish, beside)?;
         self.file.note_repairs(model.repairs());
         Ok((model, options))
     }
@@ -150,11 +161,12 @@ impl ModelArgs {
         gguf: &Arc<Gguf>,
         compute: &Compute,
         wish: &Wish,
+        beside: impl Fn(&Arc<Tokenizer>) + Sync,
     ) -> anyhow::Result<(Model, EngineOptions)> {
         let info = ModelInfo::new(gguf, self.strategy())?;
         let threads = compute.pool().threads();
         let options = self.plan(gguf.name(), &info.config, wish, |options| info.memory(options, threads))?;
-        Ok((info.load(gguf, compute)?, options))
+        Ok((info.load_with(gguf, compute, beside)?, options))
     }
 
     /// Options that fulfil `wish` and fit in the memory there is.

@@ -158,6 +158,91 @@ fn rows_get_what_run_gives() {
 }
 
 #[test]
+fn rows_have_forms_of_their_own() {
+    let place = Place::new();
+    let schema = json!({ "type": "object", "properties": { "z": { "enum": ["one", "two"] }, "a": { "type": "integer",
+        "maximum": 99, "minimum": 0 } }, "required": ["z", "a"], "additionalProperties": false });
+    let grammar = "start: \"yes\" | \"no\" \"!\"+";
+    place.write("g.lark", grammar);
+    let once = "Once upon a time";
+    let rows = [
+        json!({ "prompt": once }),
+        json!({ "prompt": once, "json_schema": schema }),
+        json!({ "prompt": once, "grammar": grammar, "regex": null }),
+        json!({ "prompt": once, "regex": "[0-9]{3}-[0-9]{90}" }),
+        json!({ "prompt": once, "regex": "(a" }),
+        json!({ "prompt": once, "json_schema": { "type": "array", "uniqueItems": true } }),
+        json!({ "prompt": once, "json_schema": "object" }),
+        json!({ "prompt": once, "json_schema": schema, "regex": "a" }),
+        json!({ "prompt": once, "json_schema": schema, "seed": 1 }),
+    ];
+    place.write("in.jsonl", lines(&rows));
+    place.batch(&["in.jsonl", "-o", "out.jsonl", "-n", "60"]);
+    let out = place.rows("out.jsonl");
+    let schema = schema.to_string();
+    let as_run: [&[&str]; 4] =
+        [&[], &["--json-schema", &schema], &["--grammar", "g.lark"], &["--regex", "[0-9]{3}-[0-9]{90}"]];
+    for (seed, (got, args)) in ["0", "1", "2", "3"].into_iter().zip(out.iter().zip(as_run)) {
+        let expected = place.run(&[&["-p", once, "--seed", seed, "-n", "60"], args].concat());
+        assert_eq!(got["text"], expected["text"]);
+        assert_eq!(got["completion_tokens"], expected["tokens"].as_array().unwrap().len());
+        assert_eq!(got.get("complete").is_none(), expected["complete"] == true, "{got}");
+    }
+    assert!(out[1]["text"].as_str().unwrap().starts_with('{') && out[1]["finish_reason"] == "stop");
+    assert!(out[3]["finish_reason"] == "length" && out[3]["complete"] == false);
+    for (row, expected) in
+        out[4..8].iter().zip(["unclosed", "uniqueItems", "must be an object", "more than one"])
+    {
+        assert!(row["error"].as_str().unwrap().contains(expected), "{row}");
+    }
+    assert_eq!(out[8]["text"], out[1]["text"]);
+    // One for all that have none of their own, and what it was is part of what made the output.
+    place.batch(&["in.jsonl", "-o", "all.jsonl", "-n", "60", "--regex", "[0-9]+", "-b", "1"]);
+    let all = place.rows("all.jsonl");
+    assert!(all[0]["text"].as_str().unwrap().bytes().all(|byte| byte.is_ascii_digit()));
+    for (a, b) in all[1..].iter().zip(&out[1..]) {
+        assert_eq!((&a["text"], &a["error"]), (&b["text"], &b["error"]));
+    }
+    assert!(place.refused("all.jsonl", &["in.jsonl", "-n", "60", "--regex", "[0-9]*"]).contains("not made"));
+}
+
+#[test]
+fn rows_do_not_wait_for_input_that_does_not_come() {
+    let place = Place::new();
+    let mut child = place.spawn(&["batch", "-", "-o", "out.jsonl", "-n", "5"]);
+    let mut stdin = child.stdin.take().unwrap();
+    let done = || fs::read_to_string(place.0.path().join("out.jsonl")).unwrap_or_default().lines().count();
+    for row in 1..4 {
+        stdin.write_all(b"{\"prompt\": \"Once\"}\n").unwrap();
+        while done() < row {
+            assert!(child.try_wait().unwrap().is_none());
+            sleep(Duration::from_millis(5));
+        }
+    }
+    drop(stdin);
+    assert!(child.wait().unwrap().success());
+    assert_eq!(done(), 3);
+}
+
+/// A limit on the size of files is as good as a disk that is full.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_full_disk_leaves_what_can_be_continued() {
+    let place = Place::new();
+    place.write("in.jsonl", prompts(20));
+    place.batch(&["in.jsonl", "-o", "whole.jsonl"]);
+    let program = env!("CARGO_BIN_EXE_bitnet");
+    let limited = format!("ulimit -f 1; exec {program} batch in.jsonl -o out.jsonl");
+    let output = Command::new("sh").args(["-c", &limited]).current_dir(&place.0).output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.starts_with("error: out.jsonl: cannot write: "), "{stderr}");
+    assert!((1..=1024).contains(&place.read("out.jsonl").len()));
+    place.batch(&["in.jsonl", "-o", "out.jsonl"]);
+    assert_eq!(place.read("out.jsonl"), place.read("whole.jsonl"));
+}
+
+#[test]
 fn a_bad_row_costs_itself() {
     let place = Place::new();
     let long = "once ".repeat(300);

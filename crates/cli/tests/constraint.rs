@@ -89,7 +89,9 @@ fn wrong_ones_are_2_and_one_line() {
             assert!(stderr.starts_with("error: ") && stderr.contains(expected), "{stderr}");
         }
     }
-    assert_eq!(bitnet("", &["run", "--json-schema", "-"]).0, 2);
+    for command in [&["run"][..], &["chat"], &["batch", "-", "-o", "x"]] {
+        assert_eq!(bitnet("", &[command, &["--json-schema", "-"]].concat()).0, 2);
+    }
     assert_eq!(bitnet("", &["run", "-p", "x", "--regex", "a", "--grammar", file]).0, 2);
     assert_eq!(bitnet("", &["run", "-p", "x", "--json-schema", "/no/such"]).0, 1);
 }

@@ -70,17 +70,23 @@ fn an_interrupt_ends_a_long_prompt() {
 }
 
 #[test]
-fn an_interrupt_ends_a_chat_that_waits_for_its_pipe() {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet"));
-    let mut child =
-        command.args(["chat", "-n", "3"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    let mut stdin = child.stdin.take().unwrap();
-    stdin.write_all(b"Once upon a time\n").unwrap();
-    let mut answer = String::new();
-    BufReader::new(child.stdout.take().unwrap()).read_line(&mut answer).unwrap();
-    // Whether the answer has ended yet or not.
-    send("-INT", &child);
-    ended(child);
+fn an_interrupt_ends_a_chat_that_waits_for_its_pipe_and_keeps_its_cache() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = folder.path().join("cache");
+    for signal in ["-INT", "-TERM"] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet"));
+        command.args(["chat", "-n", "3", "--prompt-cache", text(&cache)]);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        stdin.write_all(b"Once upon a time\n").unwrap();
+        let mut answer = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut answer).unwrap();
+        // Whether the answer has ended yet or not.
+        send(signal, &child);
+        ended(child);
+        assert!(fs::metadata(&cache).unwrap().len() > 1000);
+        fs::remove_file(&cache).unwrap();
+    }
 }
 
 #[test]

@@ -8,7 +8,7 @@ use serde_json::Value as Json;
 use super::ConvertError;
 use super::checkpoint::read_json;
 use super::config::{Family, HfConfig};
-use crate::text::{HfVocab, Tokenizer};
+use crate::text::{HfVocab, NUMERALS, Numerals, Split, Tokenizer};
 
 /// GGUF's type of a token that no text leads to.
 const UNUSED: i32 = 5;
@@ -38,7 +38,7 @@ impl HfTokenizer {
         } else {
             HfVocab::parse(&bytes).map_err(broken)?
         };
-        if !vocab.ignore_merges && vocab.pre == "llama-bpe" {
+        if !vocab.ignore_merges && vocab.scores.is_none() && vocab.split == Split::Llama3 {
             let problem = "expected true: GGUF's pre-tokenizer \"llama-bpe\" implies it";
             return Err(ConvertError::checkpoint(&path, "key \"model.ignore_merges\"", problem));
         }
@@ -70,19 +70,38 @@ impl HfTokenizer {
     }
 
     pub(super) fn write(&self, writer: &mut Writer) -> Result<(), ConvertError> {
-        let HfVocab { tokens, token_types, merges, scores, pre, .. } = &self.vocab;
+        let HfVocab { tokens, token_types, merges, scores, split, .. } = &self.vocab;
         writer.meta("tokenizer.ggml.model", Value::Str(if scores.is_some() { "llama" } else { "gpt2" }))?;
+        let pre = match *split {
+            _ if scores.is_some() => "default",
+            Split::Llama3 => "llama-bpe",
+            Split::Falcon { digits, .. } => {
+                if digits == 3 {
+                    "falcon"
+                } else {
+                    "falcon3"
+                }
+            }
+        };
         writer.meta("tokenizer.ggml.pre", Value::Str(pre))?;
+        if let Split::Falcon { numerals, .. } = *split {
+            let numerals = match numerals {
+                None => "none",
+                Some(Numerals::Each) => "each",
+                Some(Numerals::Runs) => "runs",
+            };
+            writer.meta(NUMERALS, Value::Str(numerals))?;
+        }
         writer.meta_array("tokenizer.ggml.tokens", ValueType::Str, tokens.iter().map(|t| Value::Str(t)))?;
         let types = token_types.iter().copied().map(Value::I32);
         writer.meta_array("tokenizer.ggml.token_type", ValueType::I32, types)?;
-        let (key, merges) = ("tokenizer.ggml.merges", merges.iter().map(|m| Value::Str(m)));
-        match scores {
-            Some(scores) => {
-                let scores = scores.iter().copied().map(Value::F32);
-                writer.meta_array("tokenizer.ggml.scores", ValueType::F32, scores)?;
-            }
-            None => writer.meta_array(key, ValueType::Str, merges)?,
+        if let Some(scores) = scores {
+            let scores = scores.iter().copied().map(Value::F32);
+            writer.meta_array("tokenizer.ggml.scores", ValueType::F32, scores)?;
+        }
+        if scores.is_none() || !merges.is_empty() {
+            let merges = merges.iter().map(|merge| Value::Str(merge));
+            writer.meta_array("tokenizer.ggml.merges", ValueType::Str, merges)?;
         }
         if let Some(id) = tokens.iter().position(|token| token == "<|eot_id|>") {
             writer.meta("tokenizer.ggml.eot_token_id", Value::U32(id as u32))?;

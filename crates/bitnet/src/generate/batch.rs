@@ -4,12 +4,14 @@
 //! in common with a sequence that is there, running or ended, is taken over from it; where one that runs will soon have
 //! more of it, the request waits for that.
 
-use super::stop::Output;
-use super::{ConstraintError, FinishReason, Sampler, StopConditions};
+use super::generation::Generation;
+use super::{FinishReason, Sampler, StopConditions};
 use crate::{Engine, Error, Feed, SequenceId, Wanted};
 use bitnet_kernels::PAGE;
 use std::collections::VecDeque;
+use std::ops::ControlFlow;
 use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 /// Tokens in common that are worth being taken over or waited for.
 const WORTH_SHARING: usize = 8;
@@ -20,7 +22,7 @@ pub struct Request {
     pub prompt: Vec<u32>,
     /// What chooses the tokens after it.
     pub sampler: Sampler,
-    /// What ends it. There is no speculation in a batch, and no constraint.
+    /// What ends it, and what form it has. Speculation is only tried while it runs alone.
     pub stop: StopConditions,
 }
 
@@ -39,6 +41,8 @@ pub struct Ended {
     pub prompt_tokens: usize,
     /// See above.
     pub shared_tokens: usize,
+    /// False where the text ended before it had the form of [`StopConditions::constraint`].
+    pub complete: bool,
 }
 
 /// News of a request.
@@ -77,17 +81,15 @@ pub struct Batch {
 
 struct Running {
     id: RequestId,
-    sequence: SequenceId,
-    /// Prompt and generated tokens.
-    tokens: Vec<u32>,
-    prompt: usize,
+    text: Generation,
+    sampler: Sampler,
     shared: usize,
     /// Pages that it may come to hold.
     pages: usize,
-    sampler: Sampler,
-    stop: StopConditions,
-    text: Output,
-    sampled: Option<Result<u32, Error>>,
+    /// Where the engine has its logits, if the last step gave some.
+    row: Option<usize>,
+    /// Text that was not told yet.
+    untold: String,
 }
 
 impl Batch {
@@ -124,15 +126,12 @@ impl Batch {
     /// Adds a request, which begins with a later [`Self::step`].
     ///
     /// # Errors
-    /// [`Error::EmptyPrompt`], [`Error::ContextFull`], [`Error::Constraint`] for any constraint, and [`Error::TokenOutOfRange`] for a token of the prompt or of a bias.
+    /// [`Error::EmptyPrompt`], [`Error::ContextFull`], and [`Error::TokenOutOfRange`] for a token of the prompt or of a bias.
     pub fn push(&mut self, request: Request) -> Result<RequestId, Error> {
         let (needed, context) = (request.prompt.len(), self.engine.options().context);
         let vocab_size = self.engine.model().config().vocab_size;
         if needed == 0 {
             return Err(Error::EmptyPrompt);
-        }
-        if request.stop.constraint.is_some() {
-            return Err(ConstraintError("no constraint is possible in a batch".to_owned()).into());
         }
         if needed > context {
             return Err(Error::ContextFull { needed, context });
@@ -165,7 +164,15 @@ impl Batch {
     /// told to `news`.
     pub fn step(&mut self, news: &mut dyn FnMut(RequestId, Event<'_>)) -> Result<(), Error> {
         self.admit(news);
-        let sampled = loop {
+        // Many rows in a step are fast enough, and guesses would make the others wait.
+        let alone = self.running.len() == 1;
+        self.each(news, |_, Running { text, sampler, untold, .. }| {
+            text.prepare(sampler, alone, &mut |part| write(untold, part))
+        });
+        if self.running.is_empty() {
+            return Ok(());
+        }
+        loop {
             match self.feed() {
                 // What has ended makes room for what runs.
                 Err(Error::CacheFull { .. }) if !self.kept.is_empty() => {
@@ -173,22 +180,60 @@ impl Batch {
                 }
                 Err(error @ (Error::Cancelled | Error::CacheFull { .. })) => return Err(error),
                 Err(error) => return self.find_culprits(error, news),
-                Ok(sampled) => break sampled,
+                Ok(()) => break,
             }
-        };
-        self.counts.steps += usize::from(!self.running.is_empty());
-        self.counts.generated_tokens += sampled;
+        }
+        self.counts.steps += 1;
+        self.each(news, |engine, Running { text, sampler, untold, row, .. }| match row.take() {
+            Some(row) => text.take(engine, row, sampler, &mut |part| write(untold, part)),
+            None => Ok(None),
+        });
+        Ok(())
+    }
+
+    /// Lets every running request do its part, each on a thread of its own, for with many the choice of tokens would be a
+    /// part of the time worth speaking of. Tells `news` what came of it.
+    fn each(
+        &mut self,
+        news: &mut dyn FnMut(RequestId, Event<'_>),
+        part: impl Fn(&Engine, &mut Running) -> Result<Option<FinishReason>, Error> + Sync,
+    ) {
+        let engine = &self.engine;
+        let tasks: Vec<_> =
+            self.running.iter_mut().map(|running| Mutex::new((running, Ok(None), 0))).collect();
+        engine.compute().pool().run(tasks.len(), |task, _| {
+            let mut task = tasks[task].lock().unwrap_or_else(PoisonError::into_inner);
+            let (running, result, more) = &mut *task;
+            let before = running.text.len();
+            *result = part(engine, running).and_then(|finish| running.finish(finish));
+            *more = running.text.len() - before;
+        });
+        let results: Vec<_> = tasks
+            .into_iter()
+            .map(|task| {
+                let (_, result, more) = task.into_inner().unwrap_or_else(PoisonError::into_inner);
+                self.counts.generated_tokens += more;
+                result
+            })
+            .collect();
         let mut at = 0;
-        while at < self.running.len() {
-            match self.running[at].take_sampled(&self.engine, news) {
+        for result in results {
+            let Running { id, text, untold, .. } = &mut self.running[at];
+            let (id, sequence) = (*id, text.sequence);
+            // What was guessed and did not come.
+            self.engine.truncate(sequence, text.len() - 1);
+            if !untold.is_empty() {
+                news(id, Event::Text(untold));
+                untold.clear();
+            }
+            match result.transpose() {
                 Some(result) => {
-                    let id = self.end(at);
+                    self.end(at);
                     news(id, Event::Ended(result));
                 }
                 None => at += 1,
             }
         }
-        Ok(())
     }
 
     /// Lets requests in while there is room for them.
@@ -203,6 +248,7 @@ impl Batch {
                     tokens: Vec::new(),
                     prompt_tokens: prompt.len(),
                     shared_tokens: 0,
+                    complete: stop.constraint.is_none(),
                 };
                 self.queue.pop_front();
                 news(id, Event::Ended(Ok(nothing)));
@@ -219,12 +265,12 @@ impl Batch {
             let common =
                 |tokens: &[u32]| prompt[..most].iter().zip(tokens).take_while(|(a, b)| a == b).count();
             let sequences =
-                self.running.iter().map(|running| running.sequence).chain(self.kept.iter().copied());
+                self.running.iter().map(|running| running.text.sequence).chain(self.kept.iter().copied());
             let computed = sequences.map(|sequence| (common(self.engine.tokens(sequence)), sequence));
             let best = computed.max_by_key(|(common, _)| *common);
             let shared = best.map_or(0, |(common, _)| common);
-            let coming = self.running.iter().map(|running| common(&running.tokens[..running.prompt])).max();
-            if coming.unwrap_or(0) >= shared + WORTH_SHARING {
+            let prompts = self.running.iter().map(|Running { text, .. }| &text.tokens[..text.first]);
+            if prompts.map(common).max().unwrap_or(0) >= shared + WORTH_SHARING {
                 break;
             }
             let (sequence, shared) = match best {
@@ -237,65 +283,58 @@ impl Batch {
                 _ => (self.engine.open(), 0),
             };
             let Some((id, Request { prompt, sampler, stop })) = self.queue.pop_front() else { break };
-            self.counts.shared_tokens += shared;
-            self.counts.prompt_tokens += prompt.len() - shared;
-            let text = Output::new(&stop.strings);
-            let (tokens, prompt) = (prompt.clone(), prompt.len());
-            self.running.push(Running {
-                id,
-                sequence,
-                tokens,
-                prompt,
-                shared,
-                pages,
-                sampler,
-                stop,
-                text,
-                sampled: None,
-            });
+            let computed = prompt.len() - shared;
+            match Generation::new(&self.engine, sequence, prompt, stop) {
+                Ok(text) => {
+                    self.counts.shared_tokens += shared;
+                    self.counts.prompt_tokens += computed;
+                    let untold = String::new();
+                    self.running.push(Running { id, text, sampler, shared, pages, row: None, untold });
+                }
+                Err(error) => {
+                    self.engine.close(sequence);
+                    news(id, Event::Ended(Err(error)));
+                }
+            }
         }
     }
 
-    /// Computes a step and chooses tokens; how many.
-    fn feed(&mut self) -> Result<usize, Error> {
+    /// Computes a step.
+    fn feed(&mut self) -> Result<(), Error> {
         let Self { engine, running, .. } = self;
-        let todo: Vec<usize> = running
-            .iter()
-            .map(|running| running.tokens.len() - engine.tokens(running.sequence).len())
-            .collect();
-        let decoding = todo.iter().filter(|&&todo| todo == 1).count();
+        let alone = running.len() == 1;
+        // Tokens of a text, and how many of them the next step must compute.
+        let todo = |text: &Generation| text.len() - engine.tokens(text.sequence).len();
+        let decoding = running.iter().filter(|running| todo(&running.text) == 1).count();
         let mut rows = engine.options().max_rows.saturating_sub(decoding);
-        let mut feeds = Vec::with_capacity(todo.len());
-        let mut wanting = Vec::with_capacity(todo.len());
-        for (at, (running, &todo)) in running.iter_mut().zip(&todo).enumerate() {
-            let take = if todo == 1 { 1 } else { todo.min(rows) };
-            if take == 0 {
-                continue;
-            }
+        let mut next = 0;
+        let mut parts = Vec::with_capacity(running.len());
+        for Running { text, sampler, row, .. } in running.iter_mut() {
+            let todo = todo(text);
+            let (take, whole) = if todo == 1 { (1, true) } else { (todo.min(rows), todo <= rows) };
             rows -= if todo == 1 { 0 } else { take };
-            let Running { sequence, tokens, sampler, .. } = running;
-            let from = tokens.len() - todo;
-            let wanted = if take == todo { Wanted::Last(sampler.wanted(tokens)) } else { Wanted::Nothing };
-            if take == todo {
-                wanting.push(at);
-            }
-            feeds.push(Feed { sequence: *sequence, tokens: &tokens[from..from + take], wanted });
+            let guesses = if whole { text.guesses } else { 0 };
+            *row = whole.then_some(next);
+            next += if whole { 1 + guesses } else { 0 };
+            let text = &*text;
+            let from = text.len() - todo;
+            let tokens = &text.tokens[from..from + take + guesses];
+            parts.push((text.sequence, tokens, whole.then(|| (text.wanted(sampler), guesses))));
         }
-        engine.feed(&feeds)?;
-        // Each on a thread of its own: with many sequences the choice would be a part of the time worth speaking of.
-        let rows = wanting.len();
-        let mut chosen = wanting.into_iter().peekable();
-        let running = running.iter_mut().enumerate().filter(|(at, _)| chosen.next_if_eq(at).is_some());
-        let tasks: Vec<_> = running
-            .enumerate()
-            .map(|(row, (_, running))| Mutex::new((running, engine.logits(row))))
+        let feeds = parts.iter().filter(|(_, tokens, _)| !tokens.is_empty());
+        let feeds: Vec<_> = feeds
+            .map(|(sequence, tokens, wanted)| {
+                let wanted = wanted.as_ref().map(|(each, guesses)| Wanted::Tail(&each[..=*guesses]));
+                Feed { sequence: *sequence, tokens, wanted: wanted.unwrap_or(Wanted::Nothing) }
+            })
             .collect();
-        engine.compute().pool().run(tasks.len(), |task, _| {
-            let mut task = tasks[task].lock().unwrap_or_else(PoisonError::into_inner);
-            let (running, logits) = &mut *task;
-            running.sampled = Some(running.sampler.sample(logits, &running.tokens).map_err(Error::from));
-        });
-        Ok(rows)
+        let start = Instant::now();
+        engine.feed(&feeds)?;
+        let fed = feeds[0].tokens.len();
+        if alone {
+            running[0].text.took(fed, start.elapsed());
+        }
+        Ok(())
     }
 
     /// After a step that failed: ends the requests that cannot be computed on their own either.
@@ -310,7 +349,7 @@ impl Batch {
         let before = self.running.len();
         let mut at = 0;
         while at < self.running.len() {
-            let Running { sequence, tokens, .. } = &self.running[at];
+            let Generation { sequence, tokens, .. } = &self.running[at].text;
             let (sequence, computed) = (*sequence, self.engine.tokens(*sequence).len());
             let alone = Feed { sequence, tokens: &tokens[computed..], wanted: Wanted::Nothing };
             match self.engine.feed(&[alone]).map(drop) {
@@ -331,7 +370,7 @@ impl Batch {
     /// Removes a running request and keeps its sequence for others.
     fn end(&mut self, at: usize) -> RequestId {
         let ended = self.running.remove(at);
-        self.kept.push(ended.sequence);
+        self.kept.push(ended.text.sequence);
         if self.kept.len() > self.width {
             self.engine.close(self.kept.remove(0));
         }
@@ -340,53 +379,22 @@ impl Batch {
 }
 
 impl Running {
-    /// Adds the token that was chosen, if one was. What became of the request, if that ended it.
-    fn take_sampled(
-        &mut self,
-        engine: &Engine,
-        news: &mut dyn FnMut(RequestId, Event<'_>),
-    ) -> Option<Result<Ended, Error>> {
-        let id = match self.sampled.take()? {
-            Ok(id) => id,
-            Err(error) => return Some(Err(error)),
-        };
-        self.tokens.push(id);
-        let ended = self.stop.check(id, self.tokens.len() - self.prompt);
-        let mut matched = None;
-        if !matches!(ended, Some(FinishReason::StopToken(_))) {
-            let tokenizer = match engine.model().tokenizer() {
-                Ok(tokenizer) => tokenizer,
-                Err(error) => return Some(Err(error)),
-            };
-            let (text, stop) = self.text.push(tokenizer.token_bytes(id).unwrap_or_default());
-            matched = stop;
-            if !text.is_empty() {
-                news(self.id, Event::Text(text));
-            }
-        }
-        let full = self.tokens.len() >= engine.options().context;
-        let finish = match (matched, ended) {
-            (Some(_), _) => None,
-            (None, Some(finish)) => Some(finish),
-            (None, None) if full => Some(FinishReason::ContextFull),
-            (None, None) => return None,
-        };
-        if finish.is_some() {
-            let (tail, stop) = self.text.finish();
-            matched = stop;
-            if !tail.is_empty() {
-                news(self.id, Event::Text(&tail));
-            }
-        }
-        let finish = match (matched, finish) {
-            (None, Some(finish)) => finish,
-            (matched, _) => FinishReason::StopString(self.stop.strings[matched.unwrap_or(0)].clone()),
-        };
-        Some(Ok(Ended {
+    /// What became of the request, if it has finished.
+    fn finish(&mut self, finish: Option<FinishReason>) -> Result<Option<Ended>, Error> {
+        let Self { text, untold, .. } = self;
+        let Some(finish) = finish else { return Ok(None) };
+        let (finish, complete) = text.finish(finish, &mut |part| write(untold, part))?;
+        Ok(Some(Ended {
             finish,
-            tokens: self.tokens.split_off(self.prompt),
-            prompt_tokens: self.prompt,
+            tokens: text.tokens[text.first..].to_vec(),
+            prompt_tokens: text.first,
             shared_tokens: self.shared,
+            complete,
         }))
     }
+}
+
+fn write(text: &mut String, part: &str) -> ControlFlow<()> {
+    text.push_str(part);
+    ControlFlow::Continue(())
 }

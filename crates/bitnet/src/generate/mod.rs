@@ -3,6 +3,7 @@
 mod batch;
 mod chat;
 mod constraint;
+mod generation;
 mod run;
 mod sampler;
 mod speculate;

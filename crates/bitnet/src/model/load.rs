@@ -4,7 +4,9 @@ use super::config::{Keys, Repair};
 use super::rope::{angles, inverse_frequencies};
 use super::weights::WeightPlan;
 use super::{Config, Strategy, Weights, identity};
-use crate::text::{ChatTemplate, Specials, TemplateError, TemplateModel, Tokenizer, Vocab};
+use crate::text::{
+    ChatTemplate, NUMERALS, Numerals, Specials, Split, TemplateError, TemplateModel, Tokenizer, Vocab,
+};
 use crate::{EngineOptions, Error, MemoryPlan};
 use bitnet_gguf::Gguf;
 use bitnet_kernels::{Compute, MemoryPart, PartBytes};
@@ -81,12 +83,31 @@ impl<'a> ModelInfo<'a> {
     /// # Panics
     /// If it is another file.
     pub fn load(self, file: &Arc<Gguf>, compute: &Compute) -> Result<Model, Error> {
+        self.load_with(file, compute, |_| ())
+    }
+
+    /// As [`Self::load`]; one of the threads hands the tokenizer to `beside` while the others still read the weights.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    ///
+    /// # Panics
+    /// As [`Self::load`].
+    pub fn load_with(
+        self,
+        file: &Arc<Gguf>,
+        compute: &Compute,
+        beside: impl Fn(&Arc<Tokenizer>) + Sync,
+    ) -> Result<Model, Error> {
         assert!(std::ptr::eq(self.gguf, &raw const **file), "another file");
         let Self { config, repairs, special, plan, vocab, template, .. } = self;
         // The tokenizer is built while the other threads read the weights.
         let tokenizer = OnceLock::new();
         let weights = plan.load(&config, file, compute, || {
-            let built = vocab.as_ref().map(Tokenizer::new).transpose();
+            let built = vocab.as_ref().map(|vocab| Tokenizer::new(vocab).map(Arc::new)).transpose();
+            if let Ok(Some(tokenizer)) = &built {
+                beside(tokenizer);
+            }
             let _ = tokenizer.set(built);
         });
         let tokenizer = tokenizer.into_inner().unwrap_or(Ok(None));
@@ -98,7 +119,7 @@ impl<'a> ModelInfo<'a> {
             file: Some(file.clone()),
             config,
             weights: weights?,
-            tokenizer: tokenizer.map(Arc::new),
+            tokenizer,
             special,
             template: template.map(str::to_owned),
             repairs,
@@ -235,23 +256,35 @@ fn read_vocab<'a>(
             return Err(keys.error("key \"tokenizer.ggml.model\"", problem));
         }
     };
-    let mut notice = |what: &str| {
-        let message = format!("{what}: text is split as LLaMA-3 does");
-        repairs.push(Repair { name: "pre_tokenizer", message });
-    };
-    match gguf.get_str("tokenizer.ggml.pre")? {
-        _ if sentence => {}
-        Some("llama-bpe" | "llama3" | "llama-v3") => {}
-        Some(pre @ ("falcon3" | "falcon_e" | "falcon-e")) => {
-            notice(&format!("the pre-tokenizer {pre} cuts numbers and punctuation smaller"));
+    let tokens = strings("tokenizer.ggml.tokens", tokens)?;
+    let split = match gguf.get_str("tokenizer.ggml.pre")? {
+        _ if sentence => Split::Llama3,
+        Some("llama-bpe" | "llama3" | "llama-v3") => Split::Llama3,
+        Some(pre @ ("falcon" | "falcon3" | "falcon_e" | "falcon-e")) => {
+            let digits = if pre == "falcon" { 3 } else { 1 };
+            match gguf.get_str(NUMERALS)? {
+                Some("each") => Split::Falcon { digits, numerals: Some(Numerals::Each) },
+                Some("runs") => Split::Falcon { digits, numerals: Some(Numerals::Runs) },
+                // llama.cpp and bitnet.cpp mean different things by the newer names; no cut between digits leads to this token.
+                None if digits == 1 && tokens.contains(&"10") => Split::Llama3,
+                None | Some("none") => Split::Falcon { digits, numerals: None },
+                Some(other) => {
+                    let problem = format!("expected \"none\", \"each\" or \"runs\", found {other:?}");
+                    return Err(keys.error(format!("key {NUMERALS:?}"), problem));
+                }
+            }
         }
         Some(other) => {
-            let problem = format!("expected \"llama-bpe\", \"falcon3\" or \"falcon_e\", found {other:?}");
+            let problem =
+                format!("expected \"llama-bpe\", \"falcon\", \"falcon3\" or \"falcon_e\", found {other:?}");
             return Err(keys.error("key \"tokenizer.ggml.pre\"", problem));
         }
-        None => notice("no pre-tokenizer in the metadata"),
-    }
-    let tokens = strings("tokenizer.ggml.tokens", tokens)?;
+        None => {
+            let message = "no pre-tokenizer in the metadata: text is split as LLaMA-3 does".to_owned();
+            repairs.push(Repair { name: "pre_tokenizer", message });
+            Split::Llama3
+        }
+    };
     if tokens.len() > config.vocab_size {
         let problem = format!("{} tokens, the embedding has {} rows", tokens.len(), config.vocab_size);
         return Err(keys.error("key \"tokenizer.ggml.tokens\"", problem));
@@ -279,15 +312,16 @@ fn read_vocab<'a>(
         }
     };
     let merges = match gguf.get_array("tokenizer.ggml.merges")? {
-        _ if sentence => Vec::new(),
         Some(merges) => strings("tokenizer.ggml.merges", merges)?,
+        None if sentence => Vec::new(),
         None => {
             return Err(
                 keys.error("key \"tokenizer.ggml.merges\"", "missing: byte-level BPE needs its merges")
             );
         }
     };
-    Ok(Some(Vocab { tokens, token_types, merges, ignore_merges: true, scores }))
+    let ignore_merges = split == Split::Llama3;
+    Ok(Some(Vocab { tokens, token_types, merges, ignore_merges, scores, split }))
 }
 
 fn read_special(

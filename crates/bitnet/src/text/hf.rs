@@ -3,10 +3,10 @@
 use std::collections::HashMap;
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::split::PATTERN;
-use super::tokenizer::{TokenizerError, Vocab, shortened};
+use super::split::{Numerals, PATTERN, Split};
+use super::tokenizer::{TokenizerError, Vocab, byte_of, shortened};
 
 /// The vocabulary of a `tokenizer.json` or `tokenizer.model`, in the form of GGUF's `tokenizer.ggml` arrays.
 #[derive(Debug, Clone, PartialEq)]
@@ -19,33 +19,37 @@ pub struct HfVocab {
     pub merges: Vec<String>,
     /// Whether a piece that is a token is that token, even where the merges would not lead to it.
     pub ignore_merges: bool,
-    /// SentencePiece's scores, one a token, in place of `merges`.
+    /// SentencePiece's scores, one a token; `merges` may then be left out.
     pub scores: Option<Vec<f32>>,
-    /// llama.cpp's name for the way text is cut: `llama-bpe`, `falcon3`, or `default` for SentencePiece.
-    pub pre: &'static str,
+    /// How byte-level BPE cuts a text.
+    pub split: Split,
 }
 
 impl HfVocab {
-    /// Reads a `tokenizer.json`; refuses all but byte-level BPE with the LLaMA-3 split, or Falcon3's, which loading a model
-    /// notices.
+    /// Reads a `tokenizer.json`; refuses all but byte-level BPE with the splits of LLaMA-3 and Falcon, and SentencePiece's BPE
+    /// in the form that LLaMA-2 has it.
     /// The arrays are checked only when a tokenizer is made of them.
     pub fn parse(json: &[u8]) -> Result<Self, TokenizerError> {
         let file: File = serde_json::from_slice(json)?;
-        let File { added_tokens, model, .. } = &file;
+        let File { added_tokens, model, normalizer, pre_tokenizer } = &file;
         let not_null = |value: &Value| !value.is_null() && value != "";
-        let pre = if is_llama3_split(&file.pre_tokenizer) {
-            Some("llama-bpe")
-        } else {
-            is_falcon_split(&file.pre_tokenizer).then_some("falcon3")
-        };
+        let sentence = model.byte_fallback == true;
+        let split = if sentence { None } else { split(pre_tokenizer) };
         let refusals = [
-            ("normalizer", &file.normalizer, not_null(&file.normalizer)),
-            ("pre_tokenizer", &file.pre_tokenizer, pre.is_none()),
-            ("model.type", &model.model_type, model.model_type != "BPE"),
+            (
+                "model.type",
+                &model.model_type,
+                model.model_type != "BPE" && (!sentence || not_null(&model.model_type)),
+            ),
+            ("normalizer", normalizer, if sentence { *normalizer != spaces() } else { not_null(normalizer) }),
+            (
+                "pre_tokenizer",
+                pre_tokenizer,
+                if sentence { not_null(pre_tokenizer) } else { split.is_none() },
+            ),
             ("model.dropout", &model.dropout, not_null(&model.dropout)),
             ("model.continuing_subword_prefix", &model.prefix, not_null(&model.prefix)),
             ("model.end_of_word_suffix", &model.suffix, not_null(&model.suffix)),
-            ("model.byte_fallback", &model.byte_fallback, model.byte_fallback == true),
         ];
         if let Some((what, found, _)) = refusals.into_iter().find(|refusal| refusal.2) {
             return Err(TokenizerError::Unsupported { what, found: shortened(&found.to_string()) });
@@ -56,7 +60,8 @@ impl HfVocab {
         }
 
         let added = added_tokens.iter().map(|t| (t.id, (t.content.as_str(), if t.special { 3 } else { 4 })));
-        let normal = model.vocab.iter().map(|(text, &id)| (id, (text.as_str(), 1)));
+        let kind = |text: &str| if sentence && byte_of(text).is_some() { 6 } else { 1 };
+        let normal = model.vocab.iter().map(|(text, &id)| (id, (text.as_str(), kind(text))));
         let mut entries: Vec<(u32, (&str, i32))> = added.chain(normal).collect();
         entries.sort_by_key(|entry| entry.0);
         // An added token may be listed with the normal ones too.
@@ -65,14 +70,18 @@ impl HfVocab {
         {
             return Err(TokenizerError::Ids { id: *id, count: entries.len() });
         }
-        Ok(Self {
-            tokens: entries.iter().map(|entry| entry.1.0.to_owned()).collect(),
-            token_types: entries.iter().map(|entry| entry.1.1).collect(),
-            merges: file.model.merges.into_iter().map(Merge::into_text).collect(),
-            ignore_merges: file.model.ignore_merges,
-            scores: None,
-            pre: pre.unwrap_or_default(),
-        })
+        let tokens: Vec<_> = entries.iter().map(|entry| entry.1.0.to_owned()).collect();
+        let token_types = entries.iter().map(|entry| entry.1.1).collect();
+        let merges: Vec<_> = file.model.merges.into_iter().map(Merge::into_text).collect();
+        // For programs that go by the scores alone: what is merged first has the highest.
+        let scores = sentence.then(|| {
+            let results =
+                merges.iter().enumerate().rev().map(|(rank, merge)| (merge.replacen(' ', "", 1), rank));
+            let ranks: HashMap<String, usize> = results.collect();
+            tokens.iter().map(|token| ranks.get(token).map_or(-1e9, |rank| -(*rank as f32))).collect()
+        });
+        let ignore_merges = file.model.ignore_merges;
+        Ok(Self { tokens, token_types, merges, ignore_merges, scores, split: split.unwrap_or_default() })
     }
 
     /// The same, borrowed.
@@ -83,33 +92,54 @@ impl HfVocab {
             merges: self.merges.iter().map(String::as_str).collect(),
             ignore_merges: self.ignore_merges,
             scores: self.scores.clone(),
+            split: self.split,
         }
     }
 }
 
-/// A split by the pattern, then the byte alphabet without a split of its own.
-fn is_llama3_split(pre_tokenizer: &Value) -> bool {
-    let steps = pre_tokenizer["pretokenizers"].as_array().map_or(&[][..], Vec::as_slice);
-    let [split, bytes] = steps else { return false };
-    pre_tokenizer["type"] == "Sequence"
-        && split["type"] == "Split"
-        && split["pattern"]["Regex"] == PATTERN
-        && split["behavior"] == "Isolated"
-        && split["invert"] == false
-        && bytes["type"] == "ByteLevel"
-        && bytes["add_prefix_space"] == false
-        && bytes["use_regex"] == false
+/// A space before the text, and SentencePiece's character in place of spaces.
+fn spaces() -> Value {
+    json!({ "type": "Sequence", "normalizers": [
+        { "type": "Prepend", "prepend": "\u{2581}" },
+        { "type": "Replace", "pattern": { "String": " " }, "content": "\u{2581}" },
+    ] })
 }
 
-/// Runs of punctuation on their own, then GPT-2's pattern, then digits.
-fn is_falcon_split(pre_tokenizer: &Value) -> bool {
-    let steps = pre_tokenizer["pretokenizers"].as_array().map_or(&[][..], Vec::as_slice);
-    let [punctuation, bytes, digits @ ..] = steps else { return false };
-    pre_tokenizer["type"] == "Sequence"
-        && punctuation["type"] == "Punctuation"
-        && bytes["type"] == "ByteLevel"
-        && bytes["add_prefix_space"] == false
-        && digits.iter().all(|step| step["type"] == "Digits" || step["type"] == "Split")
+/// The split that a pre-tokenizer of byte-level BPE describes, if it is a known one.
+fn split(pre_tokenizer: &Value) -> Option<Split> {
+    let steps = pre_tokenizer["pretokenizers"].as_array().filter(|_| pre_tokenizer["type"] == "Sequence")?;
+    let pattern = |step: &Value| {
+        let isolated = step["type"] == "Split" && step["behavior"] == "Isolated" && step["invert"] == false;
+        step["pattern"]["Regex"].as_str().filter(|_| isolated).map(str::to_owned)
+    };
+    // Whether to split by GPT-2's pattern is true where it is left out.
+    let bytes = |step: &Value, regex: bool| {
+        let splits = step.get("use_regex").is_none_or(|regex| *regex == true);
+        step["type"] == "ByteLevel" && step["add_prefix_space"] == false && splits == regex
+    };
+    match &steps[..] {
+        [split, last] if pattern(split)? == PATTERN && bytes(last, false) => Some(Split::Llama3),
+        [marks, level, numbers @ ..] if bytes(level, true) => {
+            if marks["type"] != "Punctuation" || marks["behavior"] != "Contiguous" {
+                return None;
+            }
+            let (mut digits, mut numerals) = (None, None);
+            for step in numbers {
+                match (&step["type"], pattern(step).as_deref()) {
+                    (_, Some("[0-9]")) if digits.is_none() => digits = Some(1),
+                    (_, Some("[0-9][0-9][0-9]" | "[0-9]{3}")) if digits.is_none() => digits = Some(3),
+                    (kind, _) if kind == "Digits" && digits.is_none() && numerals.is_none() => {
+                        let each = step["individual_digits"] == true;
+                        numerals = Some(if each { Numerals::Each } else { Numerals::Runs });
+                    }
+                    _ => return None,
+                }
+            }
+            let digits = digits.or((numerals == Some(Numerals::Each)).then_some(1))?;
+            Some(Split::Falcon { digits, numerals })
+        }
+        _ => None,
+    }
 }
 
 #[derive(Deserialize)]

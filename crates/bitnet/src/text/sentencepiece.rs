@@ -4,6 +4,7 @@
 //! (float32) and 3 type, whose numbers are those of GGUF, 1 where it is left out.
 
 use super::hf::HfVocab;
+use super::split::Split;
 
 impl HfVocab {
     /// Reads the pieces of a `tokenizer.model`; None where it is none, or of another algorithm than BPE.
@@ -15,7 +16,7 @@ impl HfVocab {
             merges: Vec::new(),
             ignore_merges: false,
             scores: Some(Vec::new()),
-            pre: "default",
+            split: Split::default(),
         };
         let mut algorithm = 0;
         fields(model, |number, value| match (number, value) {

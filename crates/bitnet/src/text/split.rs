@@ -1,8 +1,53 @@
-//! The LLaMA-3 split: text into the pieces that byte-pair encoding never merges across.
+//! Text into the pieces that byte-pair encoding never merges across: as LLaMA-3 does, and as Falcon does.
 //!
 //! Written by hand because a regex engine with lookahead is slower by a factor and must be compiled at start.
 
-use super::classes::{BOUNDARIES, LETTER, NUMBER, OTHER, SPACE};
+use super::classes::{BOUNDARIES, LETTER, NUMBER, OTHER, PUNCTUATION, SPACE};
+
+/// How a text is cut before it is encoded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Split {
+    /// By LLaMA-3's pattern.
+    #[default]
+    Llama3,
+    /// Runs of punctuation on their own, the rest by GPT-2's pattern, and then numbers.
+    Falcon {
+        /// A piece for so many ASCII digits, 1 or 3.
+        digits: usize,
+        /// Whether numerals are cut off from other bytes before that: each, or in runs. What is a numeral is asked of GPT-2's
+        /// byte alphabet, so six bytes that parts of other characters have are among them.
+        numerals: Option<Numerals>,
+    },
+}
+
+/// The step "Digits" of a `tokenizer.json`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Numerals {
+    /// `individual_digits`
+    Each,
+    /// Not so.
+    Runs,
+}
+
+impl Split {
+    /// Hands over the pieces of a text in order; together they are the text. Time is linear in its length.
+    pub(super) fn pieces(self, text: &str, mut take: impl FnMut(&[u8])) {
+        match self {
+            Self::Llama3 => pieces(text, piece_len).for_each(|piece| take(piece.as_bytes())),
+            Self::Falcon { digits, numerals } => {
+                for run in pieces(text, |text| run_end_by(text, is_punctuation)) {
+                    let len = if run.starts_with(is_punctuation) { str::len } else { gpt2_len };
+                    for piece in pieces(run, len) {
+                        cut_numbers(piece.as_bytes(), digits, numerals, &mut take);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A key of our own in GGUF, for which llama.cpp's names have no room: [`Numerals`], "none", "each" or "runs".
+pub(crate) const NUMERALS: &str = "bitnet.tokenizer.numerals";
 
 /// The pattern that [`pieces`] follows, as `tokenizer.json` spells it.
 pub(super) const PATTERN: &str = concat!(
@@ -10,11 +55,11 @@ pub(super) const PATTERN: &str = concat!(
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 );
 
-/// The pieces of a text in order; together they are the text. Time is linear in its length.
-pub(super) fn pieces(text: &str) -> impl Iterator<Item = &str> {
+/// The pieces of a text, of which `len` gives the bytes of the first.
+fn pieces(text: &str, len: impl Fn(&str) -> usize) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
-        let (piece, after) = rest.split_at(piece_len(rest));
+        let (piece, after) = rest.split_at(len(rest));
         rest = after;
         (!piece.is_empty()).then_some(piece)
     })
@@ -71,6 +116,55 @@ fn contraction(text: &str) -> Option<usize> {
     }
 }
 
+/// Bytes of the first piece by GPT-2's pattern, `'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`, in a
+/// text without apostrophes.
+fn gpt2_len(text: &str) -> usize {
+    let class = |at: usize| text[at..].chars().next().map_or(SPACE, class_of);
+    let lead = usize::from(text.starts_with(' ') && class(1) != SPACE);
+    if !text.is_empty() && class(lead) != SPACE {
+        return run_end(text, lead, class(lead));
+    }
+    let end = run_end(text, 0, SPACE);
+    let last = text[..end].chars().next_back().map_or(0, char::len_utf8);
+    if end == text.len() || end == last { end } else { end - last }
+}
+
+fn cut_numbers(piece: &[u8], digits: usize, numerals: Option<Numerals>, take: &mut impl FnMut(&[u8])) {
+    let numeral = |byte: &u8| matches!(byte, b'0'..=b'9' | 0xb2 | 0xb3 | 0xb9 | 0xbc..=0xbe);
+    if !piece.iter().any(numeral) {
+        return take(piece);
+    }
+    for run in piece.chunk_by(|a, b| numerals.is_none() || numeral(a) == numeral(b)) {
+        if numerals == Some(Numerals::Each) && numeral(&run[0]) {
+            run.chunks(1).for_each(&mut *take);
+            continue;
+        }
+        let (mut from, mut at) = (0, 0);
+        while let Some(group) = run.get(at..at + digits) {
+            if group.iter().all(u8::is_ascii_digit) {
+                [&run[from..at], group].into_iter().filter(|part| !part.is_empty()).for_each(&mut *take);
+                at += digits;
+                from = at;
+            } else {
+                at += 1;
+            }
+        }
+        if from < run.len() {
+            take(&run[from..]);
+        }
+    }
+}
+
+fn is_punctuation(c: char) -> bool {
+    PUNCTUATION.partition_point(|&turn| turn <= u32::from(c)) % 2 == 1
+}
+
+/// End of the run at the start of a text in which `is` says the same of every character.
+fn run_end_by(text: &str, is: impl Fn(char) -> bool) -> usize {
+    let first = text.starts_with(&is);
+    text.find(|c| is(c) != first).unwrap_or(text.len())
+}
+
 /// End of the run of one class that starts at `from`; `from` itself if there is none.
 fn run_end(text: &str, from: usize, class: u8) -> usize {
     text[from..].find(|c| class_of(c) != class).map_or(text.len(), |n| from + n)
@@ -108,7 +202,7 @@ mod tests {
     use super::*;
 
     fn split(text: &str) -> Vec<&str> {
-        pieces(text).collect()
+        pieces(text, piece_len).collect()
     }
 
     #[test]

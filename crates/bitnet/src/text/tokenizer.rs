@@ -1,8 +1,8 @@
-//! Byte-level BPE with the LLaMA-3 split, and SentencePiece's BPE.
+//! Byte-level BPE, and SentencePiece's BPE.
 //!
 //! SentencePiece cuts no text into pieces: with a space before it, it is one. Its tokens have scores; of two neighbours that
 //! together are a token, those that give the highest score are merged first. So each way to make a token of two others is a
-//! merge, ordered by the score of the result. Characters that are no token become bytes.
+//! merge, ordered by the score of the result, unless the vocabulary lists its merges. Characters that are no token become bytes.
 
 use std::hash::BuildHasher;
 
@@ -12,7 +12,7 @@ use hashbrown::{DefaultHashBuilder, HashTable};
 
 use super::bpe::{Merge, Merger, Merges};
 use super::hf::HfVocab;
-use super::split::pieces;
+use super::split::Split;
 
 /// What a tokenizer is made of, in the form of GGUF's `tokenizer.ggml` arrays.
 pub struct Vocab<'a> {
@@ -24,8 +24,10 @@ pub struct Vocab<'a> {
     pub merges: Vec<&'a str>,
     /// Whether a piece that is a token is that token, even where the merges would not lead to it.
     pub ignore_merges: bool,
-    /// SentencePiece's scores, one a token, in place of `merges`.
+    /// SentencePiece's scores, one a token; `merges` may then be left out.
     pub scores: Option<Vec<f32>>,
+    /// How byte-level BPE cuts a text.
+    pub split: Split,
 }
 
 impl Vocab<'_> {
@@ -90,7 +92,9 @@ pub enum TokenizerError {
     #[error("tokenizer.json: {0}")]
     Json(#[from] serde_json::Error),
     /// A `tokenizer.json` that asks for another algorithm.
-    #[error("tokenizer.json: {what} is {found}; only byte-level BPE with LLaMA-3's split is supported")]
+    #[error(
+        "tokenizer.json: {what} is {found}; only byte-level BPE with the splits of LLaMA-3 and Falcon, and SentencePiece's BPE as of LLaMA-2 are supported"
+    )]
     Unsupported { what: &'static str, found: String },
     /// A `tokenizer.json` with an id that is missing, too large or given twice.
     #[error(
@@ -110,6 +114,7 @@ pub struct Tokenizer {
     byte_ids: [u32; 256],
     merges: Merges,
     ignore_merges: bool,
+    split: Split,
     /// Whether it is SentencePiece's.
     sentence: bool,
     user_defined: SpecialSet,
@@ -132,7 +137,7 @@ enum Kind {
 const SPACE: char = '\u{2581}';
 
 /// The byte that a token such as `<0x0A>` stands for.
-fn byte_of(token: &str) -> Option<u8> {
+pub(super) fn byte_of(token: &str) -> Option<u8> {
     let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
     u8::from_str_radix(digits, 16).ok().filter(|_| digits.len() == 2)
 }
@@ -218,9 +223,10 @@ impl Tokenizer {
             byte_ids,
             merges,
             ignore_merges: vocab.ignore_merges,
+            split: vocab.split,
             sentence,
         };
-        if sentence {
+        if sentence && vocab.merges.is_empty() {
             tokenizer.push_scored(scores)?;
         } else {
             tokenizer.push_merges(&vocab.merges)?;
@@ -240,9 +246,16 @@ impl Tokenizer {
             let form = || TokenizerError::MergeForm { rank, text: shortened(text) };
             let (left, right) = text.split_once(' ').ok_or_else(form)?;
             pair.clear();
-            push_decoded(left, &mut pair).map_err(|_| form())?;
+            let decode = |part: &str, pair: &mut Vec<u8>| {
+                if self.sentence {
+                    pair.extend(part.replace(SPACE, " ").as_bytes());
+                    return Ok(());
+                }
+                push_decoded(part, pair).map_err(|_| form())
+            };
+            decode(left, &mut pair)?;
             let middle = pair.len();
-            push_decoded(right, &mut pair).map_err(|_| form())?;
+            decode(right, &mut pair)?;
             if left.is_empty() || right.is_empty() {
                 return Err(form());
             }
@@ -301,16 +314,16 @@ impl Tokenizer {
             });
             return merger.encode(&self.merges, start.into_iter().chain(chars), ids);
         }
-        for piece in pieces(plain) {
-            let whole = if self.ignore_merges { self.normal_id(piece.as_bytes()) } else { None };
+        self.split.pieces(plain, |piece| {
+            let whole = if self.ignore_merges { self.normal_id(piece) } else { None };
             match whole {
                 Some(id) => ids.push(id),
                 None => {
-                    let bytes = piece.bytes().map(|byte| self.byte_ids[usize::from(byte)]);
+                    let bytes = piece.iter().map(|&byte| self.byte_ids[usize::from(byte)]);
                     merger.encode(&self.merges, bytes, ids);
                 }
             }
-        }
+        });
     }
 
     /// The tokens of a text. Adds no begin-of-text token. User-defined tokens are always recognised.

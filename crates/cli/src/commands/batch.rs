@@ -3,15 +3,18 @@
 mod resume;
 mod rows;
 
+use crate::constraint::Forms;
 use crate::output::{self, Interrupted, notice, rate};
-use crate::sampling::SamplingArgs;
+use crate::sampling::GenerateArgs;
 use crate::source::{self, Wish};
+use crate::usage_error;
 use anyhow::{Context, bail, ensure};
-use bitnet::generate::{Batch, Ended, Event, FinishReason, Request, RequestId, StopConditions};
+use bitnet::generate::{Batch, Ended, Event, FinishReason, Request, RequestId};
 use bitnet::gguf::Gguf;
 use bitnet::model::{Model, ModelInfo};
 use bitnet::text::{ChatTemplate, Message, Role, Specials};
 use bitnet::{Engine, EngineOptions};
+use clap::error::ErrorKind;
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use resume::{Kept, Output};
 use rows::{Defaults, Prompt, Row, Rows};
@@ -24,14 +27,16 @@ use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// Continue or answer many prompts, from files of JSON lines or of text
 ///
 /// A row of input is a line of JSON such as {"id": 7, "prompt": "Once upon"} or {"messages": [{"role": "user", "content":
 /// "Hi"}], "max_tokens": 50}, in a file named .jsonl or .ndjson or from stdin (-), or a whole file of any other name. Options
 /// of a row: max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, frequency_penalty,
-/// presence_penalty, logit_bias ({"ID": BIAS}), seed, stop, ignore_eos.
+/// presence_penalty, logit_bias ({"ID": BIAS}), seed, stop, ignore_eos, and json_schema (an object), grammar or regex.
 ///
 /// The output has a line of JSON for each row, in the same order. Run again after it was killed, the command goes on where
 /// it was, so that every row is there once; rows that were added to the input are added to the output.
@@ -65,22 +70,11 @@ pub struct Args {
     /// How messages become a prompt: bitnet, llama3, falcon3, chatml or a file with Jinja [default: as the model says]
     #[arg(long, value_name = "NAME|FILE")]
     chat_template: Option<String>,
-    /// Most tokens to generate; -1: until the model ends the text or the context is full
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 128, allow_negative_numbers = true,
-          value_parser = clap::value_parser!(i64).range(-1..))]
-    n_predict: i64,
-    /// Tokens of context; 0: as many as the model was trained with [default: the same, at most 4096]
-    #[arg(short = 'c', long, value_name = "CTX", value_parser = source::context_range())]
-    ctx_size: Option<u32>,
-    /// End at this text, which is not part of the result; may be given several times
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true,
-          value_parser = clap::builder::NonEmptyStringValueParser::new())]
-    stop: Vec<String>,
     /// Go on where the model ends the text
     #[arg(long)]
     ignore_eos: bool,
     #[command(flatten)]
-    sampling: SamplingArgs,
+    generate: GenerateArgs,
 }
 
 /// A row of the output.
@@ -101,6 +95,9 @@ enum Outcome {
         prompt_tokens: usize,
         completion_tokens: usize,
         seed: u64,
+        /// Only where it is false: the text ended before it had its form.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        complete: Option<bool>,
     },
     Failed {
         error: String,
@@ -115,14 +112,15 @@ struct Count {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
+    let GenerateArgs { constraint, sampling, .. } = &args.generate;
+    if constraint.reads_stdin() && args.inputs.iter().any(|input| input.as_os_str() == "-") {
+        usage_error(ErrorKind::ArgumentConflict, "the rows and the schema are both read from stdin");
+    }
     let defaults = Defaults {
-        sampler: args.sampling.sampler_from(|| 0).config().clone(),
-        stop: StopConditions {
-            strings: args.stop.clone(),
-            max_tokens: usize::try_from(args.n_predict).ok(),
-            ..StopConditions::default()
-        },
+        sampler: sampling.sampler_from(|| 0).config().clone(),
+        stop: args.generate.stop(),
         ignore_eos: args.ignore_eos,
+        form: constraint.form()?,
     };
     let template = args.chat_template.as_deref().map(source::template).transpose()?;
     let inputs = rows::inputs(&args.inputs, &args.output)?;
@@ -135,7 +133,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let width = usize::from(args.batch_size);
     let options = plan(args, &gguf, &info, compute.pool().threads())?;
     // All that the text of a row depends on besides the row itself.
-    let (sampler, stop) = (&defaults.sampler, (args.n_predict, &args.stop, args.ignore_eos));
+    let Defaults { sampler, stop, ignore_eos, form } = &defaults;
+    let stop = (stop.max_tokens, &stop.strings, ignore_eos, form);
     let chat = (args.chat, &args.system, &template);
     let settings = format!("{:?}", (sampler, stop, chat, options.context, options.cache_type));
     let keys = fingerprint(&gguf)?.chain_update(settings);
@@ -155,11 +154,16 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         args.model.file.note(format_args!("all {} rows are there{}", before.rows, errors(before.errors)));
         return Ok(());
     };
+    // Rows may come from somebody who takes time; those that are there must not wait for them.
+    let (sender, input) = mpsc::sync_channel(width);
+    thread::spawn(move || while sender.send(rows.next()).is_ok() {});
 
-    let model = info.load(&gguf, &compute)?;
+    let forms = Forms::default();
+    let prepare = |tokenizer: &_| forms.prepare(defaults.form.as_ref(), tokenizer);
+    let model = info.load_with(&gguf, &compute, prepare)?;
     args.model.file.note_repairs(model.repairs());
     model.tokenizer()?;
-    args.sampling.check_biases(&model)?;
+    sampling.check_biases(&model)?;
     let prompts = Prompts::new(args, &model, template.as_deref())?;
     let engine = Engine::new(model, compute, options)?;
     let interrupted = output::interrupt_flag()?;
@@ -167,6 +171,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         batch: Batch::new(engine, width),
         width,
         prompts,
+        forms,
         defaults,
         keys,
         active: HashMap::new(),
@@ -176,13 +181,13 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     };
     let progress = Progress::new(bar, total, before)?;
 
-    let mut more = Some(first);
+    run.start(first);
+    let mut open = true;
     let mut failure = None;
     let mut stopping = false;
     loop {
         if interrupted.load(Ordering::Relaxed) && !stopping {
-            stopping = true;
-            more = None;
+            (stopping, open) = (true, false);
             let left = run.stop();
             if left > 0 && !args.model.file.quiet {
                 progress.bar.suspend(|| {
@@ -190,20 +195,20 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
                 });
             }
         }
-        while run.has_room()
-            && let Some(row) = more.take()
-        {
-            run.start(row);
-            // What was begun is finished even where the input ends badly.
-            more = rows.next().unwrap_or_else(|error| {
-                failure = Some(error);
-                None
-            });
+        while open && run.has_room() {
+            let wait = Duration::from_millis(if run.batch.is_idle() { 50 } else { 0 });
+            match input.recv_timeout(wait) {
+                Ok(Ok(Some(row))) => run.start(row),
+                Ok(Err(error)) => (failure, open) = (Some(error), false),
+                Ok(Ok(None)) | Err(RecvTimeoutError::Disconnected) => open = false,
+                Err(RecvTimeoutError::Timeout) => break,
+            }
         }
-        if run.batch.is_idle() && run.finished.is_empty() {
+        if !run.batch.is_idle() {
+            run.step()?;
+        } else if !open && run.finished.is_empty() {
             break;
         }
-        run.step()?;
         run.write(&mut output)?;
         progress.show(&run);
     }
@@ -223,7 +228,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 /// An engine for as many full contexts as the memory allows; rows that need less than that run together all the same. The
 /// context itself does not give way, for then the text might depend on the memory.
 fn plan(args: &Args, gguf: &Gguf, info: &ModelInfo<'_>, threads: usize) -> anyhow::Result<EngineOptions> {
-    let context = u32::try_from(source::context(args.ctx_size, &info.config)).ok();
+    let context = u32::try_from(source::context(args.generate.ctx_size, &info.config)).ok();
     let logits = usize::from(args.batch_size);
     let mut sequences = logits;
     loop {
@@ -297,6 +302,7 @@ struct Run {
     batch: Batch,
     width: usize,
     prompts: Prompts,
+    forms: Forms,
     defaults: Defaults,
     keys: Sha256,
     active: HashMap<RequestId, Active>,
@@ -340,7 +346,7 @@ impl Run {
     }
 
     fn push(&mut self, row: &mut Row) -> anyhow::Result<(RequestId, u64)> {
-        let rows::Request { prompt, sampler, mut stop, ignore_eos } = row.request(&self.defaults)?;
+        let rows::Request { prompt, sampler, mut stop, ignore_eos, form } = row.request(&self.defaults)?;
         let model = self.batch.engine().model();
         let vocab = model.config().vocab_size;
         if let Some((id, _)) = sampler.config().logit_bias.iter().find(|(id, _)| *id as usize >= vocab) {
@@ -351,6 +357,7 @@ impl Run {
             stop.ids.clone_from(&model.special().stop);
             stop.ids.extend(end_of_turn);
         }
+        stop.constraint = self.forms.constraint(form.as_ref(), model)?;
         let seed = sampler.config().seed;
         Ok((self.batch.push(Request { prompt, sampler, stop })?, seed))
     }
@@ -429,7 +436,8 @@ fn done(ended: &Ended, text: String, seed: u64) -> Outcome {
         FinishReason::Cancelled => "cancelled",
     };
     let (prompt_tokens, completion_tokens) = (ended.prompt_tokens, ended.tokens.len());
-    Outcome::Done { text, finish_reason, prompt_tokens, completion_tokens, seed }
+    let complete = (!ended.complete).then_some(false);
+    Outcome::Done { text, finish_reason, prompt_tokens, completion_tokens, seed, complete }
 }
 
 /// The bar on a terminal.

@@ -1,13 +1,15 @@
-use crate::constraint::{ConstraintArgs, INCOMPLETE};
+use crate::constraint::{Forms, INCOMPLETE};
 use crate::editor::{Input, Lines, history_file};
 use crate::output::{self, Interrupted, hint, notice, rate};
 use crate::prompt_cache::PromptCacheArgs;
-use crate::sampling::SamplingArgs;
+use crate::sampling::GenerateArgs;
 use crate::source::{self, Wish};
+use crate::usage_error;
 use anyhow::{Context, bail, ensure};
 use bitnet::generate::{Answer, Chat, FinishReason, Sampler, SamplerConfig, StopConditions};
 use bitnet::text::{Message, Role};
 use bitnet::{Engine, Error};
+use clap::error::ErrorKind;
 use serde::{Deserialize, Serialize};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -20,6 +22,7 @@ use std::time::{Duration, Instant};
 /// In a terminal: type a message, Enter sends it. /help lists the commands. Ctrl-C stops an answer, Ctrl-D ends the chat.
 /// From a pipe: each line is a message, and stdout has the answers and nothing else.
 #[derive(clap::Args)]
+#[command(mut_arg("n_predict", |n| n.default_value("-1")))]
 #[command(after_help = "Examples:
   bitnet chat -m model.gguf                             talk in the terminal
   bitnet chat -m model.gguf --system \"Answer in French.\"
@@ -36,22 +39,13 @@ pub struct Args {
     /// How messages become a prompt: bitnet, llama3, falcon3, chatml or a file with Jinja [default: as the model says]
     #[arg(long, value_name = "NAME|FILE")]
     chat_template: Option<String>,
-    /// Most tokens of an answer; -1: until the model ends it or the context is full
-    #[arg(short = 'n', long, value_name = "N", default_value_t = -1, allow_negative_numbers = true,
-          value_parser = clap::value_parser!(i64).range(-1..))]
-    n_predict: i64,
-    /// Tokens of context; 0: as many as the model was trained with [default: the same, at most 4096]
-    #[arg(short = 'c', long, value_name = "CTX", value_parser = source::context_range())]
-    ctx_size: Option<u32>,
     /// Do not keep what is typed for the arrow keys of the next chat
     #[arg(long)]
     no_history: bool,
     #[command(flatten)]
     prompt_cache: PromptCacheArgs,
     #[command(flatten)]
-    constraint: ConstraintArgs,
-    #[command(flatten)]
-    sampling: SamplingArgs,
+    generate: GenerateArgs,
 }
 
 const HELP: &str = "\
@@ -82,7 +76,7 @@ struct Session {
     chat: Chat,
     sampler: Sampler,
     stop: StopConditions,
-    /// Ctrl-C raises it. Without a terminal it is up between the answers, where Ctrl-C ends the program.
+    /// Ctrl-C raises it; without a terminal that ends the program, and so does a request to end.
     interrupted: Arc<AtomicBool>,
     quiet: bool,
     /// A person reads the answers on a terminal.
@@ -101,23 +95,26 @@ struct Totals {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let sampler = args.sampling.sampler();
-    ensure!(!args.constraint.reads_stdin(), "--json-schema -: in a chat, stdin has the messages");
-    let grammar = args.constraint.grammar()?;
+    let GenerateArgs { constraint, sampling, ctx_size, .. } = &args.generate;
+    let sampler = sampling.sampler();
+    if constraint.reads_stdin() {
+        usage_error(ErrorKind::ArgumentConflict, "--json-schema -: in a chat, stdin has the messages");
+    }
+    let form = constraint.form()?;
     let loaded = args.load.as_deref().map(load).transpose()?;
     let template = args.chat_template.as_deref().map(source::template).transpose()?;
     let compute = args.model.compute()?;
-    let wish = Wish { context: args.ctx_size, ..Wish::default() };
-    let (model, options) = args.model.load(&compute, &wish)?;
-    args.sampling.check_biases(&model)?;
+    let wish = Wish { context: *ctx_size, ..Wish::default() };
+    let mut forms = Forms::default();
+    let prepare = |tokenizer: &_| forms.prepare(form.as_ref(), tokenizer);
+    let (model, options) = args.model.load_with(&compute, &wish, prepare)?;
+    sampling.check_biases(&model)?;
     let context = options.context;
     let template = model.chat_template(template.as_deref())?;
     let stop = StopConditions {
         ids: model.special().stop.clone(),
-        strings: Vec::new(),
-        max_tokens: usize::try_from(args.n_predict).ok(),
-        constraint: ConstraintArgs::constraint(grammar.as_ref(), &model)?,
-        ..StopConditions::default()
+        constraint: forms.constraint(form.as_ref(), &model)?,
+        ..args.generate.stop()
     };
     let name = model.file().to_owned();
     let mut engine = Engine::new(model, compute, options)?;
@@ -128,10 +125,10 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     }
     args.prompt_cache.restore(&mut engine, chat.sequence(), None)?;
     let held = engine.tokens(chat.sequence()).to_vec();
-    let interrupted = output::ctrl_c_flag()?;
-    engine.cancel_by(interrupted.clone());
     let mut lines = Lines::new(&COMMANDS, history_file().filter(|_| !args.no_history))?;
     let terminal = lines.are_edited();
+    let interrupted = if terminal { output::ctrl_c_flag() } else { output::interrupt_flag() }?;
+    engine.cancel_by(interrupted.clone());
     let mut session = Session {
         engine,
         chat,
@@ -147,7 +144,6 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         hint(format_args!("{name}, context of {context} tokens, chat template: {template}"));
         hint("/help lists the commands, Ctrl-D ends the chat");
     }
-    session.between_answers();
     let result = session.talk(&mut lines);
     let (engine, sequence) = (&session.engine, session.chat.sequence());
     args.model.tell_memory(engine);
@@ -164,7 +160,7 @@ impl Session {
     fn talk(&mut self, lines: &mut Lines) -> anyhow::Result<()> {
         let terminal = self.terminal;
         loop {
-            let text = match lines.next(">>> ")? {
+            let text = match lines.next(">>> ", &self.interrupted)? {
                 Input::Text(text) => text,
                 Input::Cleared => {
                     hint("Ctrl-D or /exit ends the chat");
@@ -197,20 +193,10 @@ impl Session {
     }
 
     fn answer(&mut self) -> anyhow::Result<()> {
-        self.interrupted.store(false, Ordering::Relaxed);
-        let result = self.answer_until_interrupted();
-        if self.between_answers() && !self.terminal {
-            bail!(Interrupted); // even if it came when the answer had just ended
+        // A terminal hands Ctrl-C over as a key while a line is edited.
+        if self.terminal {
+            self.interrupted.store(false, Ordering::Relaxed);
         }
-        result
-    }
-
-    /// Whether Ctrl-C was pressed. A terminal hands it over as a key while a line is edited.
-    fn between_answers(&self) -> bool {
-        self.interrupted.swap(!self.terminal, Ordering::Relaxed)
-    }
-
-    fn answer_until_interrupted(&mut self) -> anyhow::Result<()> {
         let start = Instant::now();
         let (mut first_token, mut failure, mut ends_line) = (None, None, true);
         let terminal = self.terminal;
@@ -227,7 +213,7 @@ impl Session {
         if let Some(error) = failure {
             return Err(error);
         }
-        if first_token.is_none() || !ends_line {
+        if first_token.is_none() && answer.is_ok() || !ends_line {
             output::print(b"\n")?;
         }
         let answer = answer.map_err(advice)?;

@@ -1,14 +1,13 @@
-use crate::Cli;
-use crate::constraint::{ConstraintArgs, INCOMPLETE};
+use crate::constraint::{Forms, INCOMPLETE};
 use crate::output::{self, Interrupted, notice, rate};
 use crate::prompt_cache::PromptCacheArgs;
-use crate::sampling::SamplingArgs;
+use crate::sampling::GenerateArgs;
 use crate::source::{self, Wish};
+use crate::usage_error;
 use anyhow::{bail, ensure};
 use bitnet::Engine;
-use bitnet::generate::{FinishReason, Generated, Speculation, StopConditions, generate};
+use bitnet::generate::{FinishReason, Generated, StopConditions, generate};
 use bitnet::text::Specials;
-use clap::CommandFactory;
 use clap::error::ErrorKind;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -32,66 +31,48 @@ pub struct Args {
     /// File with the prompt, UTF-8; a newline at its end is left out
     #[arg(short = 'f', long, value_name = "FILE")]
     file: Option<PathBuf>,
-    /// Most tokens to generate; -1: until the model ends the text or the context is full
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 128, allow_negative_numbers = true,
-          value_parser = clap::value_parser!(i64).range(-1..))]
-    n_predict: i64,
-    /// Tokens of context; 0: as many as the model was trained with [default: the same, at most 4096]
-    #[arg(short = 'c', long, value_name = "CTX", value_parser = source::context_range())]
-    ctx_size: Option<u32>,
-    /// End at this text, which is not printed; may be given several times
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true,
-          value_parser = clap::builder::NonEmptyStringValueParser::new())]
-    stop: Vec<String>,
     /// Go on where the model ends the text
     #[arg(long)]
     ignore_eos: bool,
     /// Recognise control tokens such as <|eot_id|> in the prompt
     #[arg(long)]
     special: bool,
-    /// Do not let a step check tokens that may come next because they came before; the text is the same
-    #[arg(long)]
-    no_speculation: bool,
     /// Print one JSON object with text, tokens and statistics at the end
     #[arg(long)]
     json: bool,
     #[command(flatten)]
     prompt_cache: PromptCacheArgs,
     #[command(flatten)]
-    constraint: ConstraintArgs,
-    #[command(flatten)]
-    sampling: SamplingArgs,
+    generate: GenerateArgs,
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let mut sampler = args.sampling.sampler();
-    if args.constraint.reads_stdin() && args.prompt.is_none() && args.file.is_none() {
-        Cli::command()
-            .error(ErrorKind::ArgumentConflict, "the prompt and the schema are both read from stdin")
-            .exit();
+    let GenerateArgs { constraint, sampling, ctx_size, .. } = &args.generate;
+    let mut sampler = sampling.sampler();
+    if constraint.reads_stdin() && args.prompt.is_none() && args.file.is_none() {
+        usage_error(ErrorKind::ArgumentConflict, "the prompt and the schema are both read from stdin");
     }
-    let grammar = args.constraint.grammar()?;
+    let form = constraint.form()?;
     let text = match &args.prompt {
         Some(text) => text.clone(),
         None => source::read_prompt(args.file.as_deref())?,
     };
     let start = Instant::now();
     let compute = args.model.compute()?;
-    let wish = Wish { context: args.ctx_size, ..Wish::default() };
-    let (model, options) = args.model.load(&compute, &wish)?;
+    let wish = Wish { context: *ctx_size, ..Wish::default() };
+    let mut forms = Forms::default();
+    let prepare = |tokenizer: &_| forms.prepare(form.as_ref(), tokenizer);
+    let (model, options) = args.model.load_with(&compute, &wish, prepare)?;
     let specials = if args.special { Specials::Parse } else { Specials::AsText };
     let prompt = model.prompt(&text, specials)?;
     let (context, found) = (options.context, prompt.len());
     ensure!(found > 0, "the prompt is empty");
     ensure!(found <= context, "the prompt has {found} tokens, the context {context} (-c sets it)");
-    args.sampling.check_biases(&model)?;
+    sampling.check_biases(&model)?;
     let stop = StopConditions {
         ids: if args.ignore_eos { Vec::new() } else { model.special().stop.clone() },
-        strings: args.stop.clone(),
-        max_tokens: usize::try_from(args.n_predict).ok(),
-        constraint: ConstraintArgs::constraint(grammar.as_ref(), &model)?,
-        begun: 0,
-        speculation: if args.no_speculation { Speculation::Off } else { Speculation::Adaptive },
+        constraint: forms.constraint(form.as_ref(), &model)?,
+        ..args.generate.stop()
     };
     let mut engine = Engine::new(model, compute, options)?;
     let sequence = engine.open();

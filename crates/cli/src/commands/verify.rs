@@ -71,7 +71,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 
     let compute = args.model.compute()?;
     let context = Some(64.min(info.config.context_length as u32));
-    let (model, options) = args.model.load_file(&gguf, &compute, &Wish { context, ..Wish::default() })?;
+    let (model, options) =
+        args.model.load_file(&gguf, &compute, &Wish { context, ..Wish::default() }, |_| ())?;
     let kernels = compute.kernels().name();
     let prompt = match model.tokenizer() {
         Ok(_) => model.prompt("Once upon a time", Specials::AsText)?,

@@ -1,5 +1,6 @@
 //! The rows of a batch: where they come from and what they ask for.
 
+use crate::constraint::Form;
 use anyhow::{Context, bail, ensure};
 use bitnet::generate::{Sampler, SamplerConfig, StopConditions};
 use bitnet::text::Message;
@@ -83,10 +84,10 @@ pub struct Row {
     pub id: Value,
     /// A line or a file.
     pub raw: Vec<u8>,
-    form: Form,
+    kind: Kind,
 }
 
-enum Form {
+enum Kind {
     Json,
     Text,
     Unreadable(String),
@@ -95,7 +96,7 @@ enum Form {
 /// Reads rows one after the other.
 pub struct Rows {
     inputs: vec::IntoIter<Input>,
-    lines: Option<(String, u64, Box<dyn BufRead>)>,
+    lines: Option<(String, u64, Box<dyn BufRead + Send>)>,
     next: u64,
 }
 
@@ -148,7 +149,7 @@ impl Rows {
                     continue;
                 }
                 let id = Value::from(*line);
-                return Ok(Some(self.row(place, id, raw, Form::Json)));
+                return Ok(Some(self.row(place, id, raw, Kind::Json)));
             }
             match self.inputs.next() {
                 None => return Ok(None),
@@ -165,23 +166,23 @@ impl Rows {
                     let mut raw = Vec::new();
                     let read =
                         File::open(&path).and_then(|file| file.take(MAX_ROW + 1).read_to_end(&mut raw));
-                    let form = match read {
-                        Err(error) => Form::Unreadable(format!("cannot read: {error}")),
+                    let kind = match read {
+                        Err(error) => Kind::Unreadable(format!("cannot read: {error}")),
                         Ok(_) if raw.len() as u64 > MAX_ROW => {
-                            Form::Unreadable(format!("longer than {} MiB", MAX_ROW >> 20))
+                            Kind::Unreadable(format!("longer than {} MiB", MAX_ROW >> 20))
                         }
-                        Ok(_) => Form::Text,
+                        Ok(_) => Kind::Text,
                     };
-                    return Ok(Some(self.row(name.clone(), Value::from(name), raw, form)));
+                    return Ok(Some(self.row(name.clone(), Value::from(name), raw, kind)));
                 }
             }
         }
     }
 
-    fn row(&mut self, place: String, id: Value, raw: Vec<u8>, form: Form) -> Row {
+    fn row(&mut self, place: String, id: Value, raw: Vec<u8>, kind: Kind) -> Row {
         let index = self.next;
         self.next += 1;
-        Row { index, place, id, raw, form }
+        Row { index, place, id, raw, kind }
     }
 }
 
@@ -191,6 +192,7 @@ pub struct Request {
     pub sampler: Sampler,
     pub stop: StopConditions,
     pub ignore_eos: bool,
+    pub form: Option<Form>,
 }
 
 /// What is to be continued or answered.
@@ -206,6 +208,7 @@ pub struct Defaults {
     /// Without the model's tokens.
     pub stop: StopConditions,
     pub ignore_eos: bool,
+    pub form: Option<Form>,
 }
 
 #[derive(Deserialize)]
@@ -231,6 +234,9 @@ struct Fields {
     #[serde(default, deserialize_with = "strings")]
     stop: Option<Vec<String>>,
     ignore_eos: Option<bool>,
+    json_schema: Option<Value>,
+    grammar: Option<String>,
+    regex: Option<String>,
 }
 
 /// One string, a list of them, or null.
@@ -256,7 +262,7 @@ impl Row {
     /// What is wrong with it, for the user.
     pub fn request(&mut self, defaults: &Defaults) -> anyhow::Result<Request> {
         let mut stop = defaults.stop.clone();
-        let mut ignore_eos = defaults.ignore_eos;
+        let (mut ignore_eos, mut form) = (defaults.ignore_eos, defaults.form.clone());
         let mut c = defaults.sampler.clone();
         c.seed = c.seed.wrapping_add(self.index);
         let text = |raw: &[u8]| match str::from_utf8(raw) {
@@ -265,13 +271,13 @@ impl Row {
                 bail!("not UTF-8: byte {:#04x} at offset {}", raw[error.valid_up_to()], error.valid_up_to())
             }
         };
-        let prompt = match &self.form {
-            Form::Unreadable(problem) => bail!("{problem}"),
-            Form::Text => {
+        let prompt = match &self.kind {
+            Kind::Unreadable(problem) => bail!("{problem}"),
+            Kind::Text => {
                 let text = text(&self.raw)?;
                 Prompt::Text(text.strip_suffix('\n').map(str::to_owned).unwrap_or(text))
             }
-            Form::Json => {
+            Kind::Json => {
                 let value: Value = serde_json::from_str(&text(&self.raw)?).context("not JSON")?;
                 ensure!(value.is_object(), "expected an object");
                 match value.get("id") {
@@ -297,6 +303,11 @@ impl Row {
                     stop.strings = strings;
                 }
                 ignore_eos = fields.ignore_eos.unwrap_or(ignore_eos);
+                let schema = fields.json_schema.map(|schema| Form::Schema(schema.to_string()));
+                let forms = [schema, fields.grammar.map(Form::Grammar), fields.regex.map(Form::Regex)];
+                let mut forms = forms.into_iter().flatten();
+                form = forms.next().or(form);
+                ensure!(forms.next().is_none(), "more than one of json_schema, grammar and regex");
                 match (fields.prompt, fields.messages) {
                     (Some(text), None) => Prompt::Text(text),
                     (None, Some(messages)) => Prompt::Messages(messages),
@@ -304,6 +315,6 @@ impl Row {
                 }
             }
         };
-        Ok(Request { prompt, sampler: Sampler::new(c)?, stop, ignore_eos })
+        Ok(Request { prompt, sampler: Sampler::new(c)?, stop, ignore_eos, form })
     }
 }
