@@ -42,9 +42,11 @@ impl Guide for Chance {
             return Ok(false);
         }
         // In runs, as grammars have them.
-        (0..self.vocab)
-            .filter(|&id| hash(state ^ (id / 8) as u64) % 65_536 < self.share)
-            .for_each(&mut allow);
+        for run in (0..self.vocab).step_by(8) {
+            if hash(state ^ (run / 8) as u64) % 65_536 < self.share {
+                (run..self.vocab.min(run + 8)).for_each(&mut allow);
+            }
+        }
         allow(7);
         Ok(state % 16 == 1)
     }
@@ -77,7 +79,7 @@ fn configs() -> Vec<SamplerConfig> {
 
 #[test]
 fn any_mask_is_exact() {
-    let mut engine = common::engine(&common::gguf("demo"), best(), 2, 512, 1);
+    let mut engine = common::engine(&common::gguf("demo"), best(), 1, 512, 1);
     let vocab = engine.model().config().vocab_size;
     let mut ends = Vec::new();
     for share in [0, 60, 900, 9_000, 40_000, 65_536] {
