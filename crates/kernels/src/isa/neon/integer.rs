@@ -52,32 +52,40 @@ unsafe fn dot<const LEVEL: u8, const T: usize>(
     let turns = if T == 1 { 2 } else { 1 };
     // A chunk adds two products of at most 32 * 128 to a lane of field 1, so those of four chunks fit int16, and those of
     // sixteen chunks in the other fields.
-    let block = if LEVEL == BASE { 4 } else { chunks };
+    let (few, many) = if LEVEL == BASE { (4, 16) } else { (chunks, chunks) };
     // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256; the extensions are the caller's.
     unsafe {
         let masks = [vdupq_n_u8(0x30), vdupq_n_u8(0x0c), vdupq_n_u8(0x03)];
         let mut fields = [[vdupq_n_s32(0); 4]; T];
-        let mut sums = [[[Sum::<LEVEL>::zero(); 2]; 4]; T];
         let mut c = 0;
         while c < chunks {
-            for c in c..(c + block).min(chunks) {
-                ask(ahead.wrapping_add(64 * c));
-                for i in 0..4 {
-                    let v = vld1q_u8(w.as_ptr().add(64 * c + 16 * i));
-                    for field in 0..4 {
-                        let codes = field_of(v, field, masks);
-                        for t in 0..T {
-                            let q = vld1q_s8(a[t].as_ptr().add(256 * c + 64 * field + 16 * i));
-                            sums[t][field][i % turns].add(codes, q);
+            let mut sums = [[[Sum::<LEVEL>::zero(); 2]; 4]; T];
+            let end = (c + many).min(chunks);
+            while c < end {
+                for c in c..(c + few).min(end) {
+                    ask(ahead.wrapping_add(64 * c));
+                    for i in 0..4 {
+                        let v = vld1q_u8(w.as_ptr().add(64 * c + 16 * i));
+                        for field in 0..4 {
+                            let codes = field_of(v, field, masks);
+                            for t in 0..T {
+                                let q = vld1q_s8(a[t].as_ptr().add(256 * c + 64 * field + 16 * i));
+                                sums[t][field][i % turns].add(codes, q);
+                            }
                         }
                     }
                 }
+                c += few;
+                for t in 0..T {
+                    for turn in 0..2 {
+                        sums[t][1][turn].drain(&mut fields[t][1]);
+                    }
+                }
             }
-            c += block;
             for t in 0..T {
-                for field in 0..4 {
-                    if field == 1 || c.is_multiple_of(16) || c >= chunks {
-                        sums[t][field].iter_mut().for_each(|sum| sum.drain(&mut fields[t][field]));
+                for field in [0, 2, 3] {
+                    for turn in 0..2 {
+                        sums[t][field][turn].drain(&mut fields[t][field]);
                     }
                 }
             }
@@ -125,7 +133,9 @@ pub(super) unsafe fn nibbles<const LEVEL: u8>(
             }
             c += block;
             for plane in 0..2 {
-                sums[plane].iter_mut().for_each(|sum| sum.drain(&mut planes[plane]));
+                for turn in 0..4 {
+                    sums[plane][turn].drain(&mut planes[plane]);
+                }
             }
         }
         planes.map(|plane| vaddvq_s32(plane))
