@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
 # Shows on emulated CPUs that a 64-bit ARM machine computes the same bits.
+#
+#     tools/arm64_check.sh                  the essential part, and lints
+#     tools/arm64_check.sh all [CPU...]     the whole test suite, on these CPUs or on all three
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,9 +16,22 @@ step() {
 # two lack the first has tested, so there the ones they choose are enough.
 target=aarch64-unknown-linux-gnu
 arm64_cargo() { step tools/arm64.sh cargo "$1" --locked --target "$target" "${@:2}"; }
+
+if [ "${1:-}" = all ]; then
+    shift
+    [ $# -gt 0 ] || set -- max neoverse-n1 cortex-a53
+    for ARM64_CPU in "$@"; do
+        export ARM64_CPU
+        printf '\n==> %s\n' "$ARM64_CPU"
+        arm64_cargo test --workspace --no-fail-fast
+    done
+    exit
+fi
+
 say() { "$@" run -p "Once upon a time" -n 60 --temp 0; }
 
 export ARM64_CPU=max
+arm64_cargo clippy --workspace --all-targets -- -D warnings
 arm64_cargo test -p bitnet-kernels
 arm64_cargo test -p bitnet --test goldens --test stored_bits
 arm64_cargo build -p bitnet-cli

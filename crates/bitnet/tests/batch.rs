@@ -59,7 +59,10 @@ fn requests(engine: &Engine) -> Vec<(Vec<u32>, SamplerConfig, StopConditions)> {
         let prompt = engine.model().prompt(text, Specials::AsText).unwrap();
         for (config, stop) in [
             (SamplerConfig::greedy(), StopConditions { max_tokens: Some(3 * i), ..end.clone() }),
-            (SamplerConfig { seed: i as u64, ..SamplerConfig::default() }, StopConditions::default()),
+            (
+                SamplerConfig { seed: i as u64, ..SamplerConfig::default() },
+                if i % 3 == 0 { StopConditions::default() } else { end.clone() },
+            ),
             (SamplerConfig { seed: i as u64, ..SamplerConfig::default() }, formed(9_000, 2)),
             (SamplerConfig::greedy(), if i % 4 == 1 { always.clone() } else { formed(60, 50) }),
             (
@@ -123,17 +126,18 @@ fn request((prompt, config, stop): &(Vec<u32>, SamplerConfig, StopConditions)) -
 #[test]
 fn company_changes_nothing() {
     let gguf = common::gguf("demo");
-    for cache_type in [KvType::F32, KvType::F16, KvType::Q8] {
-        let mut single = engine(&gguf, 2, 512, 1, cache_type);
+    // Width, rows of a step, full contexts that the cache holds.
+    let ways = [(1, 1, 512, 1), (3, 8, 64, 2), (2, 3, 7, 3), (2, 16, 5, 16)];
+    for (cache_type, ways) in
+        [(KvType::F32, &ways[..]), (KvType::F16, &ways[1..2]), (KvType::Q8, &ways[2..3])]
+    {
+        let mut single = engine(&gguf, 1, 512, 1, cache_type);
         let requests = requests(&single);
         let expected: Vec<Told> = requests.iter().map(|request| alone(&mut single, request)).collect();
         let finishes = |want: fn(&FinishReason) -> bool| expected.iter().any(|(.., finish)| want(finish));
         assert!(finishes(|f| *f == FinishReason::Length) && finishes(|f| *f == FinishReason::ContextFull));
         assert!(finishes(|f| matches!(f, FinishReason::StopToken(_) | FinishReason::StopString(_))));
-        // Width, rows of a step, full contexts that the cache holds.
-        for (threads, width, max_rows, sequences) in
-            [(1, 1, 512, 1), (2, 3, 7, 3), (3, 8, 64, 2), (2, 16, 5, 16)]
-        {
+        for &(threads, width, max_rows, sequences) in ways {
             let mut batch = Batch::new(engine(&gguf, threads, max_rows, sequences, cache_type), width);
             let mut news = News::default();
             let mut ids = Vec::new();
@@ -186,8 +190,8 @@ fn what_prompts_have_in_common_is_computed_once() {
 
 #[test]
 fn a_fork_shares_pages_until_one_writes() {
-    let gguf = common::gguf("demo");
-    let tokens: Vec<u32> = (0..CONTEXT as u32).map(|i| 300 + i * 7 % 500).collect();
+    let gguf = common::gguf("gqa");
+    let tokens: Vec<u32> = (0..CONTEXT as u32).map(|i| 10 + i * 7 % 240).collect();
     let last = |engine: &mut Engine, sequence, tokens: &[u32]| {
         let wanted = Wanted::Last(Logits::Every);
         let logits = engine.feed(&[Feed { sequence, tokens, wanted }])?;

@@ -31,7 +31,7 @@ fn configs() -> Vec<SamplerConfig> {
 
 #[test]
 fn any_mask_is_exact() {
-    let mut engine = common::engine(&common::gguf("demo"), best(), 2, 512, 1);
+    let mut engine = common::engine(&common::gguf("demo"), best(), 1, 512, 1);
     let vocab = engine.model().config().vocab_size;
     let mut ends = Vec::new();
     for share in [0, 60, 900, 9_000, 40_000, 65_536] {

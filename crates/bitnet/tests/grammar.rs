@@ -101,7 +101,7 @@ fn json_satisfies_its_schema() {
     let (mut engine, vocabulary) = engine();
     let mut random = Random(1);
     let mut complete = 0;
-    for round in 0..60 {
+    for round in 0..36 {
         let schema = schema(&mut random, 3);
         let grammar =
             Grammar::json_schema(&schema.to_string()).unwrap_or_else(|error| panic!("{schema}: {error}"));
@@ -120,7 +120,7 @@ fn json_satisfies_its_schema() {
         let value = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{schema}: {text}: {error}"));
         assert!(satisfies(&schema, &value), "{schema}: {text}");
     }
-    assert!(complete >= 50, "only {complete} came to an end");
+    assert!(complete >= 30, "only {complete} came to an end");
 }
 
 /// The text of a grammar, which must come to an end.

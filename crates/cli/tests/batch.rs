@@ -1,6 +1,7 @@
 //! `bitnet batch` through the real binary: what it gives for a row, and that nothing that ends it costs or doubles one.
 #![allow(clippy::unwrap_used)] // in the helpers of tests too
 
+use assert_cmd::cargo::CommandCargoExt;
 use serde_json::{Value as Json, json};
 use std::fs;
 use std::io::Write;
@@ -29,7 +30,7 @@ impl Place {
         self.read(name).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
     fn spawn(&self, args: &[&str]) -> Child {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet"));
+        let mut command = Command::cargo_bin("bitnet").unwrap();
         command.current_dir(&self.0).args(args);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     }

@@ -89,12 +89,13 @@ fn completions_and_manual_pages_know_every_command() {
 #[cfg(unix)]
 mod terminal {
     use super::*;
+    use assert_cmd::cargo::CommandCargoExt;
     use rexpect::session::{PtySession, spawn_command};
     use std::process::Command;
 
     /// A chat on a terminal, with its files in `home`.
     fn chat(home: &Path, args: &[&str]) -> PtySession {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet"));
+        let mut command = Command::cargo_bin("bitnet").unwrap();
         command.args(["chat", "--temp", "0"]).args(args).env("XDG_STATE_HOME", home).env("HOME", home);
         command.current_dir(home).env("TERM", "xterm").env_remove("NO_COLOR");
         spawn_command(command, Some(60_000)).unwrap()
@@ -217,7 +218,7 @@ mod terminal {
         for (variable, value, coloured) in
             [("X", "1", true), ("NO_COLOR", "1", false), ("TERM", "dumb", false)]
         {
-            let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet"));
+            let mut command = Command::cargo_bin("bitnet").unwrap();
             command
                 .args(["chat", "--no-history"])
                 .env("TERM", "xterm")

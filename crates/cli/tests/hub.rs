@@ -4,6 +4,7 @@
 #[path = "../../bitnet/tests/hub_server/mod.rs"]
 mod hub_server;
 
+use assert_cmd::cargo::CommandCargoExt;
 use hub_server::{Manners, Server, noise, sha256};
 use std::fs;
 use std::path::Path;
@@ -15,7 +16,7 @@ const REPO: &str = "microsoft/bitnet-b1.58-2B-4T-gguf";
 
 /// The command with nothing of this machine's settings.
 fn command(home: &Path, endpoint: &str, args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet"));
+    let mut command = Command::cargo_bin("bitnet").unwrap();
     for (name, _) in std::env::vars() {
         let lower = name.to_lowercase();
         if lower.starts_with("hf_") || lower.contains("proxy") || lower == "xdg_cache_home" {

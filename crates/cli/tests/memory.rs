@@ -114,9 +114,9 @@ fn verbose_tells_what_was_taken() {
 fn the_system_counts_what_was_planned() {
     use bitnet::gguf::{TensorType, Writer};
     let resident = |model: &[&str]| {
-        let prompt = "once upon a time ".repeat(240);
+        let prompt = "once upon a time ".repeat(60);
         let (_, stderr, code) =
-            bitnet(&prompt, &[&["run", "-n", "1", "--verbose", "-c", "1024"], model].concat());
+            bitnet(&prompt, &[&["run", "-n", "1", "--verbose", "-c", "256"], model].concat());
         assert_eq!(code, 0, "{stderr}");
         let after = stderr.split("the system counted ").nth(1).unwrap();
         let mut words = after.split([' ', ',']);
@@ -158,7 +158,7 @@ fn the_system_counts_what_was_planned() {
     }
     data.finish().unwrap();
     let plan = |model: &[&str]| {
-        let all = json(&[&["inspect", "--json", "-c", "1024"], model].concat());
+        let all = json(&[&["inspect", "--json", "-c", "256"], model].concat());
         all["memory"]["total_bytes"].as_u64().unwrap()
     };
     let large = [text(&path)];

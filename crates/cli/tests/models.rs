@@ -1,13 +1,14 @@
 //! `convert`, `verify` and `doctor` as a user runs them.
 #![allow(clippy::unwrap_used)] // in the helpers of tests too
 
+use assert_cmd::cargo::CommandCargoExt;
 use std::fs;
 use std::process::{Command, Output};
 
 /// stdout and stderr of a command that must end with this code.
 fn bitnet(args: &[&str], code: i32) -> (String, String) {
     let Output { status, stdout, stderr } =
-        Command::new(env!("CARGO_BIN_EXE_bitnet")).args(args).output().unwrap();
+        Command::cargo_bin("bitnet").unwrap().args(args).output().unwrap();
     let (stdout, stderr) = (String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap());
     assert_eq!(status.code(), Some(code), "{args:?}: {stderr}");
     (stdout, stderr)

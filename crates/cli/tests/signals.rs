@@ -2,6 +2,7 @@
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used)] // in the helpers of tests too
 
+use assert_cmd::cargo::CommandCargoExt;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -11,7 +12,7 @@ use std::time::Duration;
 
 /// Slow enough not to be done before the signal comes.
 fn spawn(args: &[&str]) -> Child {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet"));
+    let mut command = Command::cargo_bin("bitnet").unwrap();
     command.args(args).args(["--kernels", "scalar", "-t", "1"]);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
@@ -74,7 +75,7 @@ fn an_interrupt_ends_a_chat_that_waits_for_its_pipe_and_keeps_its_cache() {
     let folder = tempfile::tempdir().unwrap();
     let cache = folder.path().join("cache");
     for signal in ["-INT", "-TERM"] {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet"));
+        let mut command = Command::cargo_bin("bitnet").unwrap();
         command.args(["chat", "-n", "3", "--prompt-cache", text(&cache)]);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let mut stdin = child.stdin.take().unwrap();
@@ -113,7 +114,7 @@ fn signals_leave_a_whole_prompt_cache_or_none() {
     let (prompt, cache) = (folder.path().join("prompt.txt"), folder.path().join("cache"));
     fs::write(&prompt, "once upon a time ".repeat(500)).unwrap();
     let run = |n: &str| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet"));
+        let mut command = Command::cargo_bin("bitnet").unwrap();
         command.args(["run", "-f", text(&prompt), "-c", "4096", "--ignore-eos", "-n", n, "--prompt-cache"]);
         command.arg(&cache).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.spawn().unwrap()

@@ -142,7 +142,7 @@ macro_rules! kernels {
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn finish_columns(sums: &[i32], stride: usize, bias: i32, factor: f32, out: &mut [f32]) {
-                columns::finish(sums, stride, bias, factor, out);
+                columns::finish($isa, sums, stride, bias, factor, out);
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn head_rows(

@@ -37,6 +37,8 @@ pub(crate) trait Isa: Copy {
     const TILES: bool = false;
     /// Rows of a float tile of four tokens: 4, or 1 where sixty-four sums of four lanes are more than the registers hold.
     const HEAD_ROWS: usize = 4;
+    /// The powers of two by which [`Isa::add_columns`] leaves the sums of each field too large.
+    const COLUMN_SHIFTS: [u32; 4] = [6, 4, 2, 0];
 
     /// Asks for the cache line at `p`, which need not be readable.
     fn prefetch(self, p: *const u8);

@@ -33,8 +33,8 @@ pub const fn column_bytes(rows: usize) -> usize {
     rows.div_ceil(CHUNK) * (CHUNK / 4)
 }
 
-/// Adds the columns `list` of `w`, each times its code in `q`, to `sums`, one for each stored output. The sums of field f
-/// are `4^(3 - f)` times what they should be: [`finish`] divides.
+/// Adds the columns `list` of `w`, each times its code in `q`, to `sums`, one for each stored output. The sums of a field are
+/// too large by [`Isa::COLUMN_SHIFTS`]: [`finish`] divides.
 #[inline(always)]
 pub(crate) fn add_columns<I: Isa>(
     isa: I,
@@ -64,11 +64,11 @@ pub(crate) fn add_columns<I: Isa>(
     }
 }
 
-/// out = (sum / 4^(3 - field) - bias) * factor, where each thread's sums are at the front of a piece of `stride` sums.
+/// out = (sum / 2^shift - bias) * factor, where each thread's sums are at the front of a piece of `stride` sums.
 #[inline(always)]
-pub(crate) fn finish(sums: &[i32], stride: usize, bias: i32, factor: f32, out: &mut [f32]) {
+pub(crate) fn finish<I: Isa>(_: I, sums: &[i32], stride: usize, bias: i32, factor: f32, out: &mut [f32]) {
     for (block, out) in out.chunks_mut(64).enumerate() {
-        let shift = 6 - 2 * (block as u32 % 4);
+        let shift = I::COLUMN_SHIFTS[block % 4];
         let mut total = [0; 64];
         for part in sums.chunks(stride) {
             for (total, sum) in total.iter_mut().zip(&part[64 * block..][..64]) {

@@ -6,51 +6,95 @@ use crate::attention::FETCH;
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-/// One row and one token. The fields of the low six bits are multiplied where they stand in the byte (as 1, 4 or 16 times the
-/// code, so at most 32), each into sums of its own, and only these are shifted: a field costs one instruction to take
-/// out. A lane of int32 grows by at most 8 * 32 * 128 in each sum of a chunk, which stays below 2^31 for rows of sixteen
-/// million weights.
+/// R rows, one after the other so that memory is read as one stream, and T tokens, N at a time.
 ///
 /// # Safety
-/// Needs the extensions of `LEVEL`, 64 `chunks` bytes in `w` and 256 `chunks` codes in `a`.
+/// As [`dot`].
 #[inline(always)]
-pub(super) unsafe fn dot<const LEVEL: u8>(w: &[u8], ahead: *const u8, a: &[i8], chunks: usize) -> i32 {
-    // A chunk adds two products from -128 * 32 to 127 * 32 to a lane, so those of four chunks fit int16.
-    let block = if LEVEL == BASE { 4 } else { chunks };
+pub(super) unsafe fn dots<const LEVEL: u8, const R: usize, const T: usize, const N: usize>(
+    w: [&[u8]; R],
+    ahead: [*const u8; R],
+    a: [&[i8]; T],
+    chunks: usize,
+    out: &mut [[i32; R]; T],
+) {
+    for t in (0..T).step_by(N) {
+        // The last ones may have company of the last alone.
+        let mut some = [a[t]; N];
+        for i in 1..N {
+            some[i] = a[(t + i).min(T - 1)];
+        }
+        for r in 0..R {
+            // SAFETY: the caller's contract, handed on.
+            let dots = unsafe { dot::<LEVEL, N>(w[r], ahead[r], some, chunks) };
+            for i in 0..N.min(T - t) {
+                out[t + i][r] = dots[i];
+            }
+        }
+    }
+}
+
+/// One row and T tokens, each with as many codes. The fields of the low six bits are multiplied where they stand in
+/// the byte (as 1, 4 or 16 times the code, so at most 32), each into sums of its own, and only these are shifted: a field
+/// costs one instruction to take out. A lane of int32 grows by at most 8 * 32 * 128 in each sum of a chunk, which stays
+/// below 2^31 for rows of sixteen million weights.
+///
+/// # Safety
+/// Needs the extensions of `LEVEL`, 64 `chunks` bytes in `w` and 256 `chunks` codes in each `a`. In base NEON T must be 1.
+#[inline(always)]
+unsafe fn dot<const LEVEL: u8, const T: usize>(
+    w: &[u8],
+    ahead: *const u8,
+    a: [&[i8]; T],
+    chunks: usize,
+) -> [i32; T] {
+    // Two sums a field, taken in turn, hide the latency of each where there are no other tokens to do it.
+    let turns = if T == 1 { 2 } else { 1 };
+    // A chunk adds two products of at most 32 * 128 to a lane of field 1, so those of four chunks fit int16, and those of
+    // sixteen chunks in the other fields.
+    let (few, many) = if LEVEL == BASE { (4, 16) } else { (chunks, chunks) };
     // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256; the extensions are the caller's.
     unsafe {
         let masks = [vdupq_n_u8(0x30), vdupq_n_u8(0x0c), vdupq_n_u8(0x03)];
-        let mut fields = [vdupq_n_s32(0); 4];
+        let mut fields = [[vdupq_n_s32(0); 4]; T];
         let mut c = 0;
         while c < chunks {
-            // Two sums a field, taken in turn, hide the latency of each.
-            let mut sums = [[Sum::<LEVEL>::zero(); 2]; 4];
-            for c in c..(c + block).min(chunks) {
-                ask(ahead.wrapping_add(64 * c));
-                for i in 0..4 {
-                    let v = vld1q_u8(w.as_ptr().add(64 * c + 16 * i));
-                    let codes = [
-                        vshrq_n_u8::<6>(v),
-                        vandq_u8(v, masks[0]),
-                        vandq_u8(v, masks[1]),
-                        vandq_u8(v, masks[2]),
-                    ];
-                    for field in 0..4 {
-                        let q = vld1q_s8(a.as_ptr().add(256 * c + 64 * field + 16 * i));
-                        sums[field][i % 2].add(codes[field], q);
+            let mut sums = [[[Sum::<LEVEL>::zero(); 2]; 4]; T];
+            let end = (c + many).min(chunks);
+            while c < end {
+                for c in c..(c + few).min(end) {
+                    ask(ahead.wrapping_add(64 * c));
+                    for i in 0..4 {
+                        let v = vld1q_u8(w.as_ptr().add(64 * c + 16 * i));
+                        for field in 0..4 {
+                            let codes = field_of(v, field, masks);
+                            for t in 0..T {
+                                let q = vld1q_s8(a[t].as_ptr().add(256 * c + 64 * field + 16 * i));
+                                sums[t][field][i % turns].add(codes, q);
+                            }
+                        }
+                    }
+                }
+                c += few;
+                for t in 0..T {
+                    for turn in 0..2 {
+                        sums[t][1][turn].drain(&mut fields[t][1]);
                     }
                 }
             }
-            for field in 0..4 {
-                for sum in sums[field] {
-                    fields[field] = vaddq_s32(fields[field], sum.lanes());
+            for t in 0..T {
+                for field in [0, 2, 3] {
+                    for turn in 0..2 {
+                        sums[t][field][turn].drain(&mut fields[t][field]);
+                    }
                 }
             }
-            c += block;
         }
         // Exact shifts: a field's lane is a multiple of its place.
-        let inner = vaddq_s32(vshrq_n_s32::<4>(fields[1]), vshrq_n_s32::<2>(fields[2]));
-        vaddvq_s32(vaddq_s32(inner, vaddq_s32(fields[0], fields[3])))
+        fields.map(|fields| {
+            let inner = vaddq_s32(vshrq_n_s32::<4>(fields[1]), vshrq_n_s32::<2>(fields[2]));
+            vaddvq_s32(vaddq_s32(inner, vaddq_s32(fields[0], fields[3])))
+        })
     }
 }
 
@@ -71,9 +115,9 @@ pub(super) unsafe fn nibbles<const LEVEL: u8>(
     unsafe {
         let mask = vdupq_n_u8(15);
         let mut planes = [vdupq_n_s32(0); 2];
+        let mut sums = [[Sum::<LEVEL>::zero(); 4]; 2];
         let mut c = 0;
         while c < chunks {
-            let mut sums = [[Sum::<LEVEL>::zero(); 4]; 2];
             for c in c..(c + block).min(chunks) {
                 ask(ahead.wrapping_add(64 * c));
                 for i in 0..4 {
@@ -87,12 +131,12 @@ pub(super) unsafe fn nibbles<const LEVEL: u8>(
                     }
                 }
             }
+            c += block;
             for plane in 0..2 {
-                for sum in sums[plane] {
-                    planes[plane] = vaddq_s32(planes[plane], sum.lanes());
+                for turn in 0..4 {
+                    sums[plane][turn].drain(&mut planes[plane]);
                 }
             }
-            c += block;
         }
         planes.map(|plane| vaddvq_s32(plane))
     }
@@ -150,10 +194,21 @@ pub(super) unsafe fn split<const LEVEL: u8>(
     }
 }
 
+/// The codes of a field, times 1, 16, 4 or 1: those of the low six bits stay where they stand in the byte, so that each
+/// field costs one instruction. `masks` are those of the last three.
+///
+/// # Safety
+/// None beyond NEON, which every CPU of this target has.
+#[inline(always)]
+unsafe fn field_of(v: uint8x16_t, field: usize, masks: [uint8x16_t; 3]) -> uint8x16_t {
+    // SAFETY: no memory is touched.
+    unsafe { if field == 0 { vshrq_n_u8::<6>(v) } else { vandq_u8(v, masks[field - 1]) } }
+}
+
 /// Eight columns by `sdot`.
 ///
 /// # Safety
-/// Needs dotprod, and i8mm where `i8mm` is true; `chunks` chunks in each column and 256 `chunks` sums.
+/// Needs dotprod, `chunks` chunks in each column and 256 `chunks` sums.
 #[inline(always)]
 pub(super) unsafe fn columns_sdot(
     columns: [&[u8]; GROUP],
@@ -161,12 +216,11 @@ pub(super) unsafe fn columns_sdot(
     q: [i8; GROUP],
     chunks: usize,
     sums: &mut [i32],
-    i8mm: bool,
 ) {
     // SAFETY: chunk c < chunks reads bytes below 64 c + 64 of a column and sums below 256 c + 256; the extensions are the
     // caller's.
     unsafe {
-        let masks = [vdupq_n_u8(0xc0), vdupq_n_u8(0x30), vdupq_n_u8(0x0c), vdupq_n_u8(0x03)];
+        let masks = [vdupq_n_u8(0x30), vdupq_n_u8(0x0c), vdupq_n_u8(0x03)];
         let mut factors = [vdupq_n_s32(0); 2];
         for quad in 0..2 {
             factors[quad] = vdupq_n_s32(q.as_ptr().add(4 * quad).cast::<i32>().read_unaligned());
@@ -191,21 +245,9 @@ pub(super) unsafe fn columns_sdot(
                     for field in 0..4 {
                         let out = sums.as_mut_ptr().add(256 * c + 64 * field + 16 * x + 4 * lane);
                         let mut sum = vld1q_s32(out);
-                        if i8mm {
-                            for quad in 0..2 {
-                                dot!("usdot", sum, vandq_u8(v[quad][x], masks[field]), factors[quad]);
-                            }
-                        } else if field == 0 {
-                            // Twice 64 is not a signed byte: this field is shifted down, and its sum up again.
-                            let mut ones = vdupq_n_s32(0);
-                            for quad in 0..2 {
-                                dot!("sdot", ones, vshrq_n_u8::<6>(v[quad][x]), factors[quad]);
-                            }
-                            sum = vaddq_s32(sum, vshlq_n_s32::<6>(ones));
-                        } else {
-                            for quad in 0..2 {
-                                dot!("sdot", sum, vandq_u8(v[quad][x], masks[field]), factors[quad]);
-                            }
+                        for quad in 0..2 {
+                            let codes = field_of(v[quad][x], field, masks);
+                            dot!("sdot", sum, codes, factors[quad]);
                         }
                         vst1q_s32(out, sum);
                     }
@@ -244,9 +286,8 @@ pub(super) unsafe fn columns_base(
                 macro_rules! columns {
                     ($($i:literal)+) => {$(
                         let v = vld1q_u8(columns[$i].as_ptr().add(64 * c + 16 * lane));
-                        products[0].add(vshrq_n_u8::<6>(v), factors[$i]);
-                        for field in 1..4 {
-                            products[field].add(vandq_u8(v, masks[field - 1]), factors[$i]);
+                        for field in 0..4 {
+                            products[field].add(field_of(v, field, masks), factors[$i]);
                         }
                     )+};
                 }
@@ -256,10 +297,8 @@ pub(super) unsafe fn columns_base(
                         let half = products[field].narrow[x / 2];
                         let out = sums.as_mut_ptr().add(256 * c + 64 * field + 16 * x + 4 * lane);
                         let sum = vld1q_s32(out);
-                        let sum = match (field, x % 2) {
-                            (0, 0) => vmlal_n_s16(sum, vget_low_s16(half), 64),
-                            (0, _) => vmlal_high_n_s16(sum, half, 64),
-                            (_, 0) => vaddw_s16(sum, vget_low_s16(half)),
+                        let sum = match x % 2 {
+                            0 => vaddw_s16(sum, vget_low_s16(half)),
                             _ => vaddw_high_s16(sum, half),
                         };
                         vst1q_s32(out, sum);

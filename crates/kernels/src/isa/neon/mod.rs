@@ -46,7 +46,6 @@ macro_rules! each {
 /// An instruction `$op` that adds to the sums `$sum` what it makes of `$a` and `$b`, with a fourth argument of that lane of `$b`.
 ///
 /// - `sdot`: to each lane of four four products of int8. Needs dotprod.
-/// - `usdot`: as `sdot`, `$a` being unsigned. Needs i8mm.
 /// - `smmla`: `$a` and `$b` are two rows of eight int8 each; to lane 2 i + j row i of `$a` times row j of `$b`. Needs i8mm.
 macro_rules! dot {
     ($op:literal, $sum:expr, $a:expr, $b:expr, $lane:expr) => {
@@ -67,7 +66,7 @@ macro_rules! dot {
 use dot;
 
 /// Sums of products of bytes: of four each in a lane of int32 by `sdot`, or of one each in sixteen lanes of int16, which the
-/// caller takes away with [`Sum::lanes`] before they overflow.
+/// caller takes away before they overflow.
 #[derive(Clone, Copy)]
 struct Sum<const LEVEL: u8> {
     wide: int32x4_t,
@@ -115,6 +114,18 @@ impl<const LEVEL: u8> Sum<LEVEL> {
             }
         }
     }
+    /// Takes the sums away and adds them to the four of `wide`, whichever to each.
+    #[inline(always)]
+    unsafe fn drain(&mut self, wide: &mut int32x4_t) {
+        // SAFETY: as said above.
+        unsafe {
+            *wide = match LEVEL {
+                BASE => vpadalq_s16(vpadalq_s16(*wide, self.narrow[0]), self.narrow[1]),
+                _ => vaddq_s32(*wide, self.wide),
+            };
+            *self = Self::zero();
+        }
+    }
     /// The sums of each four products.
     #[inline(always)]
     unsafe fn lanes(self) -> int32x4_t {
@@ -133,6 +144,8 @@ impl<const LEVEL: u8> Isa for Neon<LEVEL> {
     // Base NEON sums in int16 and needs two registers where the others need one.
     const PANEL_TOKENS: usize = if LEVEL == BASE { 4 } else { 8 };
     const HEAD_ROWS: usize = 1;
+    // Twice 64 is not a signed byte, so the first field is shifted down; the others stay in their place.
+    const COLUMN_SHIFTS: [u32; 4] = [0, 4, 2, 0];
 
     #[inline(always)]
     fn prefetch(self, p: *const u8) {
@@ -239,12 +252,31 @@ impl<const LEVEL: u8> Isa for Neon<LEVEL> {
     }
     #[inline(always)]
     fn dot_rows<const R: usize>(self, w: [&[u8]; R], ahead: [*const u8; R], a: &[i8]) -> [i32; R] {
-        let chunks = row_chunks(w, a);
-        let mut dots = [0; R];
-        // Row after row, so that memory is read as one stream.
-        for r in 0..R {
-            // SAFETY: the CPU has the extensions, as `self` proves, and the lengths were checked above.
-            dots[r] = unsafe { integer::dot::<LEVEL>(w[r], ahead[r], a, chunks) };
+        let [dots] = self.dot_tile(w, ahead, [a]);
+        dots
+    }
+    #[inline(always)]
+    fn dot_tile<const R: usize, const T: usize>(
+        self,
+        w: [&[u8]; R],
+        ahead: [*const u8; R],
+        a: [&[i8]; T],
+    ) -> [[i32; R]; T] {
+        let chunks = row_chunks(w, a[0]);
+        for a in a {
+            assert_eq!(a.len(), 256 * chunks);
+        }
+        let mut dots = [[0; R]; T];
+        // SAFETY: the CPU has the extensions, as `self` proves, and the lengths were checked above.
+        unsafe {
+            match T {
+                // Base NEON takes most of its time for products, not for the codes that tokens could share.
+                _ if LEVEL == BASE => integer::dots::<LEVEL, R, T, 1>(w, ahead, a, chunks, &mut dots),
+                1 => integer::dots::<LEVEL, R, T, 1>(w, ahead, a, chunks, &mut dots),
+                2 => integer::dots::<LEVEL, R, T, 2>(w, ahead, a, chunks, &mut dots),
+                3 | 5 | 6 => integer::dots::<LEVEL, R, T, 3>(w, ahead, a, chunks, &mut dots),
+                _ => integer::dots::<LEVEL, R, T, 4>(w, ahead, a, chunks, &mut dots),
+            }
         }
         dots
     }
@@ -300,7 +332,7 @@ impl<const LEVEL: u8> Isa for Neon<LEVEL> {
         unsafe {
             match LEVEL {
                 BASE => integer::columns_base(columns, ahead, q, chunks, sums),
-                _ => integer::columns_sdot(columns, ahead, q, chunks, sums, LEVEL == I8MM),
+                _ => integer::columns_sdot(columns, ahead, q, chunks, sums),
             }
         }
     }
