@@ -154,37 +154,19 @@ pub struct Report {
 }
 
 /// Why a model was not converted. Every message is one line.
+#[allow(missing_docs)] // the names and messages of the fields say it all
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConvertError {
     /// The system refused something.
     #[error("{file}: cannot {action}: {error}")]
-    Io {
-        /// The file.
-        file: String,
-        /// "open", "read" or "write".
-        action: &'static str,
-        /// The system's reason.
-        error: io::Error,
-    },
+    Io { file: String, action: &'static str, error: io::Error },
     /// The input is broken, or not one that can be converted; the fault is in the file.
     #[error("{file}: {thing}: {problem}")]
-    Checkpoint {
-        /// The file.
-        file: String,
-        /// The key or tensor.
-        thing: String,
-        /// What was found, and what was expected.
-        problem: String,
-    },
+    Checkpoint { file: String, thing: String, problem: String },
     /// The vocabulary is broken, or needs another tokenizer.
     #[error("{file}: {error}")]
-    Tokenizer {
-        /// The file.
-        file: String,
-        /// What is wrong with it.
-        error: TokenizerError,
-    },
+    Tokenizer { file: String, error: TokenizerError },
     /// The caller's `progress` ended it.
     #[error("cancelled")]
     Cancelled,
@@ -193,12 +175,7 @@ pub enum ConvertError {
     Gguf(#[from] bitnet_gguf::Error),
     /// What was written does not read as it should; the fault is the disk's or the program's.
     #[error("{file}: tensor {tensor:?} does not read as it was written; the file was thrown away")]
-    Verify {
-        /// The file.
-        file: String,
-        /// The tensor.
-        tensor: String,
-    },
+    Verify { file: String, tensor: String },
 }
 
 impl ConvertError {

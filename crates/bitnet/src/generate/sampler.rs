@@ -80,32 +80,18 @@ pub struct SamplerConfigError {
 }
 
 /// Why no token could be chosen.
+#[allow(missing_docs)] // the names and messages of the fields say it all
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum SampleError {
     /// The model computed garbage, or a bias or penalty overflowed.
     #[error("the logit of token {id} is {value}; expected a finite number or negative infinity")]
-    Logit {
-        /// The first such token.
-        id: usize,
-        /// NaN or infinity.
-        value: f32,
-    },
+    Logit { id: usize, value: f32 },
     /// Every logit is negative infinity, or there is none.
     #[error("none of {n_vocab} tokens is allowed: each logit is negative infinity")]
-    NothingAllowed {
-        /// Number of logits.
-        n_vocab: usize,
-    },
+    NothingAllowed { n_vocab: usize },
     /// A token of the history or of `logit_bias` that has no logit; the caller's fault.
     #[error("{what} has token {id}; there are {n_vocab} logits")]
-    UnknownToken {
-        /// "the history" or "logit_bias".
-        what: &'static str,
-        /// The token.
-        id: u32,
-        /// Number of logits.
-        n_vocab: usize,
-    },
+    UnknownToken { what: &'static str, id: u32, n_vocab: usize },
 }
 
 /// Chooses tokens; its only state is that of the random numbers, of which each token not chosen greedily takes one.

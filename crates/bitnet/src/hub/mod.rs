@@ -68,74 +68,34 @@ pub struct Pulled {
 }
 
 /// Why a model was not found or downloaded. Every message is one line.
+#[allow(missing_docs)] // the names and messages of the fields say it all
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HubError {
     /// The caller's name is none.
     #[error("{name}: {problem}")]
-    Name {
-        /// As it was given.
-        name: String,
-        /// What is wrong, and what was expected.
-        problem: String,
-    },
+    Name { name: String, problem: String },
     /// The repository does not hold what was asked for, or more than one of it.
     #[error("{repo}: {problem}")]
-    Repo {
-        /// Owner and name.
-        repo: String,
-        /// What it holds.
-        problem: String,
-    },
+    Repo { repo: String, problem: String },
     /// No answer came: no network, or the server is down.
     #[error("{url}: no connection: {cause}")]
-    Unreachable {
-        /// What was tried.
-        url: String,
-        /// The last failure.
-        cause: String,
-    },
+    Unreachable { url: String, cause: String },
     /// The server refused.
     #[error("{url}: HTTP status {status}: {problem}")]
-    Status {
-        /// What was asked.
-        url: String,
-        /// Its answer.
-        status: u16,
-        /// What this means, and what to do.
-        problem: String,
-    },
+    Status { url: String, status: u16, problem: String },
     /// The server's answer makes no sense; nothing of it was kept.
     #[error("{url}: {problem}")]
-    Server {
-        /// What was asked.
-        url: String,
-        /// What came, and what was expected.
-        problem: String,
-    },
+    Server { url: String, problem: String },
     /// The bytes are not those that the repository has; they were thrown away.
     #[error("{file}: the checksum is {found}, expected {expected}; the download was thrown away")]
-    Checksum {
-        /// The file in its repository.
-        file: String,
-        /// The repository's.
-        expected: String,
-        /// That of what came.
-        found: String,
-    },
+    Checksum { file: String, expected: String, found: String },
     /// The network is needed and not to be used.
     #[error("{0}: not in the cache, and HF_HUB_OFFLINE forbids the network")]
     Offline(String),
     /// The system refused something.
     #[error("{path}: cannot {action}: {error}")]
-    Io {
-        /// The file or folder.
-        path: String,
-        /// A verb.
-        action: &'static str,
-        /// The system's reason.
-        error: io::Error,
-    },
+    Io { path: String, action: &'static str, error: io::Error },
 }
 
 impl HubError {
