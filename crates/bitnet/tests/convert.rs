@@ -7,6 +7,7 @@ use std::path::Path;
 
 use bitnet::convert::{ConvertError, HeadType, Options, Progress, Report, convert as convert_to};
 use bitnet::gguf::{Gguf, TensorType};
+use bitnet::kernels::half::{bf16_to_f32, f32_to_bf16, f32_to_f16};
 use bitnet::kernels::ternary::pack::unpack_i2s;
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -73,8 +74,8 @@ fn safetensors(tensors: &Tensors) -> Vec<u8> {
         for &x in values {
             match *dtype {
                 "F32" => data.extend(x.to_le_bytes()),
-                "F16" => data.extend(half::f16::from_f32(x).to_le_bytes()),
-                "BF16" => data.extend(half::bf16::from_f32(x).to_le_bytes()),
+                "F16" => data.extend(f32_to_f16(x).to_le_bytes()),
+                "BF16" => data.extend(f32_to_bf16(x).to_le_bytes()),
                 _ => data.push(x as u8),
             }
         }
@@ -174,11 +175,8 @@ fn a_checkpoint_becomes_a_file() {
     check(&gguf, &tensors);
     let embedding = gguf.tensor("token_embd.weight").unwrap();
     assert_eq!((embedding.ty, &embedding.dims[..]), (TensorType::F16, &[HIDDEN, VOCAB][..]));
-    let halves: Vec<u8> = tensors["model.embed_tokens.weight"]
-        .2
-        .iter()
-        .flat_map(|&x| half::f16::from_f32(x).to_le_bytes())
-        .collect();
+    let halves: Vec<u8> =
+        tensors["model.embed_tokens.weight"].2.iter().flat_map(|&x| f32_to_f16(x).to_le_bytes()).collect();
     assert_eq!(gguf.tensor_bytes(embedding), halves);
 
     assert_eq!(report.architecture, "bitnet-b1.58");
@@ -236,7 +234,7 @@ fn variants_of_the_configuration() {
         tensors.insert(name, ("F32", vec![64], vec![1.0; 64]));
     }
     // Exact in bf16 and not in f16.
-    let head = vec![1e-7; (VOCAB * HIDDEN) as usize].into_iter().map(|x| half::bf16::from_f32(x).to_f32());
+    let head = vec![1e-7; (VOCAB * HIDDEN) as usize].into_iter().map(|x| bf16_to_f32(f32_to_bf16(x)));
     tensors.insert("lm_head.weight".into(), ("BF16", vec![VOCAB, HIDDEN], head.collect()));
     let (_, gguf) = convert(&folder(&config, &tensors), HeadType::Auto).unwrap();
     check(&gguf, &tensors);

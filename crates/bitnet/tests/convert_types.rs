@@ -3,6 +3,7 @@
 
 use bitnet::convert::{ConvertError, HeadType, Options, Report, TernaryType, Trits, convert};
 use bitnet::gguf::{Gguf, TensorType, Value, ValueType, Writer};
+use bitnet::kernels::half::{f32_to_bf16, f32_to_f16};
 use bitnet::kernels::ternary::pack::{pack_i2s, tail, unpack_i2s};
 use bitnet::kernels::{Compute, Logits, best};
 use bitnet::model::{Model, Strategy};
@@ -68,7 +69,7 @@ fn model_of(path: &Path, architecture: &str, factor: Option<f32>) {
     writer.tensor("output_norm.weight", &[256], TensorType::F32).unwrap();
     let mut data = writer.create().unwrap();
     let head = (0..256 * 40)
-        .flat_map(|_| half::f16::from_f32((random(&mut state) % 2001) as f32 / 1000.0 - 1.0).to_le_bytes());
+        .flat_map(|_| f32_to_f16((random(&mut state) % 2001) as f32 / 1000.0 - 1.0).to_le_bytes());
     data.tensor("token_embd.weight", &head.collect::<Vec<u8>>()).unwrap();
     for (i, (part, columns, rows)) in ternary.into_iter().enumerate() {
         let zero = part == "attn_k";
@@ -144,7 +145,7 @@ fn a_scale_that_another_program_changed_counts() {
     drop(gguf);
     let mut bytes = fs::read(path("tq2.gguf")).unwrap();
     for block in bytes[start..end].chunks_exact_mut(66) {
-        block[64..].copy_from_slice(&half::f16::from_f32(2.0).to_le_bytes());
+        block[64..].copy_from_slice(&f32_to_f16(2.0).to_le_bytes());
     }
     fs::write(path("tq2.gguf"), &bytes).unwrap();
     to(&path("tq2.gguf"), &path("back.gguf"), TernaryType::I2_S, HeadType::Auto).unwrap();
@@ -157,7 +158,7 @@ fn a_scale_that_another_program_changed_counts() {
     assert_eq!((scale("blk.0.ffn_up.weight"), scale("blk.0.attn_q.weight")), (2.0, 0.1));
 
     // Blocks of different scales are no BitNet's.
-    bytes[end - 2..end].copy_from_slice(&half::f16::from_f32(3.0).to_le_bytes());
+    bytes[end - 2..end].copy_from_slice(&f32_to_f16(3.0).to_le_bytes());
     fs::write(path("tq2.gguf"), &bytes).unwrap();
     let error =
         to(&path("tq2.gguf"), &path("no.gguf"), TernaryType::I2_S, HeadType::Auto).unwrap_err().to_string();
@@ -305,7 +306,7 @@ fn packed_checkpoints_keep_their_weights_and_scales() {
                 .map(|k| (0..4).fold(0, |byte, i| byte | ((trits[i * quarter + k] + 1) as u8) << (2 * i)))
                 .collect();
             add(format!("model.layers.0.{hf}.weight"), "U8", &[rows / 4, columns], &packed);
-            let bf16 = half::bf16::from_f32(scale).to_le_bytes();
+            let bf16 = f32_to_bf16(scale).to_le_bytes();
             add(format!("model.layers.0.{hf}.weight_scale"), "BF16", &[1], &bf16);
             trits_by_name.push((format!("blk.0.{ours}.weight"), trits));
         }

@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use bitnet_gguf::{Gguf, TensorInfo, TensorType, Value, ValueType, Writer};
+use bitnet_kernels::half::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 use bitnet_kernels::ternary::pack;
 
 use super::output::{Output, decode, encode};
@@ -160,31 +161,29 @@ fn decodable(ty: TensorType) -> bool {
 
 /// Whether a value can be stored in a type of floats or of blocks with f16 scales.
 pub(super) fn fits(x: f32, ty: TensorType) -> bool {
-    match ty {
-        TensorType::F16 => half::f16::from_f32(x).is_finite(),
-        TensorType::BF16 => half::bf16::from_f32(x).is_finite(),
-        TensorType::Q8_0 => half::f16::from_f32(x / 127.0).is_finite(),
-        TensorType::Q6_K => half::f16::from_f32(x / 4096.0).is_finite(),
-        _ => x.is_finite(),
-    }
+    let is_half = |x: f32| f16_to_f32(f32_to_f16(x)).is_finite();
+    x.is_finite()
+        && match ty {
+            TensorType::F16 => is_half(x),
+            TensorType::BF16 => bf16_to_f32(f32_to_bf16(x)).is_finite(),
+            TensorType::Q8_0 => is_half(x / 127.0),
+            TensorType::Q6_K => is_half(x / 4096.0),
+            _ => true,
+        }
 }
 
-/// Refuses rows that do not fill the blocks of a type.
-fn check_columns(gguf: &Gguf, tensor: &TensorInfo, ty: TensorType) -> Result<(), ConvertError> {
-    let columns = tensor.dims[0];
-    let problem = match row_format(ty) {
-        Some(format) if !columns.is_multiple_of(format.block() as u64) => {
-            format!(
-                "rows of {columns} weights do not fill the blocks of {} of {ty}: use I2_S",
-                format.block()
-            )
-        }
-        None if !tensor.n_elements().is_multiple_of(pack::BLOCK as u64) => {
-            format!("{} weights do not fill the blocks of 128 of I2_S", tensor.n_elements())
-        }
-        _ => return Ok(()),
+/// Why a matrix of these dimensions, the fastest first, does not fill the blocks of a type of ternary weights.
+pub(super) fn misfit(dims: &[u64], ty: TensorType) -> Option<String> {
+    let (block, weights, rows, hint) = match row_format(ty) {
+        Some(format) => (format.block(), dims[0], "rows of ", ": use I2_S"),
+        None => (pack::BLOCK, dims.iter().product(), "", ""),
     };
-    Err(error(gguf, tensor, problem))
+    (!weights.is_multiple_of(block as u64))
+        .then(|| format!("{rows}{weights} weights do not fill the blocks of {block} of {ty}{hint}"))
+}
+
+fn check_columns(gguf: &Gguf, tensor: &TensorInfo, ty: TensorType) -> Result<(), ConvertError> {
+    misfit(&tensor.dims, ty).map_or(Ok(()), |problem| Err(error(gguf, tensor, problem)))
 }
 
 fn error(gguf: &Gguf, tensor: &TensorInfo, problem: impl Into<String>) -> ConvertError {

@@ -4,15 +4,15 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use bitnet_gguf::{TensorType, Value, Writer};
-use bitnet_kernels::ternary::pack;
+use bitnet_kernels::half::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 
 use super::checkpoint::{Checkpoint, Tensor};
 use super::config::{Family, HfConfig, ScaleDirection};
-use super::gguf::{fits, write_scales};
+use super::gguf::{fits, misfit, write_scales};
 use super::output::{Output, decode, encode};
 use super::vocab::HfTokenizer;
 use super::{ConvertError, HeadType, Meter, Options, Progress, Report};
-use crate::model::stored::{Pairs, row_format};
+use crate::model::stored::Pairs;
 
 pub(super) fn to_gguf(
     dir: &Path,
@@ -181,22 +181,10 @@ impl Part<'_> {
 
     /// Refuses weights that do not fill the blocks of a type.
     fn check(&self, ty: TensorType) -> Result<(), ConvertError> {
-        let n: u64 = self.dims().iter().product();
-        let problem = match row_format(ty) {
-            _ if matches!(self.kind, Kind::Norm | Kind::Embedding) => return Ok(()),
-            None if !n.is_multiple_of(pack::BLOCK as u64) => {
-                format!("{n} weights do not fill the blocks of 128 of I2_S")
-            }
-            Some(format) if !self.columns().is_multiple_of(format.block()) => {
-                format!(
-                    "rows of {} weights do not fill the blocks of {} of {ty}",
-                    self.columns(),
-                    format.block()
-                )
-            }
-            _ => return Ok(()),
-        };
-        Err(self.tensor.error(problem))
+        match self.kind {
+            Kind::Norm | Kind::Embedding => Ok(()),
+            _ => misfit(&self.dims(), ty).map_or(Ok(()), |problem| Err(self.tensor.error(problem))),
+        }
     }
 }
 
@@ -307,8 +295,8 @@ impl Run<'_> {
         }
         let (mut f16, mut bf16) = (true, true);
         self.read(tensor, |piece| {
-            f16 &= piece.iter().all(|&x| half::f16::from_f32(x).to_f32() == x);
-            bf16 &= piece.iter().all(|&x| half::bf16::from_f32(x).to_f32() == x);
+            f16 &= piece.iter().all(|&x| f16_to_f32(f32_to_f16(x)) == x);
+            bf16 &= piece.iter().all(|&x| bf16_to_f32(f32_to_bf16(x)) == x);
             Ok(())
         })?;
         Ok(match (f16, bf16) {

@@ -4,7 +4,6 @@
 use super::HubError;
 use super::client::{Client, Digest, Failure, FileMeta, header};
 use sha2::Digest as _;
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
@@ -42,10 +41,7 @@ impl Hasher {
             Self::Sha256(hasher) => hasher.finalize().to_vec(),
             Self::Git(hasher) => hasher.finalize().to_vec(),
         };
-        bytes.iter().fold(String::new(), |mut hex, byte| {
-            let _ = write!(hex, "{byte:02x}");
-            hex
-        })
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 }
 
