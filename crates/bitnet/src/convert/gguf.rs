@@ -37,7 +37,7 @@ pub(super) fn to_gguf(
 
     let ternary = options.ternary.tensor_type();
     let mut writer = Writer::new(out);
-    let mut file_type = Some(options.ternary.file_type());
+    let mut file_type = Some(options.ternary.row().2);
     for (key, value) in gguf.metadata() {
         match key {
             "general.file_type" => writer.meta(key, Value::U32(file_type.take().unwrap_or_default()))?,

@@ -65,7 +65,7 @@ pub(super) fn to_gguf(
     let mut writer = Writer::new(out);
     let name = std::path::absolute(dir).map_err(|e| ConvertError::io(dir, "open", e))?;
     let name = name.file_name().map(|name| name.to_string_lossy().into_owned());
-    config.write(&mut writer, name.as_deref(), options.ternary.file_type())?;
+    config.write(&mut writer, name.as_deref(), options.ternary.row().2)?;
     if let Some(tokenizer) = &tokenizer {
         tokenizer.write(&mut writer)?;
     }

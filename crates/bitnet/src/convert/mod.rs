@@ -53,30 +53,28 @@ impl TernaryType {
     pub const ALL: [Self; 7] =
         [Self::I2_S, Self::TQ1_0, Self::TQ2_0, Self::IQ1_BN, Self::IQ2_BN, Self::F16, Self::BF16];
 
-    /// The type in the file.
-    pub fn tensor_type(self) -> TensorType {
+    /// The name in lower case, the type in the file, and `general.file_type` of a model of this type, as the programs that
+    /// the types come from number them.
+    fn row(self) -> (&'static str, TensorType, u32) {
         match self {
-            Self::I2_S => TensorType::I2S,
-            Self::TQ1_0 => TensorType::TQ1_0,
-            Self::TQ2_0 => TensorType::TQ2_0,
-            Self::IQ1_BN => TensorType::IQ1BN,
-            Self::IQ2_BN => TensorType::IQ2BN,
-            Self::F16 => TensorType::F16,
-            Self::BF16 => TensorType::BF16,
+            Self::I2_S => ("i2_s", TensorType::I2S, 40),
+            Self::TQ1_0 => ("tq1_0", TensorType::TQ1_0, 36),
+            Self::TQ2_0 => ("tq2_0", TensorType::TQ2_0, 37),
+            Self::IQ1_BN => ("iq1_bn", TensorType::IQ1BN, 136),
+            Self::IQ2_BN => ("iq2_bn", TensorType::IQ2BN, 137),
+            Self::F16 => ("f16", TensorType::F16, 1),
+            Self::BF16 => ("bf16", TensorType::BF16, 32),
         }
     }
 
-    /// `general.file_type` of a model of this type, as the programs that the types come from number them.
-    fn file_type(self) -> u32 {
-        match self {
-            Self::I2_S => 40,
-            Self::TQ1_0 => 36,
-            Self::TQ2_0 => 37,
-            Self::IQ1_BN => 136,
-            Self::IQ2_BN => 137,
-            Self::F16 => 1,
-            Self::BF16 => 32,
-        }
+    /// ggml's name in lower case.
+    pub fn name(self) -> &'static str {
+        self.row().0
+    }
+
+    /// The type in the file.
+    pub fn tensor_type(self) -> TensorType {
+        self.row().1
     }
 }
 
@@ -100,16 +98,18 @@ pub enum HeadType {
 }
 
 impl HeadType {
+    /// All of them.
+    pub const ALL: [Self; 6] = [Self::Auto, Self::F16, Self::Bf16, Self::F32, Self::Q8_0, Self::Q6_K];
+
+    /// `auto`, or ggml's name in lower case.
+    pub fn name(self) -> &'static str {
+        ["auto", "f16", "bf16", "f32", "q8_0", "q6_k"][self as usize]
+    }
+
     /// The type in the file; None for [`Auto`](Self::Auto).
     fn tensor_type(self) -> Option<TensorType> {
-        Some(match self {
-            Self::Auto => return None,
-            Self::F16 => TensorType::F16,
-            Self::Bf16 => TensorType::BF16,
-            Self::F32 => TensorType::F32,
-            Self::Q8_0 => TensorType::Q8_0,
-            Self::Q6_K => TensorType::Q6_K,
-        })
+        use TensorType::{BF16, F16, F32, Q6_K, Q8_0};
+        [None, Some(F16), Some(BF16), Some(F32), Some(Q8_0), Some(Q6_K)][self as usize]
     }
 }
 
