@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-use super::ConvertError;
 use super::output::decode;
+use super::{ConvertError, Result};
 use bitnet_gguf::TensorType;
 
 /// Longest header accepted, in bytes: the limit of the safetensors library.
@@ -59,7 +59,7 @@ struct Index {
 
 impl Checkpoint {
     /// Opens `model.safetensors`, or the files that `model.safetensors.index.json` lists.
-    pub(super) fn open(dir: &Path) -> Result<Self, ConvertError> {
+    pub(super) fn open(dir: &Path) -> Result<Self> {
         let mut checkpoint = Self { dir: dir.to_owned(), shards: Vec::new(), tensors: BTreeMap::new() };
         let single = dir.join("model.safetensors");
         let index_path = dir.join("model.safetensors.index.json");
@@ -98,7 +98,7 @@ impl Checkpoint {
     }
 
     /// Opens one more file and reads its header.
-    fn shard(&mut self, path: PathBuf) -> Result<BTreeMap<String, Entry>, ConvertError> {
+    fn shard(&mut self, path: PathBuf) -> Result<BTreeMap<String, Entry>> {
         let header_error = |problem: String| ConvertError::checkpoint(&path, "header", problem);
         let mut file = File::open(&path).map_err(|e| ConvertError::io(&path, "open", e))?;
         let io = |e| ConvertError::io(&path, "read", e);
@@ -135,7 +135,7 @@ impl Checkpoint {
     }
 
     /// The one value of a tensor.
-    pub(super) fn scalar(&self, name: &str) -> Result<f32, ConvertError> {
+    pub(super) fn scalar(&self, name: &str) -> Result<f32> {
         let no_dims = self.tensors.get(name).is_some_and(|(_, entry)| entry.shape.is_empty());
         let tensor = self.tensor(name, if no_dims { &[] } else { &[1] }, false)?;
         let mut value = 0.0;
@@ -151,7 +151,7 @@ impl Checkpoint {
     }
 
     /// The tensor of a name, which must have this shape and be of floats, or of bytes where it is `packed`.
-    pub(super) fn tensor(&self, name: &str, shape: &[u64], packed: bool) -> Result<Tensor<'_>, ConvertError> {
+    pub(super) fn tensor(&self, name: &str, shape: &[u64], packed: bool) -> Result<Tensor<'_>> {
         let thing = || format!("tensor {name:?}");
         let Some((name, (shard, entry))) = self.tensors.get_key_value(name) else {
             let problem = format!("missing among {} tensors", self.tensors.len());
@@ -202,7 +202,7 @@ impl Checkpoint {
 }
 
 /// Reads a JSON file.
-pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ConvertError> {
+pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
     let bytes = std::fs::read(path).map_err(|e| ConvertError::io(path, "read", e))?;
     serde_json::from_slice(&bytes).map_err(|e| ConvertError::checkpoint(path, "JSON", e.to_string()))
 }
@@ -233,10 +233,7 @@ impl Tensor<'_> {
     }
 
     /// Hands over the values, which are finite, piece by piece with the number of bytes they took.
-    pub(super) fn read(
-        &self,
-        mut take: impl FnMut(&[f32], u64) -> Result<(), ConvertError>,
-    ) -> Result<(), ConvertError> {
+    pub(super) fn read(&self, mut take: impl FnMut(&[f32], u64) -> Result<()>) -> Result<()> {
         let io = |e| ConvertError::io(self.path, "read", e);
         let mut file = self.file;
         file.seek(SeekFrom::Start(self.start)).map_err(io)?;

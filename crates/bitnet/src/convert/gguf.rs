@@ -1,6 +1,5 @@
 //! A GGUF file with its ternary matrices and its head in other types.
 
-use std::ops::ControlFlow;
 use std::path::Path;
 
 use bitnet_gguf::{Gguf, TensorInfo, TensorType, Value, ValueType, Writer};
@@ -8,18 +7,13 @@ use bitnet_kernels::half::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 use bitnet_kernels::ternary::pack;
 
 use super::output::{Output, decode, encode};
-use super::{ConvertError, Meter, Options, Progress, Report};
+use super::{ConvertError, Meter, Options, Report, Result, Tell};
 use crate::model::stored::{EXACT_SCALES, ExactScales, exact_scales, is_ternary, row_format};
 
 /// Weights in a piece of a tensor.
 const PIECE: usize = 1 << 18;
 
-pub(super) fn to_gguf(
-    input: &Path,
-    out: &Path,
-    options: Options,
-    progress: &mut dyn FnMut(Progress<'_>) -> ControlFlow<()>,
-) -> Result<Report, ConvertError> {
+pub(super) fn to_gguf(input: &Path, out: &Path, options: Options, progress: &mut Tell<'_>) -> Result<Report> {
     let gguf = Gguf::open(input)?;
     let exact = ExactScales::read(&gguf);
     let mut scales = Vec::new();
@@ -133,12 +127,7 @@ pub(super) fn to_gguf(
 }
 
 /// Keeps the scales where the type rounds them.
-pub(super) fn write_scales(
-    input: &Path,
-    writer: &mut Writer,
-    ty: TensorType,
-    scales: &[f32],
-) -> Result<(), ConvertError> {
+pub(super) fn write_scales(input: &Path, writer: &mut Writer, ty: TensorType, scales: &[f32]) -> Result<()> {
     let Some(format) = row_format(ty) else { return Ok(()) };
     if let Some(bad) = scales.iter().find(|&&scale| {
         let stored = format.stored_scale(scale);
@@ -182,7 +171,7 @@ pub(super) fn misfit(dims: &[u64], ty: TensorType) -> Option<String> {
         .then(|| format!("{rows}{weights} weights do not fill the blocks of {block} of {ty}{hint}"))
 }
 
-fn check_columns(gguf: &Gguf, tensor: &TensorInfo, ty: TensorType) -> Result<(), ConvertError> {
+fn check_columns(gguf: &Gguf, tensor: &TensorInfo, ty: TensorType) -> Result<()> {
     misfit(&tensor.dims, ty).map_or(Ok(()), |problem| Err(error(gguf, tensor, problem)))
 }
 
@@ -197,8 +186,8 @@ pub(super) fn read_ternary(
     gguf: &Gguf,
     tensor: &TensorInfo,
     exact: &ExactScales<'_>,
-    take: &mut dyn FnMut(&[i8], u64) -> Result<(), ConvertError>,
-) -> Result<Option<f32>, ConvertError> {
+    take: &mut dyn FnMut(&[i8], u64) -> Result<()>,
+) -> Result<Option<f32>> {
     let bytes = gguf.tensor_bytes(tensor);
     let n = tensor.n_elements() as usize;
     check_columns(gguf, tensor, tensor.ty)?;
@@ -243,7 +232,7 @@ pub(super) fn read_ternary(
 }
 
 /// The scale of a ternary tensor, without reading more than it takes to find it.
-fn scale_of(gguf: &Gguf, tensor: &TensorInfo, exact: &ExactScales<'_>) -> Result<f32, ConvertError> {
+fn scale_of(gguf: &Gguf, tensor: &TensorInfo, exact: &ExactScales<'_>) -> Result<f32> {
     check_columns(gguf, tensor, tensor.ty)?;
     let bytes = gguf.tensor_bytes(tensor);
     let Some(format) = row_format(tensor.ty) else {

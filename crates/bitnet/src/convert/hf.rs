@@ -1,6 +1,5 @@
 //! A Hugging Face checkpoint as a GGUF file.
 
-use std::ops::ControlFlow;
 use std::path::Path;
 
 use bitnet_gguf::{TensorType, Value, Writer};
@@ -11,15 +10,10 @@ use super::config::{Family, HfConfig, ScaleDirection};
 use super::gguf::{fits, misfit, write_scales};
 use super::output::{Output, decode, encode};
 use super::vocab::HfTokenizer;
-use super::{ConvertError, HeadType, Meter, Options, Progress, Report};
+use super::{ConvertError, HeadType, Meter, Options, Report, Result, Tell};
 use crate::model::stored::Pairs;
 
-pub(super) fn to_gguf(
-    dir: &Path,
-    out: &Path,
-    options: Options,
-    progress: &mut dyn FnMut(Progress<'_>) -> ControlFlow<()>,
-) -> Result<Report, ConvertError> {
+pub(super) fn to_gguf(dir: &Path, out: &Path, options: Options, progress: &mut Tell<'_>) -> Result<Report> {
     let config = HfConfig::read(&dir.join("config.json"))?;
     let tokenizer = HfTokenizer::read(dir, &config)?;
     let checkpoint = Checkpoint::open(dir)?;
@@ -132,7 +126,7 @@ struct Part<'a> {
 }
 
 /// Takes the next trits of a tensor.
-type Take<'a> = dyn FnMut(&[i8]) -> Result<(), ConvertError> + 'a;
+type Take<'a> = dyn FnMut(&[i8]) -> Result<()> + 'a;
 
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
@@ -161,11 +155,7 @@ impl Part<'_> {
     }
 
     /// Hands the trits that `read` gives to `take`, in the order of the file.
-    fn in_order(
-        &self,
-        take: &mut Take<'_>,
-        read: impl FnOnce(&mut Take<'_>) -> Result<(), ConvertError>,
-    ) -> Result<(), ConvertError> {
+    fn in_order(&self, take: &mut Take<'_>, read: impl FnOnce(&mut Take<'_>) -> Result<()>) -> Result<()> {
         let Some(pairs) = self.pairs else { return read(take) };
         let mut all = Vec::new();
         read(&mut |trits| {
@@ -180,7 +170,7 @@ impl Part<'_> {
     }
 
     /// Refuses weights that do not fill the blocks of a type.
-    fn check(&self, ty: TensorType) -> Result<(), ConvertError> {
+    fn check(&self, ty: TensorType) -> Result<()> {
         match self.kind {
             Kind::Norm | Kind::Embedding => Ok(()),
             _ => misfit(&self.dims(), ty).map_or(Ok(()), |problem| Err(self.tensor.error(problem))),
@@ -194,7 +184,7 @@ fn parts<'a>(
     config: &HfConfig,
     checkpoint: &'a Checkpoint,
     notices: &mut Vec<String>,
-) -> Result<Vec<Part<'a>>, ConvertError> {
+) -> Result<Vec<Part<'a>>> {
     use Kind::*;
     let (hidden, ff) = (config.hidden_size, config.intermediate_size);
     let (q, kv) = (config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim);
@@ -278,18 +268,14 @@ struct Run<'a> {
 
 impl Run<'_> {
     /// Hands over all values of a tensor, which are finite, in pieces of a multiple of 256 until the last.
-    fn read(
-        &mut self,
-        tensor: &Tensor<'_>,
-        mut take: impl FnMut(&[f32]) -> Result<(), ConvertError>,
-    ) -> Result<(), ConvertError> {
+    fn read(&mut self, tensor: &Tensor<'_>, mut take: impl FnMut(&[f32]) -> Result<()>) -> Result<()> {
         tensor.read(|piece, bytes| {
             take(piece)?;
             self.meter.read(tensor.name, bytes)
         })
     }
 
-    fn embedding_type(&mut self, tensor: &Tensor<'_>, head: HeadType) -> Result<TensorType, ConvertError> {
+    fn embedding_type(&mut self, tensor: &Tensor<'_>, head: HeadType) -> Result<TensorType> {
         if let Some(ty) = head.tensor_type() {
             return Ok(ty);
         }
@@ -310,8 +296,8 @@ impl Run<'_> {
         &mut self,
         tensor: &Tensor<'_>,
         ty: TensorType,
-        take: &mut dyn FnMut(&[u8]) -> Result<(), ConvertError>,
-    ) -> Result<(), ConvertError> {
+        take: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
         let (mut index, mut rounded) = (0, 0u64);
         let (mut bytes, mut stored) = (Vec::new(), Vec::new());
         self.read(tensor, |piece| {
@@ -335,7 +321,7 @@ impl Run<'_> {
     }
 
     /// What the master weights are multiplied with to be rounded.
-    fn inverse_scale(&mut self, tensor: &Tensor<'_>) -> Result<f32, ConvertError> {
+    fn inverse_scale(&mut self, tensor: &Tensor<'_>) -> Result<f32> {
         let mut sum = 0.0;
         self.read(tensor, |piece| {
             sum = piece.iter().fold(sum, |sum, &w| sum + f64::from(w.abs()));
@@ -346,12 +332,7 @@ impl Run<'_> {
     }
 
     /// Master weights as trits.
-    fn quantize(
-        &mut self,
-        tensor: &Tensor<'_>,
-        inverse: f32,
-        take: &mut Take<'_>,
-    ) -> Result<(), ConvertError> {
+    fn quantize(&mut self, tensor: &Tensor<'_>, inverse: f32, take: &mut Take<'_>) -> Result<()> {
         let mut trits = Vec::new();
         self.read(tensor, |piece| {
             trits.clear();
@@ -362,7 +343,7 @@ impl Run<'_> {
     }
 
     /// Packed weights, whose four quarters lie in the bits of the same bytes.
-    fn unpack(&mut self, tensor: &Tensor<'_>, take: &mut Take<'_>) -> Result<(), ConvertError> {
+    fn unpack(&mut self, tensor: &Tensor<'_>, take: &mut Take<'_>) -> Result<()> {
         let mut trits = Vec::new();
         for quarter in 0..4 {
             let mut index = 0;

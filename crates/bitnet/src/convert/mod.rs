@@ -210,15 +210,20 @@ pub fn convert(
     }
 }
 
+type Result<T, E = ConvertError> = std::result::Result<T, E>;
+
+/// Is told how far a conversion is, and may end it.
+type Tell<'a> = dyn FnMut(Progress<'_>) -> ControlFlow<()> + 'a;
+
 /// Counts the bytes that are read, and tells; the answer may end the conversion.
 struct Meter<'a> {
-    progress: &'a mut dyn FnMut(Progress<'_>) -> ControlFlow<()>,
+    progress: &'a mut Tell<'a>,
     done: u64,
     total: u64,
 }
 
 impl Meter<'_> {
-    fn read(&mut self, tensor: &str, bytes: u64) -> Result<(), ConvertError> {
+    fn read(&mut self, tensor: &str, bytes: u64) -> Result<()> {
         self.done += bytes;
         match (self.progress)(Progress { tensor, done: self.done, total: self.total }) {
             ControlFlow::Continue(()) => Ok(()),

@@ -11,7 +11,7 @@ use bitnet_kernels::ternary::pack;
 use sha2::{Digest, Sha256};
 
 use super::gguf::read_ternary;
-use super::{ConvertError, Meter};
+use super::{ConvertError, Meter, Result};
 use crate::model::stored::{ExactScales, is_ternary, row_format};
 
 /// The ternary weights of a file.
@@ -73,7 +73,7 @@ impl TritHash {
         Self { sha: Sha256::new().chain_update(name).chain_update([0]), pending: Vec::new() }
     }
 
-    fn push(&mut self, trits: &[i8]) -> Result<(), ConvertError> {
+    fn push(&mut self, trits: &[i8]) -> Result<()> {
         self.pending.extend(trits);
         let whole = self.pending.len() / pack::BLOCK * pack::BLOCK;
         // Whoever gives trits has checked them.
@@ -104,7 +104,7 @@ pub(super) struct Output<'a> {
 }
 
 impl<'a> Output<'a> {
-    pub(super) fn new(writer: Writer, path: &'a Path) -> Result<Self, ConvertError> {
+    pub(super) fn new(writer: Writer, path: &'a Path) -> Result<Self> {
         Ok(Self { data: writer.create()?, path, expected: BTreeMap::new(), weights: (0, 0) })
     }
 
@@ -115,8 +115,8 @@ impl<'a> Output<'a> {
         ty: TensorType,
         columns: usize,
         scale: f32,
-        read: impl FnOnce(&mut dyn FnMut(&[i8]) -> Result<(), ConvertError>) -> Result<(), ConvertError>,
-    ) -> Result<(), ConvertError> {
+        read: impl FnOnce(&mut dyn FnMut(&[i8]) -> Result<()>) -> Result<()>,
+    ) -> Result<()> {
         self.data.start(name)?;
         let mut hash = TritHash::new(name);
         let unit = if ty == TensorType::I2S { pack::BLOCK } else { columns };
@@ -155,8 +155,8 @@ impl<'a> Output<'a> {
     pub(super) fn bytes(
         &mut self,
         name: &str,
-        read: impl FnOnce(&mut dyn FnMut(&[u8]) -> Result<(), ConvertError>) -> Result<(), ConvertError>,
-    ) -> Result<(), ConvertError> {
+        read: impl FnOnce(&mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()>,
+    ) -> Result<()> {
         self.data.start(name)?;
         let mut sha = Sha256::new();
         read(&mut |bytes| {
@@ -168,7 +168,7 @@ impl<'a> Output<'a> {
     }
 
     /// Reads the whole file again, and gives it its name if it is right. Returns the hash of its trits.
-    pub(super) fn finish(self, meter: &mut Meter<'_>) -> Result<String, ConvertError> {
+    pub(super) fn finish(self, meter: &mut Meter<'_>) -> Result<String> {
         let Self { data, path, expected, .. } = self;
         let file = data.end()?;
         let gguf = Gguf::open(file.temporary())?;
