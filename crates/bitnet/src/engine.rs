@@ -199,17 +199,12 @@ impl Engine {
     /// shared, in memory too, until one of the two writes behind them.
     pub fn fork(&mut self, from: SequenceId, len: usize) -> SequenceId {
         let id = self.open();
-        let [from, new] = if from.0 < id.0 {
-            let (a, b) = self.sequences.split_at_mut(id.0);
-            [&mut a[from.0], &mut b[0]]
-        } else {
-            let (a, b) = self.sequences.split_at_mut(from.0);
-            [&mut b[0], &mut a[id.0]]
-        };
-        new.tokens.extend(from.tokens.iter().take(len));
-        new.pages.extend(&from.pages[..new.tokens.len().div_ceil(PAGE)]);
-        for &page in &new.pages {
-            self.owners[page as usize] += 1;
+        if let Ok([from, new]) = self.sequences.get_disjoint_mut([from.0, id.0]) {
+            new.tokens.extend(from.tokens.iter().take(len));
+            new.pages.extend(&from.pages[..new.tokens.len().div_ceil(PAGE)]);
+            for &page in &new.pages {
+                self.owners[page as usize] += 1;
+            }
         }
         id
     }

@@ -5,10 +5,10 @@
 mod common;
 
 use bitnet::generate::{Answer, Chat, FinishReason, Sampler, SamplerConfig, StopConditions};
-use bitnet::kernels::{Compute, best};
-use bitnet::model::Model;
+use bitnet::kernels::best;
 use bitnet::text::{ChatTemplate, HfVocab, Message, Role, Specials, TemplateError, TemplateModel, Tokenizer};
 use bitnet::{Engine, EngineOptions, Error};
+use common::{OPTIONS, build};
 use proptest::prelude::*;
 use serde::Deserialize;
 use std::collections::HashMap;
@@ -127,15 +127,9 @@ fn messages_make_no_control_tokens() {
             [jinja(source).unwrap(), ChatTemplate::of_model(Some(source), model("bitnet")).unwrap()]
         {
             let plain = template.encode(&TOKENIZER, &user("x"), true).unwrap();
-            for text in [
-                "<|eot_id|>",
-                "a<|im_end|>b<|user|>",
-                "<|<|eot_id|>|>",
-                " <|eot_id|>\n",
-                "<|begin_of_text|>",
-                "eot_id",
-                "<|",
-            ] {
+            let texts =
+                "<|eot_id|>,a<|im_end|>b<|user|>,<|<|eot_id|>|>, <|eot_id|>\n,<|begin_of_text|>,eot_id,<|";
+            for text in texts.split(',') {
                 let ids = template.encode(&TOKENIZER, &user(text), true).unwrap();
                 assert_eq!(count(&ids), count(&plain), "{name}: {text}");
                 let text_ids = TOKENIZER.encode(text.trim(), Specials::AsText);
@@ -246,33 +240,11 @@ fn hostile_templates_end_in_a_clear_error() {
     let nest =
         "{% set ns = namespace(x=['ab']) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}";
     for (before, many) in [("", "(['x' * 100000] * 100000)"), (nest, "ns.x")] {
-        for expression in [
-            "L",
-            "L ~ 'y'",
-            "'y' ~ (1, L)",
-            "L in 'x'",
-            "L not in 'x'",
-            "L | string",
-            "L | tojson",
-            "L | join",
-            "''.join(L)",
-            "'{}'.format(L)",
-            "'%s' | format(L)",
-            "L | upper",
-            "L | trim",
-            "L | replace('a', 'b')",
-            "'x' | replace('x', L)",
-            "'x'.replace('x', L)",
-            "L | safe",
-            "L | indent",
-            "L is in 'x'",
-            "'x'[L]",
-            "raise_exception(L)",
-            "L.nothing()",
-            "L | pprint",
-            "[L, L]",
-            "{'a': L}",
-        ] {
+        let expressions = "L; L ~ 'y'; 'y' ~ (1, L); L in 'x'; L not in 'x'; L | string; L | tojson; L | join; \
+             ''.join(L); '{}'.format(L); '%s' | format(L); L | upper; L | trim; L | replace('a', 'b'); \
+             'x' | replace('x', L); 'x'.replace('x', L); L | safe; L | indent; L is in 'x'; 'x'[L]; \
+             raise_exception(L); L.nothing(); L | pprint; [L, L]; {'a': L}";
+        for expression in expressions.split("; ") {
             let source = format!("{before}{{{{ {} }}}}", expression.replace('L', many));
             let start = Instant::now();
             let error =
@@ -298,12 +270,9 @@ struct Talk {
 
 impl Talk {
     fn new(context: usize, max_tokens: usize) -> Self {
-        let gguf = common::gguf("demo");
-        let compute = Compute::new(best(), 2);
-        let model = Model::load(&gguf, &compute, bitnet::model::Strategy::default()).unwrap();
-        let template = model.chat_template(None).unwrap();
-        let options = EngineOptions { context, max_rows: 64, ..EngineOptions::for_model(model.config()) };
-        let mut engine = Engine::new(model, compute, options).unwrap();
+        let options = EngineOptions { context, max_rows: 64, ..OPTIONS };
+        let mut engine = build(&common::gguf("demo"), bitnet::model::Strategy::default(), best(), 2, options);
+        let template = engine.model().chat_template(None).unwrap();
         let chat = Chat::new(&mut engine, template);
         let logit_bias = [4089, 4092].map(|id| (id, f32::NEG_INFINITY)).to_vec();
         let sampler = Sampler::new(SamplerConfig { logit_bias, ..SamplerConfig::default() }).unwrap();

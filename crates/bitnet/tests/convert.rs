@@ -1,15 +1,18 @@
 //! Conversion of checkpoints that the tests write themselves.
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
-use std::collections::BTreeMap;
+mod common;
+
 use std::ops::ControlFlow;
 use std::path::Path;
 
 use bitnet::convert::{ConvertError, HeadType, Options, Progress, Report, convert as convert_to};
 use bitnet::gguf::{Gguf, TensorType};
+use bitnet::kernels::half::{bf16_to_f32, f32_to_bf16, f32_to_f16};
 use bitnet::kernels::ternary::pack::unpack_i2s;
 use bitnet::model::{ModelInfo, Strategy};
 use bitnet::text::{Specials, Tokenizer};
+use common::checkpoint::{Tensors, folder, safetensors};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -17,9 +20,6 @@ use tempfile::TempDir;
 const HIDDEN: u64 = 32;
 const FF: u64 = 64;
 const VOCAB: u64 = 20;
-
-/// Tensors by name: type, shape, values.
-type Tensors = BTreeMap<String, (&'static str, Vec<u64>, Vec<f32>)>;
 
 fn config() -> Value {
     json!({
@@ -64,36 +64,6 @@ fn tensors() -> Tensors {
         layer("mlp.ffn_sub_norm", &[FF], "BF16");
     }
     tensors
-}
-
-fn safetensors(tensors: &Tensors) -> Vec<u8> {
-    let mut header = serde_json::Map::new();
-    header.insert("__metadata__".into(), json!({"format": "pt"}));
-    let mut data = Vec::new();
-    for (name, (dtype, shape, values)) in tensors {
-        let start = data.len();
-        for &x in values {
-            match *dtype {
-                "F32" => data.extend(x.to_le_bytes()),
-                "F16" => data.extend(half::f16::from_f32(x).to_le_bytes()),
-                "BF16" => data.extend(half::bf16::from_f32(x).to_le_bytes()),
-                _ => data.push(x as u8),
-            }
-        }
-        header.insert(
-            name.clone(),
-            json!({"dtype": dtype, "shape": shape, "data_offsets": [start, data.len()]}),
-        );
-    }
-    let header = Value::from(header).to_string();
-    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat()
-}
-
-fn folder(config: &Value, tensors: &Tensors) -> TempDir {
-    let dir = tempfile::tempdir().unwrap();
-    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
-    std::fs::write(dir.path().join("model.safetensors"), safetensors(tensors)).unwrap();
-    dir
 }
 
 fn convert(dir: &TempDir, head: HeadType) -> Result<(Report, Gguf), ConvertError> {
@@ -176,11 +146,8 @@ fn a_checkpoint_becomes_a_file() {
     check(&gguf, &tensors);
     let embedding = gguf.tensor("token_embd.weight").unwrap();
     assert_eq!((embedding.ty, &embedding.dims[..]), (TensorType::F16, &[HIDDEN, VOCAB][..]));
-    let halves: Vec<u8> = tensors["model.embed_tokens.weight"]
-        .2
-        .iter()
-        .flat_map(|&x| half::f16::from_f32(x).to_le_bytes())
-        .collect();
+    let halves: Vec<u8> =
+        tensors["model.embed_tokens.weight"].2.iter().flat_map(|&x| f32_to_f16(x).to_le_bytes()).collect();
     assert_eq!(gguf.tensor_bytes(embedding), halves);
 
     assert_eq!(report.architecture, "bitnet-b1.58");
@@ -238,7 +205,7 @@ fn variants_of_the_configuration() {
         tensors.insert(name, ("F32", vec![64], vec![1.0; 64]));
     }
     // Exact in bf16 and not in f16.
-    let head = vec![1e-7; (VOCAB * HIDDEN) as usize].into_iter().map(|x| half::bf16::from_f32(x).to_f32());
+    let head = vec![1e-7; (VOCAB * HIDDEN) as usize].into_iter().map(|x| bf16_to_f32(f32_to_bf16(x)));
     tensors.insert("lm_head.weight".into(), ("BF16", vec![VOCAB, HIDDEN], head.collect()));
     let (_, gguf) = convert(&folder(&config, &tensors), HeadType::Auto).unwrap();
     check(&gguf, &tensors);
@@ -347,18 +314,19 @@ fn shards_give_the_same_file() {
     assert!(one == convert(dir.path(), "one").unwrap());
 
     let refusal = || convert(&sharded_dir, "refused").unwrap_err().to_string();
-    let mut wrong = map.clone();
-    wrong["model.norm.weight"] = "../part-0.safetensors".into();
-    write_index(&wrong);
-    assert!(refusal().contains("name of a file in the same folder"), "{}", refusal());
-    let mut wrong = map.clone();
-    wrong["model.extra.weight"] = "part-1.safetensors".into();
-    write_index(&wrong);
-    assert!(refusal().contains("tensor \"model.extra.weight\": expected here by"), "{}", refusal());
-    let mut wrong = map.clone();
-    wrong.as_object_mut().unwrap().remove("model.norm.weight");
-    write_index(&wrong);
-    assert!(refusal().contains("tensor \"model.norm.weight\": not listed in"), "{}", refusal());
+    for (name, file, expected) in [
+        ("model.norm.weight", Some("../part-0.safetensors"), "name of a file in the same folder"),
+        ("model.extra.weight", Some("part-1.safetensors"), "tensor \"model.extra.weight\": expected here by"),
+        ("model.norm.weight", None, "tensor \"model.norm.weight\": not listed in"),
+    ] {
+        let mut wrong = map.clone();
+        match file {
+            Some(file) => wrong[name] = file.into(),
+            None => drop(wrong.as_object_mut().unwrap().remove(name)),
+        }
+        write_index(&wrong);
+        assert!(refusal().contains(expected), "{}", refusal());
+    }
     write_index(&map);
     std::fs::remove_file(sharded_dir.join("part-2.safetensors")).unwrap();
     assert!(refusal().contains("part-2.safetensors: cannot open"), "{}", refusal());
@@ -424,23 +392,27 @@ fn tensors_are_refused() {
         assert!(error.contains("down_proj.weight\", element [2, 2] at byte"), "{error}");
         assert!(error.contains(&format!("expected a finite number, found {text}")), "{error}");
     }
-    let error = edited(&|t| t.get_mut("model.norm.weight").unwrap().2[7] = f32::INFINITY);
-    assert!(error.contains("element [7] at byte"), "{error}");
-    let error = edited(&|t| drop(t.remove(name)));
-    assert!(error.contains("down_proj.weight\": missing among 23 tensors"), "{error}");
-    let error = edited(&|t| t.get_mut(name).unwrap().1 = vec![FF, HIDDEN]);
-    assert!(error.contains("expected shape [32, 64] from config.json, found [64, 32]"), "{error}");
-    let error = edited(&|t| t.get_mut(name).unwrap().0 = "U8");
-    assert!(error.contains("type U8: packed weights"), "{error}");
-    let error = edited(&|t| t.get_mut(name).unwrap().0 = "I8");
-    assert!(error.contains("expected type F32, F16 or BF16, found I8"), "{error}");
     let scale = name.replace("weight", "weight_scale");
-    let error = edited(&|t| drop(t.insert(scale.clone(), ("BF16", vec![1], vec![1.0]))));
-    assert!(error.contains("weight_scale\": not expected"), "{error}");
-    let error = edited(&|t| drop(t.insert(name.replace("weight", "bias"), ("BF16", vec![1], vec![1.0]))));
-    assert!(error.contains("down_proj.bias\": not expected"), "{error}");
-    let error = edited(&|t| t.get_mut(name).unwrap().2.truncate(2047));
-    assert!(error.contains("does not fill the 4094 bytes"), "{error}");
+    let refusals: [(&dyn Fn(&mut Tensors), &str); 8] = [
+        (&|t| t.get_mut("model.norm.weight").unwrap().2[7] = f32::INFINITY, "element [7] at byte"),
+        (&|t| drop(t.remove(name)), "down_proj.weight\": missing among 23 tensors"),
+        (
+            &|t| t.get_mut(name).unwrap().1 = vec![FF, HIDDEN],
+            "expected shape [32, 64] from config.json, found [64, 32]",
+        ),
+        (&|t| t.get_mut(name).unwrap().0 = "U8", "type U8: packed weights"),
+        (&|t| t.get_mut(name).unwrap().0 = "I8", "expected type F32, F16 or BF16, found I8"),
+        (&|t| drop(t.insert(scale.clone(), ("BF16", vec![1], vec![1.0]))), "weight_scale\": not expected"),
+        (
+            &|t| drop(t.insert(name.replace("weight", "bias"), ("BF16", vec![1], vec![1.0]))),
+            "down_proj.bias\": not expected",
+        ),
+        (&|t| t.get_mut(name).unwrap().2.truncate(2047), "does not fill the 4094 bytes"),
+    ];
+    for (edit, expected) in refusals {
+        let error = edited(edit);
+        assert!(error.contains(expected), "{error}");
+    }
 
     // A head that HF ignores.
     let mut tensors = tensors();

@@ -1,12 +1,17 @@
 //! Conversion between the types of ternary matrices and heads, and from packed checkpoints.
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
+mod common;
+
 use bitnet::convert::{ConvertError, HeadType, Options, Report, TernaryType, Trits, convert};
 use bitnet::gguf::{Gguf, TensorType, Value, ValueType, Writer};
+use bitnet::kernels::half::f32_to_f16;
 use bitnet::kernels::ternary::pack::{pack_i2s, tail, unpack_i2s};
 use bitnet::kernels::{Compute, Logits, best};
 use bitnet::model::{Model, Strategy};
-use bitnet::{Engine, EngineOptions, Feed, Wanted};
+use bitnet::{EngineOptions, Feed, Wanted};
+use common::checkpoint::{Tensors, folder};
+use common::{OPTIONS, build};
 use serde_json::json;
 use std::fs;
 use std::ops::ControlFlow;
@@ -68,7 +73,7 @@ fn model_of(path: &Path, architecture: &str, factor: Option<f32>) {
     writer.tensor("output_norm.weight", &[256], TensorType::F32).unwrap();
     let mut data = writer.create().unwrap();
     let head = (0..256 * 40)
-        .flat_map(|_| half::f16::from_f32((random(&mut state) % 2001) as f32 / 1000.0 - 1.0).to_le_bytes());
+        .flat_map(|_| f32_to_f16((random(&mut state) % 2001) as f32 / 1000.0 - 1.0).to_le_bytes());
     data.tensor("token_embd.weight", &head.collect::<Vec<u8>>()).unwrap();
     for (i, (part, columns, rows)) in ternary.into_iter().enumerate() {
         let zero = part == "attn_k";
@@ -144,7 +149,7 @@ fn a_scale_that_another_program_changed_counts() {
     drop(gguf);
     let mut bytes = fs::read(path("tq2.gguf")).unwrap();
     for block in bytes[start..end].chunks_exact_mut(66) {
-        block[64..].copy_from_slice(&half::f16::from_f32(2.0).to_le_bytes());
+        block[64..].copy_from_slice(&f32_to_f16(2.0).to_le_bytes());
     }
     fs::write(path("tq2.gguf"), &bytes).unwrap();
     to(&path("tq2.gguf"), &path("back.gguf"), TernaryType::I2_S, HeadType::Auto).unwrap();
@@ -157,7 +162,7 @@ fn a_scale_that_another_program_changed_counts() {
     assert_eq!((scale("blk.0.ffn_up.weight"), scale("blk.0.attn_q.weight")), (2.0, 0.1));
 
     // Blocks of different scales are no BitNet's.
-    bytes[end - 2..end].copy_from_slice(&half::f16::from_f32(3.0).to_le_bytes());
+    bytes[end - 2..end].copy_from_slice(&f32_to_f16(3.0).to_le_bytes());
     fs::write(path("tq2.gguf"), &bytes).unwrap();
     let error =
         to(&path("tq2.gguf"), &path("no.gguf"), TernaryType::I2_S, HeadType::Auto).unwrap_err().to_string();
@@ -261,7 +266,6 @@ fn packed_checkpoints_keep_their_weights_and_scales() {
         (None, 2.5, 1.0 / 2.5),
     ] {
         let mut state = 3;
-        let dir = tempfile::tempdir().unwrap();
         let mut config = json!({
             "model_type": "bitnet", "hidden_act": "relu2", "hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN,
             "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 8,
@@ -272,23 +276,21 @@ fn packed_checkpoints_keep_their_weights_and_scales() {
             config["quantization_config"]["linear_class"] = class.into();
             config["quantization_config"]["quantization_mode"] = "offline".into();
         }
-        fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
-        let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
-        let mut add = |name: String, dtype: &str, shape: &[usize], bytes: &[u8]| {
-            let start = data.len();
-            data.extend(bytes);
-            header.insert(name, json!({"dtype": dtype, "shape": shape, "data_offsets": [start, data.len()]}));
+        let mut tensors = Tensors::new();
+        let mut add = |name: String, dtype: &'static str, shape: &[usize], values: Vec<f32>| {
+            let shape = shape.iter().map(|&dim| dim as u64).collect();
+            tensors.insert(name, (dtype, shape, values));
         };
         let mut trits_by_name = Vec::new();
-        add("model.embed_tokens.weight".into(), "BF16", &[8, HIDDEN], &[0; 2 * 8 * HIDDEN]);
-        add("model.norm.weight".into(), "F32", &[HIDDEN], &[0; 4 * HIDDEN]);
+        add("model.embed_tokens.weight".into(), "BF16", &[8, HIDDEN], vec![0.0; 8 * HIDDEN]);
+        add("model.norm.weight".into(), "F32", &[HIDDEN], vec![0.0; HIDDEN]);
         for (name, width) in [
             ("input_layernorm", HIDDEN),
             ("post_attention_layernorm", HIDDEN),
             ("self_attn.attn_sub_norm", HIDDEN),
             ("mlp.ffn_sub_norm", 2 * HIDDEN),
         ] {
-            add(format!("model.layers.0.{name}.weight"), "F32", &[width], &vec![0; 4 * width]);
+            add(format!("model.layers.0.{name}.weight"), "F32", &[width], vec![0.0; width]);
         }
         for (hf, ours, rows, columns) in [
             ("self_attn.q_proj", "attn_q", HIDDEN, HIDDEN),
@@ -301,18 +303,13 @@ fn packed_checkpoints_keep_their_weights_and_scales() {
         ] {
             let trits: Vec<i8> = (0..rows * columns).map(|_| (random(&mut state) % 3) as i8 - 1).collect();
             let quarter = rows / 4 * columns;
-            let packed: Vec<u8> = (0..quarter)
-                .map(|k| (0..4).fold(0, |byte, i| byte | ((trits[i * quarter + k] + 1) as u8) << (2 * i)))
-                .collect();
-            add(format!("model.layers.0.{hf}.weight"), "U8", &[rows / 4, columns], &packed);
-            let bf16 = half::bf16::from_f32(scale).to_le_bytes();
-            add(format!("model.layers.0.{hf}.weight_scale"), "BF16", &[1], &bf16);
+            let byte = |k| (0..4).fold(0, |byte, i| byte | ((trits[i * quarter + k] + 1) as u8) << (2 * i));
+            let packed = (0..quarter).map(|k| f32::from(byte(k))).collect();
+            add(format!("model.layers.0.{hf}.weight"), "U8", &[rows / 4, columns], packed);
+            add(format!("model.layers.0.{hf}.weight_scale"), "BF16", &[1], vec![scale]);
             trits_by_name.push((format!("blk.0.{ours}.weight"), trits));
         }
-        let header = serde_json::Value::from(header).to_string();
-        let file = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat();
-        fs::write(dir.path().join("model.safetensors"), file).unwrap();
-
+        let dir = folder(&config, &tensors);
         let out = dir.path().join("out.gguf");
         let report = to(dir.path(), &out, TernaryType::I2_S, HeadType::Auto).unwrap();
         let gguf = Gguf::open(&out).unwrap();
@@ -327,10 +324,8 @@ fn packed_checkpoints_keep_their_weights_and_scales() {
 
 /// The logits of a few tokens.
 fn logits(path: &Path) -> Vec<u32> {
-    let compute = Compute::new(best(), 2);
-    let model = Model::load(&Arc::new(Gguf::open(path).unwrap()), &compute, Strategy::default()).unwrap();
-    let options = EngineOptions { context: 64, max_rows: 64, ..EngineOptions::for_model(model.config()) };
-    let mut engine = Engine::new(model, compute, options).unwrap();
+    let options = EngineOptions { context: 64, max_rows: 64, ..OPTIONS };
+    let mut engine = build(&Arc::new(Gguf::open(path).unwrap()), Strategy::default(), best(), 2, options);
     let feed =
         Feed { sequence: engine.open(), tokens: &[1, 5, 9, 33, 7], wanted: Wanted::All(Logits::Every) };
     engine.feed(&[feed]).unwrap().iter().map(|x| x.to_bits()).collect()

@@ -211,6 +211,9 @@ fn every_layer_agrees_on_the_references_own_inputs() {
                 compute.rmsnorm(&x, weight, eps, &mut out);
                 close(&format!("{what} {output}"), &out, &want, &all);
             };
+            let quantize = |input: &str, weight: &[f32], q: &mut QuantizedRows| {
+                compute.norm_quantize(&get(input), weight, eps, Layout::Rows, &mut work.borrow_mut(), q);
+            };
             let linear =
                 |q: &QuantizedRows, equal: &[bool], matrix: &TernaryMatrix, output: &str, rows: &[usize]| {
                     let mut out = vec![0.0; n * matrix.rows()];
@@ -225,14 +228,7 @@ fn every_layer_agrees_on_the_references_own_inputs() {
             let rows: Vec<usize> = (0..n).collect();
 
             norm("x", &layer.attn_norm, "attn_norm");
-            compute.norm_quantize(
-                &get("x"),
-                &layer.attn_norm,
-                eps,
-                Layout::Rows,
-                &mut work.borrow_mut(),
-                &mut q,
-            );
+            quantize("x", &layer.attn_norm, &mut q);
             let equal = codes.compare(&what, &q, &golden, &part("attn_norm"));
             linear(&q, &equal, &layer.attn_q, "q", &rows);
             linear(&q, &equal, &layer.attn_k, "k", &positions);
@@ -268,14 +264,7 @@ fn every_layer_agrees_on_the_references_own_inputs() {
 
             let quantized = if let Some(sub_norm) = &layer.attn_sub_norm {
                 norm("attn", sub_norm, "attn_sub_norm");
-                compute.norm_quantize(
-                    &get("attn"),
-                    sub_norm,
-                    eps,
-                    Layout::Rows,
-                    &mut work.borrow_mut(),
-                    &mut q,
-                );
+                quantize("attn", sub_norm, &mut q);
                 "attn_sub_norm"
             } else {
                 let width = config.q_width();
@@ -289,14 +278,7 @@ fn every_layer_agrees_on_the_references_own_inputs() {
             close(&format!("{what} x_mid"), &x, &get("x_mid"), &all);
 
             norm("x_mid", &layer.ffn_norm, "ffn_norm");
-            compute.norm_quantize(
-                &get("x_mid"),
-                &layer.ffn_norm,
-                eps,
-                Layout::Rows,
-                &mut work.borrow_mut(),
-                &mut q,
-            );
+            quantize("x_mid", &layer.ffn_norm, &mut q);
             let equal = codes.compare(&what, &q, &golden, &part("ffn_norm"));
             linear(&q, &equal, &layer.ffn_gate, "gate", &rows);
             linear(&q, &equal, &layer.ffn_up, "up", &rows);

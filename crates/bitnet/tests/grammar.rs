@@ -309,12 +309,10 @@ fn hostile_grammars_end() {
 #[test]
 fn an_answer_keeps_its_form_when_old_messages_go() {
     let (_, vocabulary) = engine();
-    let gguf = common::gguf("demo");
-    let compute = bitnet::kernels::Compute::new(best(), 2);
-    let model = bitnet::model::Model::load(&gguf, &compute, bitnet::model::Strategy::Sparse).unwrap();
-    let template = model.chat_template(None).unwrap();
-    let options = bitnet::EngineOptions { context: 128, ..bitnet::EngineOptions::for_model(model.config()) };
-    let mut engine = Engine::new(model, compute, options).unwrap();
+    let options = bitnet::EngineOptions { context: 128, ..common::OPTIONS };
+    let mut engine =
+        common::build(&common::gguf("demo"), bitnet::model::Strategy::Sparse, best(), 2, options);
+    let template = engine.model().chat_template(None).unwrap();
     let mut chat = Chat::new(&mut engine, template);
     let grammar = Grammar::json_schema(
         "{\"type\":\"array\",\"items\":{\"enum\":[1000,2000]},\"minItems\":9,\"maxItems\":9}",

@@ -264,10 +264,10 @@ fn one_of_several_files_is_taken_where_the_name_says_which() {
     let list = hub.list();
     let files: Vec<_> = list.iter().map(|c| (c.repo.as_str(), c.file.as_deref().unwrap(), c.size)).collect();
     assert_eq!(files, [("owner/model", "a-i2_s.gguf", 10), ("owner/model", "sub/a-tq1_0.gguf", 10)]);
-    assert_eq!(hub.remove(&named).unwrap().unwrap().size, 10);
+    assert_eq!(hub.remove(&named).unwrap(), Some(10));
     assert_eq!(hub.remove(&named).unwrap(), None);
     assert_eq!(hub.list().len(), 1);
-    assert_eq!(hub.remove(&name()).unwrap().unwrap().size, 10);
+    assert_eq!(hub.remove(&name()).unwrap(), Some(10));
     assert_eq!(tree(cache.path()), [""; 0]);
     assert_eq!(hub.remove(&name()).unwrap(), None);
 

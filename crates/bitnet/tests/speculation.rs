@@ -6,10 +6,11 @@ mod common;
 use bitnet::generate::{
     FinishReason, Generated, Sampler, SamplerConfig, Speculation, StopConditions, generate,
 };
-use bitnet::kernels::{Compute, KvType, best};
-use bitnet::model::{Model, Strategy};
+use bitnet::kernels::best;
+use bitnet::model::Strategy;
 use bitnet::text::Specials;
 use bitnet::{Engine, EngineOptions, Feed, Wanted};
+use common::{OPTIONS, build};
 use std::ops::ControlFlow;
 
 const REPETITIVE: &str =
@@ -17,10 +18,8 @@ const REPETITIVE: &str =
 const PLAIN: &str = "Once upon a time";
 
 fn engine(context: usize, max_rows: usize) -> Engine {
-    let compute = Compute::new(best(), 1);
-    let model = Model::load(&common::gguf("demo"), &compute, Strategy::Sparse).unwrap();
-    let options = EngineOptions { context, sequences: 1, max_rows, cache_type: KvType::F32, logits: 1 };
-    Engine::new(model, compute, options).unwrap()
+    let options = EngineOptions { context, max_rows, ..OPTIONS };
+    build(&common::gguf("demo"), Strategy::Sparse, best(), 1, options)
 }
 
 /// All that a caller can see: the pieces of text, how it ended, the cache, and what the sampler would draw next. `pieces` is

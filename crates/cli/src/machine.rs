@@ -13,22 +13,15 @@ pub fn cpu() -> String {
 
 /// Instruction sets that matter here: those it has, and those it lacks.
 pub fn features() -> (Vec<&'static str>, Vec<&'static str>) {
-    let mut all = Vec::new();
+    macro_rules! all {
+        ($is_detected:ident: $($name:tt),+) => { [$(($name, std::arch::$is_detected!($name))),+] };
+    }
     #[cfg(target_arch = "x86_64")]
-    all.extend([
-        ("avx2", std::arch::is_x86_feature_detected!("avx2")),
-        ("f16c", std::arch::is_x86_feature_detected!("f16c")),
-        ("avxvnni", std::arch::is_x86_feature_detected!("avxvnni")),
-        ("avx512f", std::arch::is_x86_feature_detected!("avx512f")),
-        ("avx512bw", std::arch::is_x86_feature_detected!("avx512bw")),
-        ("avx512vnni", std::arch::is_x86_feature_detected!("avx512vnni")),
-    ]);
+    let all = all!(is_x86_feature_detected: "avx2", "f16c", "avxvnni", "avx512f", "avx512bw", "avx512vnni");
     #[cfg(target_arch = "aarch64")]
-    all.extend([
-        ("neon", std::arch::is_aarch64_feature_detected!("neon")),
-        ("dotprod", std::arch::is_aarch64_feature_detected!("dotprod")),
-        ("i8mm", std::arch::is_aarch64_feature_detected!("i8mm")),
-    ]);
+    let all = all!(is_aarch64_feature_detected: "neon", "dotprod", "i8mm");
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let all = [];
     let (has, lacks): (Vec<_>, Vec<_>) = all.into_iter().partition(|(_, has): &(&str, bool)| *has);
     let names = |list: Vec<(&'static str, bool)>| list.into_iter().map(|(name, _)| name).collect();
     (names(has), names(lacks))

@@ -3,6 +3,7 @@
 use anyhow::Context;
 use bitnet::convert::ConvertError;
 use bitnet::generate::ConstraintError;
+use bitnet::gguf::AtomicFile;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag::{register, register_conditional_shutdown};
 use std::fmt::{self, Display};
@@ -108,27 +109,9 @@ pub fn write_file(
     write: impl FnOnce(&mut dyn Write) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let failed = || format!("{}: cannot write", path.display());
-    // A rename would put a file in the place of a device or a pipe.
-    if path.metadata().is_ok_and(|m| !m.is_file()) {
-        anyhow::bail!("{}: not a regular file", failed());
-    }
-    let folder = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let mut builder = tempfile::Builder::new();
-    #[cfg(unix)]
-    let builder = {
-        use std::os::unix::fs::PermissionsExt;
-        builder.permissions(std::fs::Permissions::from_mode(0o666)) // what the umask leaves of it
-    };
-    let file = builder.prefix(".bitnet-").tempfile_in(folder).with_context(failed)?;
-    let mut buffered = io::BufWriter::with_capacity(1 << 20, file);
-    write(&mut buffered).map_err(|e| if e.is::<io::Error>() { e.context(failed()) } else { e })?;
-    let file = buffered.into_inner().map_err(io::IntoInnerError::into_error).with_context(failed)?;
-    file.as_file().sync_all().with_context(failed)?;
-    file.persist(path).map_err(|error| error.error).with_context(failed)?;
-    Ok(())
+    let mut file = AtomicFile::create(path).with_context(failed)?;
+    write(&mut file).map_err(|e| if e.is::<io::Error>() { e.context(failed()) } else { e })?;
+    file.commit().with_context(failed)
 }
 
 /// Tokens per second.

@@ -93,33 +93,14 @@ fn rows_get_what_run_gives() {
         place.batch(&["in.jsonl", "-o", "out.jsonl", "-n", "12", "-c", "80", "--seed", "5", "-t", "2"]);
     assert!(stderr.starts_with("6 rows\n"), "{stderr}");
     let base = ["-c", "80"];
+    let options = "-n 60 --seed 8 --top-k 5 --top-p 0.5 --min-p 0.1 --repeat-penalty 1.3 --repeat-last-n 9 \
+                   --frequency-penalty 0.1 --presence-penalty 0.2 --ignore-eos";
+    let many: Vec<_> = ["-p", "Once upon"].into_iter().chain(options.split(' ')).collect();
     let as_run = [
         &["-p", "Once upon a time", "-n", "12", "--seed", "5"][..],
         &["-p", "The king", "-n", "7", "--temp", "0", "--logit-bias", "20=-5.5", "--seed", "6"],
         &["-p", "The king", "-n", "40", "--seed", "99", "--stop", "and", "--stop", "the"],
-        &[
-            "-p",
-            "Once upon",
-            "-n",
-            "60",
-            "--seed",
-            "8",
-            "--top-k",
-            "5",
-            "--top-p",
-            "0.5",
-            "--min-p",
-            "0.1",
-            "--repeat-penalty",
-            "1.3",
-            "--repeat-last-n",
-            "9",
-            "--frequency-penalty",
-            "0.1",
-            "--presence-penalty",
-            "0.2",
-            "--ignore-eos",
-        ],
+        &many,
         &["-p", "O", "-n", "-1", "--seed", "9"],
         &["-p", "Nothing", "-n", "0", "--seed", "10"],
     ];
@@ -130,15 +111,9 @@ fn rows_get_what_run_gives() {
         let finish = expected["finish"].as_str().unwrap();
         let finish = if finish.starts_with("stop") { "stop" } else { finish };
         let tokens = expected["tokens"].as_array().unwrap().len();
+        let keys = ["id", "text", "finish_reason", "prompt_tokens", "completion_tokens", "seed"];
         assert_eq!(
-            json!([
-                got["id"],
-                got["text"],
-                got["finish_reason"],
-                got["prompt_tokens"],
-                got["completion_tokens"],
-                got["seed"]
-            ]),
+            json!(keys.map(|key| &got[key])),
             json!([id, expected["text"], finish, expected["prompt_tokens"], tokens, expected["seed"]]),
         );
         let keys: Vec<_> = got.as_object().unwrap().keys().collect();

@@ -1,54 +1,5 @@
 use std::ops::Range;
 
-/// How the elements of a tensor are stored.
-///
-/// Ids 0 to 35 are those of upstream ggml, 36 to 39 those of bitnet.cpp's fork of it, 134 and 135 those of ik_llama.cpp.
-#[allow(missing_docs, non_camel_case_types)] // the names are ggml's
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum TensorType {
-    F32,
-    F16,
-    BF16,
-    F64,
-    I8,
-    I16,
-    I32,
-    I64,
-    Q4_0,
-    Q4_1,
-    Q5_0,
-    Q5_1,
-    Q8_0,
-    Q8_1,
-    Q2_K,
-    Q3_K,
-    Q4_K,
-    Q5_K,
-    Q6_K,
-    Q8_K,
-    IQ1_S,
-    IQ1_M,
-    IQ2_XXS,
-    IQ2_XS,
-    IQ2_S,
-    IQ3_XXS,
-    IQ3_S,
-    IQ4_NL,
-    IQ4_XS,
-    TQ1_0,
-    TQ2_0,
-    /// Ternary, 2 bits a weight over the whole tensor, then one f32 scale in 32 bytes.
-    I2S,
-    /// Ternary lookup tiles of bitnet.cpp for ARM; the size depends on parameters outside the file.
-    TL1,
-    /// Ternary lookup tiles of bitnet.cpp for x86; upstream ggml gives the same id to MXFP4, so the size is not known.
-    TL2,
-    /// Ternary, 13 bytes for 64 weights, each row behind an f16 scale.
-    IQ1BN,
-    /// Ternary, 16 bytes for 64 weights, each row behind an f32 scale.
-    IQ2BN,
-}
-
 /// How many bytes a tensor takes.
 #[derive(Clone, Copy)]
 enum Layout {
@@ -64,57 +15,66 @@ const fn rows(prefix: u64, block: u64, bytes: u64) -> Layout {
     Layout::Rows { prefix, block, bytes }
 }
 
-/// (type, id, ggml's name, layout)
-const TYPES: [(TensorType, u32, &str, Layout); 36] = {
-    use TensorType::*;
-    [
-        (F32, 0, "F32", rows(0, 1, 4)),
-        (F16, 1, "F16", rows(0, 1, 2)),
-        (BF16, 30, "BF16", rows(0, 1, 2)),
-        (F64, 28, "F64", rows(0, 1, 8)),
-        (I8, 24, "I8", rows(0, 1, 1)),
-        (I16, 25, "I16", rows(0, 1, 2)),
-        (I32, 26, "I32", rows(0, 1, 4)),
-        (I64, 27, "I64", rows(0, 1, 8)),
-        (Q4_0, 2, "Q4_0", rows(0, 32, 18)),
-        (Q4_1, 3, "Q4_1", rows(0, 32, 20)),
-        (Q5_0, 6, "Q5_0", rows(0, 32, 22)),
-        (Q5_1, 7, "Q5_1", rows(0, 32, 24)),
-        (Q8_0, 8, "Q8_0", rows(0, 32, 34)),
-        (Q8_1, 9, "Q8_1", rows(0, 32, 36)),
-        (Q2_K, 10, "Q2_K", rows(0, 256, 84)),
-        (Q3_K, 11, "Q3_K", rows(0, 256, 110)),
-        (Q4_K, 12, "Q4_K", rows(0, 256, 144)),
-        (Q5_K, 13, "Q5_K", rows(0, 256, 176)),
-        (Q6_K, 14, "Q6_K", rows(0, 256, 210)),
-        (Q8_K, 15, "Q8_K", rows(0, 256, 292)),
-        (IQ1_S, 19, "IQ1_S", rows(0, 256, 50)),
-        (IQ1_M, 29, "IQ1_M", rows(0, 256, 56)),
-        (IQ2_XXS, 16, "IQ2_XXS", rows(0, 256, 66)),
-        (IQ2_XS, 17, "IQ2_XS", rows(0, 256, 74)),
-        (IQ2_S, 22, "IQ2_S", rows(0, 256, 82)),
-        (IQ3_XXS, 18, "IQ3_XXS", rows(0, 256, 98)),
-        (IQ3_S, 21, "IQ3_S", rows(0, 256, 110)),
-        (IQ4_NL, 20, "IQ4_NL", rows(0, 32, 18)),
-        (IQ4_XS, 23, "IQ4_XS", rows(0, 256, 136)),
-        (TQ1_0, 34, "TQ1_0", rows(0, 256, 54)),
-        (TQ2_0, 35, "TQ2_0", rows(0, 256, 66)),
-        (I2S, 36, "I2_S", Layout::Flat { suffix: 32 }),
-        (TL1, 38, "TL1", Layout::Opaque),
-        (TL2, 39, "TL2", Layout::Opaque),
-        (IQ1BN, 134, "IQ1_BN", rows(2, 64, 13)),
-        (IQ2BN, 135, "IQ2_BN", rows(4, 64, 16)),
-    ]
-};
+/// Defines the types by a list of them: name, number in a file, ggml's name, layout.
+macro_rules! tensor_types {
+    ($($(#[$doc:meta])* $name:ident = $id:literal, $ggml:literal, $layout:expr;)+) => {
+        /// How the elements of a tensor are stored.
+        ///
+        /// Ids 0 to 35 are those of upstream ggml, 36 to 39 those of bitnet.cpp's fork of it, 134 and 135 those of ik_llama.cpp.
+        #[allow(missing_docs, non_camel_case_types)] // the names are ggml's
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum TensorType {
+            $($(#[$doc])* $name,)+
+        }
 
-// The table is in the order of the enum, so that a variant is its own index.
-const _: () = {
-    let mut i = 0;
-    while i < TYPES.len() {
-        assert!(TYPES[i].0 as usize == i);
-        i += 1;
-    }
-};
+        /// (type, id, ggml's name, layout), in the order of the enum.
+        const TYPES: &[(TensorType, u32, &str, Layout)] = &[$((TensorType::$name, $id, $ggml, $layout)),+];
+    };
+}
+
+tensor_types! {
+    F32 = 0, "F32", rows(0, 1, 4);
+    F16 = 1, "F16", rows(0, 1, 2);
+    BF16 = 30, "BF16", rows(0, 1, 2);
+    F64 = 28, "F64", rows(0, 1, 8);
+    I8 = 24, "I8", rows(0, 1, 1);
+    I16 = 25, "I16", rows(0, 1, 2);
+    I32 = 26, "I32", rows(0, 1, 4);
+    I64 = 27, "I64", rows(0, 1, 8);
+    Q4_0 = 2, "Q4_0", rows(0, 32, 18);
+    Q4_1 = 3, "Q4_1", rows(0, 32, 20);
+    Q5_0 = 6, "Q5_0", rows(0, 32, 22);
+    Q5_1 = 7, "Q5_1", rows(0, 32, 24);
+    Q8_0 = 8, "Q8_0", rows(0, 32, 34);
+    Q8_1 = 9, "Q8_1", rows(0, 32, 36);
+    Q2_K = 10, "Q2_K", rows(0, 256, 84);
+    Q3_K = 11, "Q3_K", rows(0, 256, 110);
+    Q4_K = 12, "Q4_K", rows(0, 256, 144);
+    Q5_K = 13, "Q5_K", rows(0, 256, 176);
+    Q6_K = 14, "Q6_K", rows(0, 256, 210);
+    Q8_K = 15, "Q8_K", rows(0, 256, 292);
+    IQ1_S = 19, "IQ1_S", rows(0, 256, 50);
+    IQ1_M = 29, "IQ1_M", rows(0, 256, 56);
+    IQ2_XXS = 16, "IQ2_XXS", rows(0, 256, 66);
+    IQ2_XS = 17, "IQ2_XS", rows(0, 256, 74);
+    IQ2_S = 22, "IQ2_S", rows(0, 256, 82);
+    IQ3_XXS = 18, "IQ3_XXS", rows(0, 256, 98);
+    IQ3_S = 21, "IQ3_S", rows(0, 256, 110);
+    IQ4_NL = 20, "IQ4_NL", rows(0, 32, 18);
+    IQ4_XS = 23, "IQ4_XS", rows(0, 256, 136);
+    TQ1_0 = 34, "TQ1_0", rows(0, 256, 54);
+    TQ2_0 = 35, "TQ2_0", rows(0, 256, 66);
+    /// Ternary, 2 bits a weight over the whole tensor, then one f32 scale in 32 bytes.
+    I2S = 36, "I2_S", Layout::Flat { suffix: 32 };
+    /// Ternary lookup tiles of bitnet.cpp for ARM; the size depends on parameters outside the file.
+    TL1 = 38, "TL1", Layout::Opaque;
+    /// Ternary lookup tiles of bitnet.cpp for x86; upstream ggml gives the same id to MXFP4, so the size is not known.
+    TL2 = 39, "TL2", Layout::Opaque;
+    /// Ternary, 13 bytes for 64 weights, each row behind an f16 scale.
+    IQ1BN = 134, "IQ1_BN", rows(2, 64, 13);
+    /// Ternary, 16 bytes for 64 weights, each row behind an f32 scale.
+    IQ2BN = 135, "IQ2_BN", rows(4, 64, 16);
+}
 
 impl TensorType {
     /// Every type, in no meaningful order.

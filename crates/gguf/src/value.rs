@@ -6,45 +6,53 @@ pub(crate) const MAX_DEPTH: u64 = 4;
 /// Longest key or tensor name, in bytes: the limit of the GGUF specification for keys.
 pub(crate) const MAX_NAME: u64 = 65_535;
 
-/// The type of a metadata value or of an array's elements. The discriminant is its number in a file.
-#[allow(missing_docs)] // the names say it all
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u32)]
-pub enum ValueType {
-    U8,
-    I8,
-    U16,
-    I16,
-    U32,
-    I32,
-    F32,
-    Bool,
-    Str,
-    Array,
-    U64,
-    I64,
-    F64,
+/// Defines types and values by a list of them: name, Rust type, name for a person, and least size of an encoded value in
+/// bytes, which is exact but for strings and arrays.
+macro_rules! values {
+    ($($name:ident($of:ty), $text:literal, $size:literal;)+) => {
+        /// The type of a metadata value or of an array's elements. The discriminant is its number in a file.
+        #[allow(missing_docs)] // the names say it all
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        #[repr(u32)]
+        pub enum ValueType {
+            $($name,)+
+        }
+
+        const VALUE_TYPES: &[(ValueType, &str, u64)] = &[$((ValueType::$name, $text, $size)),+];
+
+        /// A metadata value; strings and arrays borrow from the file.
+        #[allow(missing_docs)] // the names say it all
+        #[derive(Debug, Clone, Copy, PartialEq)]
+        pub enum Value<'a> {
+            $($name($of),)+
+        }
+
+        impl Value<'_> {
+            /// The value's type.
+            pub fn ty(&self) -> ValueType {
+                match self {
+                    $(Self::$name(_) => ValueType::$name,)+
+                }
+            }
+        }
+    };
 }
 
-/// (type, name, least size of an encoded value in bytes); the size is exact except for `Str` and `Array`.
-const VALUE_TYPES: [(ValueType, &str, u64); 13] = {
-    use ValueType::*;
-    [
-        (U8, "u8", 1),
-        (I8, "i8", 1),
-        (U16, "u16", 2),
-        (I16, "i16", 2),
-        (U32, "u32", 4),
-        (I32, "i32", 4),
-        (F32, "f32", 4),
-        (Bool, "bool", 1),
-        (Str, "str", 8),
-        (Array, "array", 12),
-        (U64, "u64", 8),
-        (I64, "i64", 8),
-        (F64, "f64", 8),
-    ]
-};
+values! {
+    U8(u8), "u8", 1;
+    I8(i8), "i8", 1;
+    U16(u16), "u16", 2;
+    I16(i16), "i16", 2;
+    U32(u32), "u32", 4;
+    I32(i32), "i32", 4;
+    F32(f32), "f32", 4;
+    Bool(bool), "bool", 1;
+    Str(&'a str), "str", 8;
+    Array(Array<'a>), "array", 12;
+    U64(u64), "u64", 8;
+    I64(i64), "i64", 8;
+    F64(f64), "f64", 8;
+}
 
 impl ValueType {
     fn from_id(id: u32) -> Option<Self> {
@@ -61,45 +69,7 @@ impl ValueType {
     }
 }
 
-/// A metadata value; strings and arrays borrow from the file.
-#[allow(missing_docs)] // the names say it all
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Value<'a> {
-    U8(u8),
-    I8(i8),
-    U16(u16),
-    I16(i16),
-    U32(u32),
-    I32(i32),
-    F32(f32),
-    Bool(bool),
-    Str(&'a str),
-    Array(Array<'a>),
-    U64(u64),
-    I64(i64),
-    F64(f64),
-}
-
 impl<'a> Value<'a> {
-    /// The value's type.
-    pub fn ty(&self) -> ValueType {
-        match self {
-            Self::U8(_) => ValueType::U8,
-            Self::I8(_) => ValueType::I8,
-            Self::U16(_) => ValueType::U16,
-            Self::I16(_) => ValueType::I16,
-            Self::U32(_) => ValueType::U32,
-            Self::I32(_) => ValueType::I32,
-            Self::F32(_) => ValueType::F32,
-            Self::Bool(_) => ValueType::Bool,
-            Self::Str(_) => ValueType::Str,
-            Self::Array(_) => ValueType::Array,
-            Self::U64(_) => ValueType::U64,
-            Self::I64(_) => ValueType::I64,
-            Self::F64(_) => ValueType::F64,
-        }
-    }
-
     /// An integer of any width. (128 bits hold both u64 and i64.)
     pub fn as_int(&self) -> Option<i128> {
         match *self {

@@ -277,7 +277,8 @@ pub struct AtomicFile {
 }
 
 impl AtomicFile {
-    fn create(destination: &Path) -> io::Result<Self> {
+    /// Starts a file. What is no regular file is not replaced.
+    pub fn create(destination: &Path) -> io::Result<Self> {
         // A rename would put a file in the place of a device or a pipe.
         if fs::metadata(destination).is_ok_and(|m| !m.is_file()) {
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, "not a regular file"));

@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-use super::ConvertError;
+use super::output::decode;
+use super::{ConvertError, Result};
+use bitnet_gguf::TensorType;
 
 /// Longest header accepted, in bytes: the limit of the safetensors library.
 const MAX_HEADER: u64 = 100_000_000;
@@ -57,7 +59,7 @@ struct Index {
 
 impl Checkpoint {
     /// Opens `model.safetensors`, or the files that `model.safetensors.index.json` lists.
-    pub(super) fn open(dir: &Path) -> Result<Self, ConvertError> {
+    pub(super) fn open(dir: &Path) -> Result<Self> {
         let mut checkpoint = Self { dir: dir.to_owned(), shards: Vec::new(), tensors: BTreeMap::new() };
         let single = dir.join("model.safetensors");
         let index_path = dir.join("model.safetensors.index.json");
@@ -96,7 +98,7 @@ impl Checkpoint {
     }
 
     /// Opens one more file and reads its header.
-    fn shard(&mut self, path: PathBuf) -> Result<BTreeMap<String, Entry>, ConvertError> {
+    fn shard(&mut self, path: PathBuf) -> Result<BTreeMap<String, Entry>> {
         let header_error = |problem: String| ConvertError::checkpoint(&path, "header", problem);
         let mut file = File::open(&path).map_err(|e| ConvertError::io(&path, "open", e))?;
         let io = |e| ConvertError::io(&path, "read", e);
@@ -133,7 +135,7 @@ impl Checkpoint {
     }
 
     /// The one value of a tensor.
-    pub(super) fn scalar(&self, name: &str) -> Result<f32, ConvertError> {
+    pub(super) fn scalar(&self, name: &str) -> Result<f32> {
         let no_dims = self.tensors.get(name).is_some_and(|(_, entry)| entry.shape.is_empty());
         let tensor = self.tensor(name, if no_dims { &[] } else { &[1] }, false)?;
         let mut value = 0.0;
@@ -149,7 +151,7 @@ impl Checkpoint {
     }
 
     /// The tensor of a name, which must have this shape and be of floats, or of bytes where it is `packed`.
-    pub(super) fn tensor(&self, name: &str, shape: &[u64], packed: bool) -> Result<Tensor<'_>, ConvertError> {
+    pub(super) fn tensor(&self, name: &str, shape: &[u64], packed: bool) -> Result<Tensor<'_>> {
         let thing = || format!("tensor {name:?}");
         let Some((name, (shard, entry))) = self.tensors.get_key_value(name) else {
             let problem = format!("missing among {} tensors", self.tensors.len());
@@ -157,14 +159,14 @@ impl Checkpoint {
         };
         let Shard { path, file, data } = &self.shards[*shard];
         let refuse = |problem| Err(ConvertError::checkpoint(path, thing(), problem));
-        let float = match entry.dtype.as_str() {
-            "F32" => Float::F32,
-            "F16" => Float::F16,
-            "BF16" => Float::Bf16,
-            "U8" => Float::U8,
+        let ty = match entry.dtype.as_str() {
+            "F32" => TensorType::F32,
+            "F16" => TensorType::F16,
+            "BF16" => TensorType::BF16,
+            "U8" => PACKED,
             other => return refuse(format!("expected type F32, F16 or BF16, found {other}")),
         };
-        if packed != matches!(float, Float::U8) {
+        if packed != (ty == PACKED) {
             let problem = if packed {
                 format!(
                     "expected packed weights (U8), found {}: is the checkpoint one of master weights?",
@@ -179,7 +181,8 @@ impl Checkpoint {
             return refuse(format!("expected shape {shape:?} from config.json, found {:?}", entry.shape));
         }
         let [start, end] = entry.data_offsets;
-        let expected = shape.iter().try_fold(float.size(), |n, &dim| n.checked_mul(dim));
+        let size = ty.byte_len(&[1]).unwrap_or(1);
+        let expected = shape.iter().try_fold(size, |n, &dim| n.checked_mul(dim));
         if expected != Some(end - start) {
             let problem =
                 format!("a shape of {shape:?} does not fill the {} bytes from {start} to {end}", end - start);
@@ -192,46 +195,20 @@ impl Checkpoint {
             start: data + start,
             byte_len: end - start,
             shape: &entry.shape,
-            float,
+            ty,
+            size,
         })
     }
 }
 
 /// Reads a JSON file.
-pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ConvertError> {
+pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
     let bytes = std::fs::read(path).map_err(|e| ConvertError::io(path, "read", e))?;
     serde_json::from_slice(&bytes).map_err(|e| ConvertError::checkpoint(path, "JSON", e.to_string()))
 }
 
-#[derive(Clone, Copy)]
-enum Float {
-    F32,
-    F16,
-    Bf16,
-    /// Four ternary weights.
-    U8,
-}
-
-impl Float {
-    fn size(self) -> u64 {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-            Self::U8 => 1,
-        }
-    }
-
-    fn decode(self, bytes: &[u8], values: &mut Vec<f32>) {
-        values.clear();
-        let halves = bytes.as_chunks().0.iter();
-        match self {
-            Self::U8 => values.extend(bytes.iter().map(|&b| f32::from(b))),
-            Self::F32 => values.extend(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
-            Self::F16 => values.extend(halves.map(|b| half::f16::from_le_bytes(*b).to_f32())),
-            Self::Bf16 => values.extend(halves.map(|b| half::bf16::from_le_bytes(*b).to_f32())),
-        }
-    }
-}
+/// Four ternary weights a byte.
+const PACKED: TensorType = TensorType::I8;
 
 /// A tensor of the checkpoint, checked to lie in its file.
 pub(super) struct Tensor<'a> {
@@ -244,33 +221,37 @@ pub(super) struct Tensor<'a> {
     /// First byte in the file.
     start: u64,
     file: &'a File,
-    float: Float,
+    ty: TensorType,
+    /// Bytes of a value.
+    size: u64,
 }
 
 impl Tensor<'_> {
     /// The number of values.
     pub(super) fn elements(&self) -> u64 {
-        self.byte_len / self.float.size()
+        self.byte_len / self.size
     }
 
     /// Hands over the values, which are finite, piece by piece with the number of bytes they took.
-    pub(super) fn read(
-        &self,
-        mut take: impl FnMut(&[f32], u64) -> Result<(), ConvertError>,
-    ) -> Result<(), ConvertError> {
+    pub(super) fn read(&self, mut take: impl FnMut(&[f32], u64) -> Result<()>) -> Result<()> {
         let io = |e| ConvertError::io(self.path, "read", e);
         let mut file = self.file;
         file.seek(SeekFrom::Start(self.start)).map_err(io)?;
         let (mut bytes, mut values) = (Vec::new(), Vec::new());
         let mut done = 0;
         while done < self.byte_len {
-            let len = (self.byte_len - done).min(PIECE * self.float.size());
+            let len = (self.byte_len - done).min(PIECE * self.size);
             bytes.resize(len as usize, 0);
             file.read_exact(&mut bytes).map_err(io)?;
-            self.float.decode(&bytes, &mut values);
+            if self.ty == PACKED {
+                values.clear();
+                values.extend(bytes.iter().map(|&byte| f32::from(byte)));
+            } else {
+                decode(self.ty, &bytes, &mut values);
+            }
             if let Some(bad) = values.iter().position(|x| !x.is_finite()) {
                 let problem = format!("expected a finite number, found {}", values[bad]);
-                return Err(self.error_at(done / self.float.size() + bad as u64, problem));
+                return Err(self.error_at(done / self.size + bad as u64, problem));
             }
             take(&values, len)?;
             done += len;
@@ -290,7 +271,7 @@ impl Tensor<'_> {
         } else {
             format!("[{}, {}]", index / columns, index % columns)
         };
-        let byte = self.start + index * self.float.size();
+        let byte = self.start + index * self.size;
         let thing = format!("tensor {:?}, element {place} at byte {byte}", self.name);
         ConvertError::checkpoint(self.path, thing, problem)
     }

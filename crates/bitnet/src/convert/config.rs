@@ -7,8 +7,8 @@ use bitnet_gguf::{Value, Writer};
 use bitnet_kernels::math::{exp64, ln64};
 use serde_json::Value as Json;
 
-use super::ConvertError;
 use super::checkpoint::read_json;
+use super::{ConvertError, Result};
 use crate::model::config::LLAMA;
 use crate::model::stored::Pairs;
 
@@ -89,7 +89,7 @@ impl Keys<'_> {
     }
 
     /// Fails unless the value is null or one of these.
-    fn only(&self, key: &str, allowed: &[Json]) -> Result<(), ConvertError> {
+    fn only(&self, key: &str, allowed: &[Json]) -> Result<()> {
         match self.get(key) {
             Json::Null => Ok(()),
             json if allowed.contains(json) => Ok(()),
@@ -97,14 +97,14 @@ impl Keys<'_> {
         }
     }
 
-    fn size(&self, key: &str) -> Result<u64, ConvertError> {
+    fn size(&self, key: &str) -> Result<u64> {
         let size = self.get(key).as_u64().filter(|n| SIZE.contains(n));
         size.ok_or_else(|| {
             self.error(key, format_args!("an integer from {} to {}", SIZE.start(), SIZE.end()))
         })
     }
 
-    fn float(&self, key: &str, range: RangeInclusive<f64>) -> Result<f32, ConvertError> {
+    fn float(&self, key: &str, range: RangeInclusive<f64>) -> Result<f32> {
         let float = self.get(key).as_f64().filter(|x| range.contains(x)).map(|x| x as f32);
         float.ok_or_else(|| {
             self.error(key, format_args!("a number from {} to {}", range.start(), range.end()))
@@ -112,7 +112,7 @@ impl Keys<'_> {
     }
 
     /// A token id, or the first of a list of them.
-    fn token(&self, key: &str, vocab_size: u64) -> Result<Option<u32>, ConvertError> {
+    fn token(&self, key: &str, vocab_size: u64) -> Result<Option<u32>> {
         let json = match self.get(key) {
             Json::Null => return Ok(None),
             Json::Array(ids) => ids.first().unwrap_or(&Json::Null),
@@ -124,7 +124,7 @@ impl Keys<'_> {
 }
 
 /// `rope_scaling`, which is part of `rope_parameters` since transformers 5.
-fn rope_scaling(keys: &Keys<'_>) -> Result<RopeScaling, ConvertError> {
+fn rope_scaling(keys: &Keys<'_>) -> Result<RopeScaling> {
     let part = if keys.get("rope_parameters").is_null() { "rope_scaling" } else { "rope_parameters" };
     let key = |name: &str| format!("{part}.{name}");
     let number = |name: &str| keys.float(&key(name), 1e-6..=1e12);
@@ -150,7 +150,7 @@ fn rope_scaling(keys: &Keys<'_>) -> Result<RopeScaling, ConvertError> {
 impl HfConfig {
     /// Reads the file; refuses what is not a BitNet, what is not to be quantised on load, and what HF computes and this
     /// engine does not.
-    pub(super) fn read(path: &Path) -> Result<Self, ConvertError> {
+    pub(super) fn read(path: &Path) -> Result<Self> {
         let keys = Keys { path, json: read_json(path)? };
         let family = match keys.get("model_type").as_str() {
             _ if keys.get("architectures") == &Json::from(["BitnetForCausalLM"]) => Family::OneBitLlm,
@@ -279,12 +279,7 @@ impl HfConfig {
         Some(factors.collect())
     }
 
-    pub(super) fn write(
-        &self,
-        writer: &mut Writer,
-        name: Option<&str>,
-        file_type: u32,
-    ) -> Result<(), ConvertError> {
+    pub(super) fn write(&self, writer: &mut Writer, name: Option<&str>, file_type: u32) -> Result<()> {
         let arch = self.architecture();
         writer.meta("general.architecture", Value::Str(arch))?;
         if let Some(name) = name {

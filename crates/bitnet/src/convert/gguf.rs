@@ -1,24 +1,19 @@
 //! A GGUF file with its ternary matrices and its head in other types.
 
-use std::ops::ControlFlow;
 use std::path::Path;
 
 use bitnet_gguf::{Gguf, TensorInfo, TensorType, Value, ValueType, Writer};
+use bitnet_kernels::half::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 use bitnet_kernels::ternary::pack;
 
 use super::output::{Output, decode, encode};
-use super::{ConvertError, Meter, Options, Progress, Report};
+use super::{ConvertError, Meter, Options, Report, Result, Tell};
 use crate::model::stored::{EXACT_SCALES, ExactScales, exact_scales, is_ternary, row_format};
 
 /// Weights in a piece of a tensor.
 const PIECE: usize = 1 << 18;
 
-pub(super) fn to_gguf(
-    input: &Path,
-    out: &Path,
-    options: Options,
-    progress: &mut dyn FnMut(Progress<'_>) -> ControlFlow<()>,
-) -> Result<Report, ConvertError> {
+pub(super) fn to_gguf(input: &Path, out: &Path, options: Options, progress: &mut Tell<'_>) -> Result<Report> {
     let gguf = Gguf::open(input)?;
     let exact = ExactScales::read(&gguf);
     let mut scales = Vec::new();
@@ -36,7 +31,7 @@ pub(super) fn to_gguf(
 
     let ternary = options.ternary.tensor_type();
     let mut writer = Writer::new(out);
-    let mut file_type = Some(options.ternary.file_type());
+    let mut file_type = Some(options.ternary.row().2);
     for (key, value) in gguf.metadata() {
         match key {
             "general.file_type" => writer.meta(key, Value::U32(file_type.take().unwrap_or_default()))?,
@@ -132,12 +127,7 @@ pub(super) fn to_gguf(
 }
 
 /// Keeps the scales where the type rounds them.
-pub(super) fn write_scales(
-    input: &Path,
-    writer: &mut Writer,
-    ty: TensorType,
-    scales: &[f32],
-) -> Result<(), ConvertError> {
+pub(super) fn write_scales(input: &Path, writer: &mut Writer, ty: TensorType, scales: &[f32]) -> Result<()> {
     let Some(format) = row_format(ty) else { return Ok(()) };
     if let Some(bad) = scales.iter().find(|&&scale| {
         let stored = format.stored_scale(scale);
@@ -160,31 +150,29 @@ fn decodable(ty: TensorType) -> bool {
 
 /// Whether a value can be stored in a type of floats or of blocks with f16 scales.
 pub(super) fn fits(x: f32, ty: TensorType) -> bool {
-    match ty {
-        TensorType::F16 => half::f16::from_f32(x).is_finite(),
-        TensorType::BF16 => half::bf16::from_f32(x).is_finite(),
-        TensorType::Q8_0 => half::f16::from_f32(x / 127.0).is_finite(),
-        TensorType::Q6_K => half::f16::from_f32(x / 4096.0).is_finite(),
-        _ => x.is_finite(),
-    }
+    let is_half = |x: f32| f16_to_f32(f32_to_f16(x)).is_finite();
+    x.is_finite()
+        && match ty {
+            TensorType::F16 => is_half(x),
+            TensorType::BF16 => bf16_to_f32(f32_to_bf16(x)).is_finite(),
+            TensorType::Q8_0 => is_half(x / 127.0),
+            TensorType::Q6_K => is_half(x / 4096.0),
+            _ => true,
+        }
 }
 
-/// Refuses rows that do not fill the blocks of a type.
-fn check_columns(gguf: &Gguf, tensor: &TensorInfo, ty: TensorType) -> Result<(), ConvertError> {
-    let columns = tensor.dims[0];
-    let problem = match row_format(ty) {
-        Some(format) if !columns.is_multiple_of(format.block() as u64) => {
-            format!(
-                "rows of {columns} weights do not fill the blocks of {} of {ty}: use I2_S",
-                format.block()
-            )
-        }
-        None if !tensor.n_elements().is_multiple_of(pack::BLOCK as u64) => {
-            format!("{} weights do not fill the blocks of 128 of I2_S", tensor.n_elements())
-        }
-        _ => return Ok(()),
+/// Why a matrix of these dimensions, the fastest first, does not fill the blocks of a type of ternary weights.
+pub(super) fn misfit(dims: &[u64], ty: TensorType) -> Option<String> {
+    let (block, weights, rows, hint) = match row_format(ty) {
+        Some(format) => (format.block(), dims[0], "rows of ", ": use I2_S"),
+        None => (pack::BLOCK, dims.iter().product(), "", ""),
     };
-    Err(error(gguf, tensor, problem))
+    (!weights.is_multiple_of(block as u64))
+        .then(|| format!("{rows}{weights} weights do not fill the blocks of {block} of {ty}{hint}"))
+}
+
+fn check_columns(gguf: &Gguf, tensor: &TensorInfo, ty: TensorType) -> Result<()> {
+    misfit(&tensor.dims, ty).map_or(Ok(()), |problem| Err(error(gguf, tensor, problem)))
 }
 
 fn error(gguf: &Gguf, tensor: &TensorInfo, problem: impl Into<String>) -> ConvertError {
@@ -198,8 +186,8 @@ pub(super) fn read_ternary(
     gguf: &Gguf,
     tensor: &TensorInfo,
     exact: &ExactScales<'_>,
-    take: &mut dyn FnMut(&[i8], u64) -> Result<(), ConvertError>,
-) -> Result<Option<f32>, ConvertError> {
+    take: &mut dyn FnMut(&[i8], u64) -> Result<()>,
+) -> Result<Option<f32>> {
     let bytes = gguf.tensor_bytes(tensor);
     let n = tensor.n_elements() as usize;
     check_columns(gguf, tensor, tensor.ty)?;
@@ -244,7 +232,7 @@ pub(super) fn read_ternary(
 }
 
 /// The scale of a ternary tensor, without reading more than it takes to find it.
-fn scale_of(gguf: &Gguf, tensor: &TensorInfo, exact: &ExactScales<'_>) -> Result<f32, ConvertError> {
+fn scale_of(gguf: &Gguf, tensor: &TensorInfo, exact: &ExactScales<'_>) -> Result<f32> {
     check_columns(gguf, tensor, tensor.ty)?;
     let bytes = gguf.tensor_bytes(tensor);
     let Some(format) = row_format(tensor.ty) else {

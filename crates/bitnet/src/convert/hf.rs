@@ -1,25 +1,19 @@
 //! A Hugging Face checkpoint as a GGUF file.
 
-use std::ops::ControlFlow;
 use std::path::Path;
 
 use bitnet_gguf::{TensorType, Value, Writer};
-use bitnet_kernels::ternary::pack;
+use bitnet_kernels::half::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 
 use super::checkpoint::{Checkpoint, Tensor};
 use super::config::{Family, HfConfig, ScaleDirection};
-use super::gguf::{fits, write_scales};
+use super::gguf::{fits, misfit, write_scales};
 use super::output::{Output, decode, encode};
 use super::vocab::HfTokenizer;
-use super::{ConvertError, HeadType, Meter, Options, Progress, Report};
-use crate::model::stored::{Pairs, row_format};
+use super::{ConvertError, HeadType, Meter, Options, Report, Result, Tell};
+use crate::model::stored::Pairs;
 
-pub(super) fn to_gguf(
-    dir: &Path,
-    out: &Path,
-    options: Options,
-    progress: &mut dyn FnMut(Progress<'_>) -> ControlFlow<()>,
-) -> Result<Report, ConvertError> {
+pub(super) fn to_gguf(dir: &Path, out: &Path, options: Options, progress: &mut Tell<'_>) -> Result<Report> {
     let config = HfConfig::read(&dir.join("config.json"))?;
     let tokenizer = HfTokenizer::read(dir, &config)?;
     let checkpoint = Checkpoint::open(dir)?;
@@ -65,7 +59,7 @@ pub(super) fn to_gguf(
     let mut writer = Writer::new(out);
     let name = std::path::absolute(dir).map_err(|e| ConvertError::io(dir, "open", e))?;
     let name = name.file_name().map(|name| name.to_string_lossy().into_owned());
-    config.write(&mut writer, name.as_deref(), options.ternary.file_type())?;
+    config.write(&mut writer, name.as_deref(), options.ternary.row().2)?;
     if let Some(tokenizer) = &tokenizer {
         tokenizer.write(&mut writer)?;
     }
@@ -132,7 +126,7 @@ struct Part<'a> {
 }
 
 /// Takes the next trits of a tensor.
-type Take<'a> = dyn FnMut(&[i8]) -> Result<(), ConvertError> + 'a;
+type Take<'a> = dyn FnMut(&[i8]) -> Result<()> + 'a;
 
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
@@ -161,11 +155,7 @@ impl Part<'_> {
     }
 
     /// Hands the trits that `read` gives to `take`, in the order of the file.
-    fn in_order(
-        &self,
-        take: &mut Take<'_>,
-        read: impl FnOnce(&mut Take<'_>) -> Result<(), ConvertError>,
-    ) -> Result<(), ConvertError> {
+    fn in_order(&self, take: &mut Take<'_>, read: impl FnOnce(&mut Take<'_>) -> Result<()>) -> Result<()> {
         let Some(pairs) = self.pairs else { return read(take) };
         let mut all = Vec::new();
         read(&mut |trits| {
@@ -180,23 +170,11 @@ impl Part<'_> {
     }
 
     /// Refuses weights that do not fill the blocks of a type.
-    fn check(&self, ty: TensorType) -> Result<(), ConvertError> {
-        let n: u64 = self.dims().iter().product();
-        let problem = match row_format(ty) {
-            _ if matches!(self.kind, Kind::Norm | Kind::Embedding) => return Ok(()),
-            None if !n.is_multiple_of(pack::BLOCK as u64) => {
-                format!("{n} weights do not fill the blocks of 128 of I2_S")
-            }
-            Some(format) if !self.columns().is_multiple_of(format.block()) => {
-                format!(
-                    "rows of {} weights do not fill the blocks of {} of {ty}",
-                    self.columns(),
-                    format.block()
-                )
-            }
-            _ => return Ok(()),
-        };
-        Err(self.tensor.error(problem))
+    fn check(&self, ty: TensorType) -> Result<()> {
+        match self.kind {
+            Kind::Norm | Kind::Embedding => Ok(()),
+            _ => misfit(&self.dims(), ty).map_or(Ok(()), |problem| Err(self.tensor.error(problem))),
+        }
     }
 }
 
@@ -206,7 +184,7 @@ fn parts<'a>(
     config: &HfConfig,
     checkpoint: &'a Checkpoint,
     notices: &mut Vec<String>,
-) -> Result<Vec<Part<'a>>, ConvertError> {
+) -> Result<Vec<Part<'a>>> {
     use Kind::*;
     let (hidden, ff) = (config.hidden_size, config.intermediate_size);
     let (q, kv) = (config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim);
@@ -290,25 +268,21 @@ struct Run<'a> {
 
 impl Run<'_> {
     /// Hands over all values of a tensor, which are finite, in pieces of a multiple of 256 until the last.
-    fn read(
-        &mut self,
-        tensor: &Tensor<'_>,
-        mut take: impl FnMut(&[f32]) -> Result<(), ConvertError>,
-    ) -> Result<(), ConvertError> {
+    fn read(&mut self, tensor: &Tensor<'_>, mut take: impl FnMut(&[f32]) -> Result<()>) -> Result<()> {
         tensor.read(|piece, bytes| {
             take(piece)?;
             self.meter.read(tensor.name, bytes)
         })
     }
 
-    fn embedding_type(&mut self, tensor: &Tensor<'_>, head: HeadType) -> Result<TensorType, ConvertError> {
+    fn embedding_type(&mut self, tensor: &Tensor<'_>, head: HeadType) -> Result<TensorType> {
         if let Some(ty) = head.tensor_type() {
             return Ok(ty);
         }
         let (mut f16, mut bf16) = (true, true);
         self.read(tensor, |piece| {
-            f16 &= piece.iter().all(|&x| half::f16::from_f32(x).to_f32() == x);
-            bf16 &= piece.iter().all(|&x| half::bf16::from_f32(x).to_f32() == x);
+            f16 &= piece.iter().all(|&x| f16_to_f32(f32_to_f16(x)) == x);
+            bf16 &= piece.iter().all(|&x| bf16_to_f32(f32_to_bf16(x)) == x);
             Ok(())
         })?;
         Ok(match (f16, bf16) {
@@ -322,8 +296,8 @@ impl Run<'_> {
         &mut self,
         tensor: &Tensor<'_>,
         ty: TensorType,
-        take: &mut dyn FnMut(&[u8]) -> Result<(), ConvertError>,
-    ) -> Result<(), ConvertError> {
+        take: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
         let (mut index, mut rounded) = (0, 0u64);
         let (mut bytes, mut stored) = (Vec::new(), Vec::new());
         self.read(tensor, |piece| {
@@ -347,7 +321,7 @@ impl Run<'_> {
     }
 
     /// What the master weights are multiplied with to be rounded.
-    fn inverse_scale(&mut self, tensor: &Tensor<'_>) -> Result<f32, ConvertError> {
+    fn inverse_scale(&mut self, tensor: &Tensor<'_>) -> Result<f32> {
         let mut sum = 0.0;
         self.read(tensor, |piece| {
             sum = piece.iter().fold(sum, |sum, &w| sum + f64::from(w.abs()));
@@ -358,12 +332,7 @@ impl Run<'_> {
     }
 
     /// Master weights as trits.
-    fn quantize(
-        &mut self,
-        tensor: &Tensor<'_>,
-        inverse: f32,
-        take: &mut Take<'_>,
-    ) -> Result<(), ConvertError> {
+    fn quantize(&mut self, tensor: &Tensor<'_>, inverse: f32, take: &mut Take<'_>) -> Result<()> {
         let mut trits = Vec::new();
         self.read(tensor, |piece| {
             trits.clear();
@@ -374,7 +343,7 @@ impl Run<'_> {
     }
 
     /// Packed weights, whose four quarters lie in the bits of the same bytes.
-    fn unpack(&mut self, tensor: &Tensor<'_>, take: &mut Take<'_>) -> Result<(), ConvertError> {
+    fn unpack(&mut self, tensor: &Tensor<'_>, take: &mut Take<'_>) -> Result<()> {
         let mut trits = Vec::new();
         for quarter in 0..4 {
             let mut index = 0;

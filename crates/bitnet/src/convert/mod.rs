@@ -53,30 +53,28 @@ impl TernaryType {
     pub const ALL: [Self; 7] =
         [Self::I2_S, Self::TQ1_0, Self::TQ2_0, Self::IQ1_BN, Self::IQ2_BN, Self::F16, Self::BF16];
 
-    /// The type in the file.
-    pub fn tensor_type(self) -> TensorType {
+    /// The name in lower case, the type in the file, and `general.file_type` of a model of this type, as the programs that
+    /// the types come from number them.
+    fn row(self) -> (&'static str, TensorType, u32) {
         match self {
-            Self::I2_S => TensorType::I2S,
-            Self::TQ1_0 => TensorType::TQ1_0,
-            Self::TQ2_0 => TensorType::TQ2_0,
-            Self::IQ1_BN => TensorType::IQ1BN,
-            Self::IQ2_BN => TensorType::IQ2BN,
-            Self::F16 => TensorType::F16,
-            Self::BF16 => TensorType::BF16,
+            Self::I2_S => ("i2_s", TensorType::I2S, 40),
+            Self::TQ1_0 => ("tq1_0", TensorType::TQ1_0, 36),
+            Self::TQ2_0 => ("tq2_0", TensorType::TQ2_0, 37),
+            Self::IQ1_BN => ("iq1_bn", TensorType::IQ1BN, 136),
+            Self::IQ2_BN => ("iq2_bn", TensorType::IQ2BN, 137),
+            Self::F16 => ("f16", TensorType::F16, 1),
+            Self::BF16 => ("bf16", TensorType::BF16, 32),
         }
     }
 
-    /// `general.file_type` of a model of this type, as the programs that the types come from number them.
-    fn file_type(self) -> u32 {
-        match self {
-            Self::I2_S => 40,
-            Self::TQ1_0 => 36,
-            Self::TQ2_0 => 37,
-            Self::IQ1_BN => 136,
-            Self::IQ2_BN => 137,
-            Self::F16 => 1,
-            Self::BF16 => 32,
-        }
+    /// ggml's name in lower case.
+    pub fn name(self) -> &'static str {
+        self.row().0
+    }
+
+    /// The type in the file.
+    pub fn tensor_type(self) -> TensorType {
+        self.row().1
     }
 }
 
@@ -100,16 +98,18 @@ pub enum HeadType {
 }
 
 impl HeadType {
+    /// All of them.
+    pub const ALL: [Self; 6] = [Self::Auto, Self::F16, Self::Bf16, Self::F32, Self::Q8_0, Self::Q6_K];
+
+    /// `auto`, or ggml's name in lower case.
+    pub fn name(self) -> &'static str {
+        ["auto", "f16", "bf16", "f32", "q8_0", "q6_k"][self as usize]
+    }
+
     /// The type in the file; None for [`Auto`](Self::Auto).
     fn tensor_type(self) -> Option<TensorType> {
-        Some(match self {
-            Self::Auto => return None,
-            Self::F16 => TensorType::F16,
-            Self::Bf16 => TensorType::BF16,
-            Self::F32 => TensorType::F32,
-            Self::Q8_0 => TensorType::Q8_0,
-            Self::Q6_K => TensorType::Q6_K,
-        })
+        use TensorType::{BF16, F16, F32, Q6_K, Q8_0};
+        [None, Some(F16), Some(BF16), Some(F32), Some(Q8_0), Some(Q6_K)][self as usize]
     }
 }
 
@@ -154,37 +154,19 @@ pub struct Report {
 }
 
 /// Why a model was not converted. Every message is one line.
+#[allow(missing_docs)] // the names and messages of the fields say it all
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConvertError {
     /// The system refused something.
     #[error("{file}: cannot {action}: {error}")]
-    Io {
-        /// The file.
-        file: String,
-        /// "open", "read" or "write".
-        action: &'static str,
-        /// The system's reason.
-        error: io::Error,
-    },
+    Io { file: String, action: &'static str, error: io::Error },
     /// The input is broken, or not one that can be converted; the fault is in the file.
     #[error("{file}: {thing}: {problem}")]
-    Checkpoint {
-        /// The file.
-        file: String,
-        /// The key or tensor.
-        thing: String,
-        /// What was found, and what was expected.
-        problem: String,
-    },
+    Checkpoint { file: String, thing: String, problem: String },
     /// The vocabulary is broken, or needs another tokenizer.
     #[error("{file}: {error}")]
-    Tokenizer {
-        /// The file.
-        file: String,
-        /// What is wrong with it.
-        error: TokenizerError,
-    },
+    Tokenizer { file: String, error: TokenizerError },
     /// The caller's `progress` ended it.
     #[error("cancelled")]
     Cancelled,
@@ -193,12 +175,7 @@ pub enum ConvertError {
     Gguf(#[from] bitnet_gguf::Error),
     /// What was written does not read as it should; the fault is the disk's or the program's.
     #[error("{file}: tensor {tensor:?} does not read as it was written; the file was thrown away")]
-    Verify {
-        /// The file.
-        file: String,
-        /// The tensor.
-        tensor: String,
-    },
+    Verify { file: String, tensor: String },
 }
 
 impl ConvertError {
@@ -233,15 +210,20 @@ pub fn convert(
     }
 }
 
+type Result<T, E = ConvertError> = std::result::Result<T, E>;
+
+/// Is told how far a conversion is, and may end it.
+type Tell<'a> = dyn FnMut(Progress<'_>) -> ControlFlow<()> + 'a;
+
 /// Counts the bytes that are read, and tells; the answer may end the conversion.
 struct Meter<'a> {
-    progress: &'a mut dyn FnMut(Progress<'_>) -> ControlFlow<()>,
+    progress: &'a mut Tell<'a>,
     done: u64,
     total: u64,
 }
 
 impl Meter<'_> {
-    fn read(&mut self, tensor: &str, bytes: u64) -> Result<(), ConvertError> {
+    fn read(&mut self, tensor: &str, bytes: u64) -> Result<()> {
         self.done += bytes;
         match (self.progress)(Progress { tensor, done: self.done, total: self.total }) {
             ControlFlow::Continue(()) => Ok(()),

@@ -1,17 +1,17 @@
 //! The file to be: tensors are encoded, hashed as they are written, and read again at the end.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
-use std::io::Write as _;
+use std::io::Write;
 use std::path::Path;
 
 use bitnet_gguf::{AtomicFile, Gguf, TensorInfo, TensorType, TensorWriter, Writer};
 use bitnet_kernels::blocks::BlockFormat;
+use bitnet_kernels::half::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 use bitnet_kernels::ternary::pack;
 use sha2::{Digest, Sha256};
 
 use super::gguf::read_ternary;
-use super::{ConvertError, Meter};
+use super::{ConvertError, Meter, Result};
 use crate::model::stored::{ExactScales, is_ternary, row_format};
 
 /// The ternary weights of a file.
@@ -59,10 +59,7 @@ impl Trits {
 
 fn joined<'a>(hashes: impl Iterator<Item = &'a [u8; 32]>) -> String {
     let all = hashes.fold(Sha256::new(), Digest::chain_update).finalize();
-    all.iter().fold(String::new(), |mut hex, byte| {
-        let _ = write!(hex, "{byte:02x}");
-        hex
-    })
+    all.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The hash of one tensor's trits.
@@ -76,7 +73,7 @@ impl TritHash {
         Self { sha: Sha256::new().chain_update(name).chain_update([0]), pending: Vec::new() }
     }
 
-    fn push(&mut self, trits: &[i8]) -> Result<(), ConvertError> {
+    fn push(&mut self, trits: &[i8]) -> Result<()> {
         self.pending.extend(trits);
         let whole = self.pending.len() / pack::BLOCK * pack::BLOCK;
         // Whoever gives trits has checked them.
@@ -107,7 +104,7 @@ pub(super) struct Output<'a> {
 }
 
 impl<'a> Output<'a> {
-    pub(super) fn new(writer: Writer, path: &'a Path) -> Result<Self, ConvertError> {
+    pub(super) fn new(writer: Writer, path: &'a Path) -> Result<Self> {
         Ok(Self { data: writer.create()?, path, expected: BTreeMap::new(), weights: (0, 0) })
     }
 
@@ -118,8 +115,8 @@ impl<'a> Output<'a> {
         ty: TensorType,
         columns: usize,
         scale: f32,
-        read: impl FnOnce(&mut dyn FnMut(&[i8]) -> Result<(), ConvertError>) -> Result<(), ConvertError>,
-    ) -> Result<(), ConvertError> {
+        read: impl FnOnce(&mut dyn FnMut(&[i8]) -> Result<()>) -> Result<()>,
+    ) -> Result<()> {
         self.data.start(name)?;
         let mut hash = TritHash::new(name);
         let unit = if ty == TensorType::I2S { pack::BLOCK } else { columns };
@@ -158,8 +155,8 @@ impl<'a> Output<'a> {
     pub(super) fn bytes(
         &mut self,
         name: &str,
-        read: impl FnOnce(&mut dyn FnMut(&[u8]) -> Result<(), ConvertError>) -> Result<(), ConvertError>,
-    ) -> Result<(), ConvertError> {
+        read: impl FnOnce(&mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()>,
+    ) -> Result<()> {
         self.data.start(name)?;
         let mut sha = Sha256::new();
         read(&mut |bytes| {
@@ -171,7 +168,7 @@ impl<'a> Output<'a> {
     }
 
     /// Reads the whole file again, and gives it its name if it is right. Returns the hash of its trits.
-    pub(super) fn finish(self, meter: &mut Meter<'_>) -> Result<String, ConvertError> {
+    pub(super) fn finish(self, meter: &mut Meter<'_>) -> Result<String> {
         let Self { data, path, expected, .. } = self;
         let file = data.end()?;
         let gguf = Gguf::open(file.temporary())?;
@@ -219,8 +216,8 @@ impl<'a> Output<'a> {
 /// Appends finite values as `ty`, whole blocks of them.
 pub(super) fn encode(ty: TensorType, values: &[f32], out: &mut Vec<u8>) {
     match ty {
-        TensorType::F16 => out.extend(values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes())),
-        TensorType::BF16 => out.extend(values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes())),
+        TensorType::F16 => out.extend(values.iter().flat_map(|&x| f32_to_f16(x).to_le_bytes())),
+        TensorType::BF16 => out.extend(values.iter().flat_map(|&x| f32_to_bf16(x).to_le_bytes())),
         TensorType::Q8_0 => BlockFormat::Q8_0.encode(values, out),
         TensorType::Q6_K => BlockFormat::Q6_K.encode(values, out),
         _ => out.extend(values.iter().flat_map(|x| x.to_le_bytes())),
@@ -230,13 +227,13 @@ pub(super) fn encode(ty: TensorType, values: &[f32], out: &mut Vec<u8>) {
 /// The values of whole blocks of `ty`; nothing where the type is none that [`encode`] writes.
 pub(super) fn decode(ty: TensorType, bytes: &[u8], values: &mut Vec<f32>) {
     values.clear();
-    let halves = bytes.as_chunks::<2>().0.iter();
+    let halves = bytes.as_chunks::<2>().0.iter().map(|bytes| u16::from_le_bytes(*bytes));
     let format = match ty {
         TensorType::F32 => {
             return values.extend(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)));
         }
-        TensorType::F16 => return values.extend(halves.map(|b| half::f16::from_le_bytes(*b).to_f32())),
-        TensorType::BF16 => return values.extend(halves.map(|b| half::bf16::from_le_bytes(*b).to_f32())),
+        TensorType::F16 => return values.extend(halves.map(f16_to_f32)),
+        TensorType::BF16 => return values.extend(halves.map(bf16_to_f32)),
         TensorType::Q8_0 => BlockFormat::Q8_0,
         TensorType::Q6_K => BlockFormat::Q6_K,
         _ => return,

@@ -26,6 +26,7 @@ const HEADER: usize = 56;
 const MAX_TOKENS: u32 = 1 << 24;
 
 /// Why a saved sequence was refused.
+#[allow(missing_docs)] // the names and messages of the fields say it all
 #[derive(Debug, thiserror::Error)]
 pub enum SavedError {
     /// It cannot be read or written.
@@ -38,12 +39,7 @@ pub enum SavedError {
     #[error(
         "written by another version of this program (format {format}, definition {definition}): remove it"
     )]
-    Version {
-        /// The version of the layout.
-        format: u32,
-        /// The version of the arithmetic.
-        definition: u32,
-    },
+    Version { format: u32, definition: u32 },
     /// Of another model.
     #[error("made with another model; its keys and values mean nothing to this one: name another file")]
     OtherModel,
@@ -52,26 +48,13 @@ pub enum SavedError {
         "holds keys and values of another type: take --cache-type {}, or name another file",
         found.map_or("?", KvType::name)
     )]
-    CacheType {
-        /// The file's, if there is such a type.
-        found: Option<KvType>,
-    },
+    CacheType { found: Option<KvType> },
     /// Not as long as its number of tokens asks for.
     #[error("damaged: {found} bytes long, {tokens} tokens take {expected}: remove it")]
-    Length {
-        /// Bytes of the file.
-        found: u64,
-        /// Tokens that it says it holds.
-        tokens: u32,
-        /// Bytes that these take.
-        expected: u64,
-    },
+    Length { found: u64, tokens: u32, expected: u64 },
     /// A checksum does not fit.
     #[error("damaged: page {page} is not what was written: remove it")]
-    Damaged {
-        /// The page, from 0.
-        page: usize,
-    },
+    Damaged { page: usize },
     /// The model has no file that could be recognised.
     #[error("a model of random weights has no identity")]
     NoIdentity,

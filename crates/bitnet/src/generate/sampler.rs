@@ -80,32 +80,18 @@ pub struct SamplerConfigError {
 }
 
 /// Why no token could be chosen.
+#[allow(missing_docs)] // the names and messages of the fields say it all
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum SampleError {
     /// The model computed garbage, or a bias or penalty overflowed.
     #[error("the logit of token {id} is {value}; expected a finite number or negative infinity")]
-    Logit {
-        /// The first such token.
-        id: usize,
-        /// NaN or infinity.
-        value: f32,
-    },
+    Logit { id: usize, value: f32 },
     /// Every logit is negative infinity, or there is none.
     #[error("none of {n_vocab} tokens is allowed: each logit is negative infinity")]
-    NothingAllowed {
-        /// Number of logits.
-        n_vocab: usize,
-    },
+    NothingAllowed { n_vocab: usize },
     /// A token of the history or of `logit_bias` that has no logit; the caller's fault.
     #[error("{what} has token {id}; there are {n_vocab} logits")]
-    UnknownToken {
-        /// "the history" or "logit_bias".
-        what: &'static str,
-        /// The token.
-        id: u32,
-        /// Number of logits.
-        n_vocab: usize,
-    },
+    UnknownToken { what: &'static str, id: u32, n_vocab: usize },
 }
 
 /// Chooses tokens; its only state is that of the random numbers, of which each token not chosen greedily takes one.
@@ -136,45 +122,29 @@ impl Sampler {
     /// Fails if a setting is outside its range.
     pub fn new(config: SamplerConfig) -> Result<Self, SamplerConfigError> {
         let c = &config;
-        let finite = "a finite number";
-        let positive = "a finite number above 0";
-        let share = "a number from 0 to 1";
-        for (setting, found, ok, expected) in [
-            (
-                "temperature",
-                c.temperature,
-                (0.0..f32::INFINITY).contains(&c.temperature),
-                "0 or a positive, finite number",
-            ),
-            ("top_p", c.top_p, (0.0..=1.0).contains(&c.top_p), share),
-            ("min_p", c.min_p, (0.0..=1.0).contains(&c.min_p), share),
-            (
-                "repeat_penalty",
-                c.repeat_penalty,
-                c.repeat_penalty > 0.0 && c.repeat_penalty.is_finite(),
-                positive,
-            ),
-            ("frequency_penalty", c.frequency_penalty, c.frequency_penalty.is_finite(), finite),
-            ("presence_penalty", c.presence_penalty, c.presence_penalty.is_finite(), finite),
-        ] {
-            if !ok {
-                return Err(SamplerConfigError { setting: setting.to_owned(), found, expected });
+        let finite = (f32::MIN..=f32::MAX, "a finite number");
+        let share = (0.0..=1.0, "a number from 0 to 1");
+        let settings = [
+            ("temperature", c.temperature, (0.0..=f32::MAX, "0 or a positive, finite number")),
+            ("top_p", c.top_p, share.clone()),
+            ("min_p", c.min_p, share),
+            ("repeat_penalty", c.repeat_penalty, (f32::from_bits(1)..=f32::MAX, "a finite number above 0")),
+            ("frequency_penalty", c.frequency_penalty, finite.clone()),
+            ("presence_penalty", c.presence_penalty, finite),
+        ]
+        .map(|(setting, found, range)| (setting.to_owned(), found, range));
+        let biases = c.logit_bias.iter().map(|&(id, bias)| {
+            let range = (f32::NEG_INFINITY..=f32::MAX, "a finite number or negative infinity");
+            (format!("logit_bias of token {id}"), bias, range)
+        });
+        for (setting, found, (range, expected)) in settings.into_iter().chain(biases) {
+            if !range.contains(&found) {
+                return Err(SamplerConfigError { setting, found, expected });
             }
         }
-        if let Some(&(id, found)) =
-            c.logit_bias.iter().find(|(_, bias)| bias.is_nan() || *bias == f32::INFINITY)
-        {
-            let setting = format!("logit_bias of token {id}");
-            return Err(SamplerConfigError {
-                setting,
-                found,
-                expected: "a finite number or negative infinity",
-            });
-        }
-        let state = config.seed;
         Ok(Self {
+            state: config.seed,
             config,
-            state,
             logits: Vec::new(),
             window: Vec::new(),
             also: Vec::new(),

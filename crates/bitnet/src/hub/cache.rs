@@ -18,13 +18,6 @@ pub struct Cached {
     pub path: PathBuf,
 }
 
-/// What a removal freed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Removed {
-    /// Bytes.
-    pub size: u64,
-}
-
 /// The folder of one repository.
 pub(super) struct Repo {
     folder: PathBuf,
@@ -103,8 +96,8 @@ impl Repo {
             .map_err(HubError::io(&path, "write"))
     }
 
-    /// Removes the repository or one file of it. None if it is not there.
-    pub(super) fn remove(&self, file: Option<&str>) -> Result<Option<Removed>, HubError> {
+    /// Removes the repository or one file of it: the bytes freed, None if it is not there.
+    pub(super) fn remove(&self, file: Option<&str>) -> Result<Option<u64>, HubError> {
         if !self.folder.is_dir() {
             return Ok(None);
         }
@@ -119,7 +112,7 @@ impl Repo {
             let size = entries(&self.folder.join("blobs")).iter().map(|path| size(path)).sum();
             fs::remove_dir_all(&self.folder).map_err(HubError::io(&self.folder, "remove"))?;
             let _ = fs::remove_dir_all(&self.locks);
-            return Ok(Some(Removed { size }));
+            return Ok(Some(size));
         };
         let mut blobs = Vec::new();
         for snapshot in entries(&self.folder.join("snapshots")) {
@@ -143,12 +136,12 @@ impl Repo {
         blobs.dedup();
         let own = self.folder.join("blobs").canonicalize().unwrap_or_default();
         blobs.retain(|blob| !used.contains(blob) && blob.parent() == Some(&own));
-        let mut removed = Removed { size: 0 };
+        let mut freed = 0;
         for blob in blobs {
-            removed.size += size(&blob);
+            freed += size(&blob);
             fs::remove_file(&blob).map_err(HubError::io(&blob, "remove"))?;
         }
-        Ok(Some(removed))
+        Ok(Some(freed))
     }
 }
 

@@ -4,7 +4,6 @@
 use super::HubError;
 use super::client::{Client, Digest, Failure, FileMeta, header};
 use sha2::Digest as _;
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
@@ -42,10 +41,7 @@ impl Hasher {
             Self::Sha256(hasher) => hasher.finalize().to_vec(),
             Self::Git(hasher) => hasher.finalize().to_vec(),
         };
-        bytes.iter().fold(String::new(), |mut hex, byte| {
-            let _ = write!(hex, "{byte:02x}");
-            hex
-        })
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 }
 
@@ -54,13 +50,10 @@ struct Job<'a> {
     client: &'a Client<'a>,
     url: &'a str,
     meta: &'a FileMeta,
-    size: u64,
     path: &'a Path,
     /// Bytes that are here, written or in memory.
     arrived: AtomicU64,
     progress: &'a (dyn Fn(u64) + Sync),
-    /// Where the last redirect led, so that the hub is not asked for every range.
-    location: Mutex<Option<String>>,
     state: Mutex<State>,
     turn: Condvar,
 }
@@ -72,37 +65,21 @@ struct State {
     written: u64,
     file: File,
     hasher: Option<Hasher>,
+    /// Where the last redirect led, so that the hub is not asked for every range.
+    location: Option<String>,
     failure: Option<Stop>,
 }
 
-/// Why a download ended early.
+/// Why a request, or the whole download, brought less than it was to.
 enum Stop {
-    Error(HubError),
+    Failure(Failure),
     /// The server sends whole files only.
     NoRanges,
 }
 
-/// Why a request brought less than it was to.
-enum Fetch {
-    Failure(Failure),
-    NoRanges,
-}
-
-impl From<Failure> for Fetch {
-    fn from(failure: Failure) -> Self {
-        Self::Failure(failure)
-    }
-}
-
-impl From<HubError> for Fetch {
-    fn from(error: HubError) -> Self {
+impl<E: Into<Failure>> From<E> for Stop {
+    fn from(error: E) -> Self {
         Self::Failure(error.into())
-    }
-}
-
-impl From<HubError> for Stop {
-    fn from(error: HubError) -> Self {
-        Self::Error(error)
     }
 }
 
@@ -125,23 +102,22 @@ pub(super) fn download(
             client,
             url,
             meta,
-            size: meta.size,
             path,
             arrived: written.into(),
             progress,
-            location: Mutex::new(None),
             state: Mutex::new(State {
                 next: written,
                 written,
                 file: file.try_clone().map_err(HubError::io(path, "open"))?,
                 hasher: Some(hasher),
+                location: None,
                 failure: None,
             }),
             turn: Condvar::new(),
         };
         let found = match if ranged { job.in_ranges() } else { job.whole() } {
             Ok(hasher) => hasher.hex(),
-            Err(Stop::Error(error)) => return Err(error),
+            Err(Stop::Failure(failure)) => return Err(failure.error),
             Err(Stop::NoRanges) => {
                 file.set_len(0).map_err(HubError::io(path, "write"))?;
                 ranged = false;
@@ -155,14 +131,11 @@ pub(super) fn download(
         // What was here before may have been wrong; then the rest is not to blame.
         if written == 0 {
             std::fs::remove_file(path).map_err(HubError::io(path, "remove"))?;
-            let (file, expected) = (shown_file(url), meta.digest.hex().to_owned());
+            let file = url.rsplit('/').next().unwrap_or_default().to_owned();
+            let expected = meta.digest.hex().to_owned();
             return Err(HubError::Checksum { file, expected, found });
         }
     }
-}
-
-fn shown_file(url: &str) -> String {
-    url.rsplit('/').next().unwrap_or_default().to_owned()
 }
 
 /// Length and hash of what is already there.
@@ -188,7 +161,7 @@ impl Job<'_> {
     }
 
     fn in_ranges(&self) -> Result<Hasher, Stop> {
-        let ranges = (self.size - self.lock().written).div_ceil(self.client.hub.range.max(1));
+        let ranges = (self.meta.size - self.lock().written).div_ceil(self.client.hub.range.max(1));
         std::thread::scope(|scope| {
             for _ in 0..ranges.min(CONNECTIONS as u64) {
                 scope.spawn(|| {
@@ -205,7 +178,7 @@ impl Job<'_> {
     fn end(&self) -> Result<Hasher, Stop> {
         let mut state = self.lock();
         match (state.failure.take(), state.hasher.take()) {
-            (None, Some(hasher)) if state.written == self.size => Ok(hasher),
+            (None, Some(hasher)) if state.written == self.meta.size => Ok(hasher),
             (Some(stop), _) => Err(stop),
             _ => Err(self.nonsense("the download ended early".into()).into()),
         }
@@ -221,11 +194,11 @@ impl Job<'_> {
         loop {
             let (start, end) = {
                 let mut state = self.lock();
-                if state.failure.is_some() || state.next >= self.size {
+                if state.failure.is_some() || state.next >= self.meta.size {
                     return Ok(());
                 }
                 let start = state.next;
-                state.next = self.size.min(start.saturating_add(self.client.hub.range.max(1)));
+                state.next = self.meta.size.min(start.saturating_add(self.client.hub.range.max(1)));
                 (start, state.next)
             };
             let (mut at, mut tries) = (start, 0);
@@ -233,8 +206,8 @@ impl Job<'_> {
                 let before = at;
                 match self.fetch(&mut at, end, &mut buffer) {
                     Ok(()) => break,
-                    Err(Fetch::NoRanges) => return Err(Stop::NoRanges),
-                    Err(Fetch::Failure(failure)) => {
+                    Err(Stop::NoRanges) => return Err(Stop::NoRanges),
+                    Err(Stop::Failure(failure)) => {
                         // Whatever arrived proves that trying is worth it.
                         tries = if at > before { 1 } else { tries + 1 };
                         self.client.pause(failure, tries)?;
@@ -269,30 +242,30 @@ impl Job<'_> {
     }
 
     /// Reads the range from `at` to `end`, moving `at`, into memory, and from there to the file as soon as it is its turn.
-    fn fetch(&self, at: &mut u64, end: u64, buffer: &mut Vec<u8>) -> Result<(), Fetch> {
-        let known = self.location.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    fn fetch(&self, at: &mut u64, end: u64, buffer: &mut Vec<u8>) -> Result<(), Stop> {
+        let known = self.lock().location.clone();
         let url = known.as_deref().unwrap_or(self.url);
         let answer = self.client.follow("GET", url, Some((*at, end)), false);
         let (location, mut response) = answer.map_err(|mut failure| {
             // A signed address expires; the hub gives a new one.
             if known.is_some() && matches!(failure.error, HubError::Status { status: 400..=410, .. }) {
-                *self.location.lock().unwrap_or_else(PoisonError::into_inner) = None;
+                self.lock().location = None;
                 failure.passing = true;
             }
             failure
         })?;
-        *self.location.lock().unwrap_or_else(PoisonError::into_inner) = Some(location);
+        self.lock().location = Some(location);
         let length = header(response.headers(), "content-length").and_then(|n| n.parse().ok());
-        if length.is_some_and(|n: u64| response.status() == 200 && n != self.size) {
-            let problem = format!("expected {} bytes, the server sends {length:?}", self.size);
+        if length.is_some_and(|n: u64| response.status() == 200 && n != self.meta.size) {
+            let problem = format!("expected {} bytes, the server sends {length:?}", self.meta.size);
             return Err(self.nonsense(problem).into());
         }
-        if response.status() == 200 && (*at, end) != (0, self.size) {
-            return Err(Fetch::NoRanges);
+        if response.status() == 200 && (*at, end) != (0, self.meta.size) {
+            return Err(Stop::NoRanges);
         }
         if response.status() == 206 {
             let found = header(response.headers(), "content-range").unwrap_or("nothing");
-            let (start, last, size) = (*at, end - 1, self.size);
+            let (start, last, size) = (*at, end - 1, self.meta.size);
             let problem = format!("expected the bytes {start}-{last}/{size}, the server sends {found}");
             let expected = found.strip_prefix("bytes ").and_then(|range| range.split_once('/'));
             let (range, total) = expected.ok_or_else(|| self.nonsense(problem.clone()))?;
@@ -330,14 +303,13 @@ impl Job<'_> {
         let mut tries = 0;
         loop {
             let (mut at, mut buffer) = (0, Vec::new());
-            match self.fetch(&mut at, self.size, &mut buffer) {
+            match self.fetch(&mut at, self.meta.size, &mut buffer) {
                 Ok(()) => return self.end(),
-                Err(Fetch::NoRanges) => {
-                    return Err(self
-                        .nonsense("the server sends other bytes than were asked for".into())
-                        .into());
+                Err(Stop::NoRanges) => {
+                    let problem = "the server sends other bytes than were asked for";
+                    return Err(self.nonsense(problem.into()).into());
                 }
-                Err(Fetch::Failure(failure)) => {
+                Err(Stop::Failure(failure)) => {
                     tries += 1;
                     self.client.pause(failure, tries)?;
                     let mut state = self.lock();

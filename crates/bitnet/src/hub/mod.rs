@@ -13,7 +13,7 @@ mod client;
 mod download;
 mod name;
 
-pub use cache::{Cached, Removed};
+pub use cache::Cached;
 pub use name::{KNOWN, Known, ModelName};
 
 use cache::Repo;
@@ -68,74 +68,34 @@ pub struct Pulled {
 }
 
 /// Why a model was not found or downloaded. Every message is one line.
+#[allow(missing_docs)] // the names and messages of the fields say it all
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HubError {
     /// The caller's name is none.
     #[error("{name}: {problem}")]
-    Name {
-        /// As it was given.
-        name: String,
-        /// What is wrong, and what was expected.
-        problem: String,
-    },
+    Name { name: String, problem: String },
     /// The repository does not hold what was asked for, or more than one of it.
     #[error("{repo}: {problem}")]
-    Repo {
-        /// Owner and name.
-        repo: String,
-        /// What it holds.
-        problem: String,
-    },
+    Repo { repo: String, problem: String },
     /// No answer came: no network, or the server is down.
     #[error("{url}: no connection: {cause}")]
-    Unreachable {
-        /// What was tried.
-        url: String,
-        /// The last failure.
-        cause: String,
-    },
+    Unreachable { url: String, cause: String },
     /// The server refused.
     #[error("{url}: HTTP status {status}: {problem}")]
-    Status {
-        /// What was asked.
-        url: String,
-        /// Its answer.
-        status: u16,
-        /// What this means, and what to do.
-        problem: String,
-    },
+    Status { url: String, status: u16, problem: String },
     /// The server's answer makes no sense; nothing of it was kept.
     #[error("{url}: {problem}")]
-    Server {
-        /// What was asked.
-        url: String,
-        /// What came, and what was expected.
-        problem: String,
-    },
+    Server { url: String, problem: String },
     /// The bytes are not those that the repository has; they were thrown away.
     #[error("{file}: the checksum is {found}, expected {expected}; the download was thrown away")]
-    Checksum {
-        /// The file in its repository.
-        file: String,
-        /// The repository's.
-        expected: String,
-        /// That of what came.
-        found: String,
-    },
+    Checksum { file: String, expected: String, found: String },
     /// The network is needed and not to be used.
     #[error("{0}: not in the cache, and HF_HUB_OFFLINE forbids the network")]
     Offline(String),
     /// The system refused something.
     #[error("{path}: cannot {action}: {error}")]
-    Io {
-        /// The file or folder.
-        path: String,
-        /// A verb.
-        action: &'static str,
-        /// The system's reason.
-        error: io::Error,
-    },
+    Io { path: String, action: &'static str, error: io::Error },
 }
 
 impl HubError {
@@ -241,43 +201,12 @@ impl Hub {
             return Err(HubError::Offline(name.to_string()));
         }
         let client = Client::new(self)?;
-        let (revision, files, folder) = match &name.file {
+        let (mut revision, files, folder) = match &name.file {
             Some(file) => (REVISION.to_owned(), vec![file.clone()], false),
-            None => {
-                let Revision { sha, siblings } = client.revision(&name.repo, REVISION)?;
-                // A name that leads out of the folder is not the name of a file.
-                let all: Vec<_> = siblings
-                    .into_iter()
-                    .map(|s| s.rfilename)
-                    .filter(|f| name::check_file(f).is_ok())
-                    .collect();
-                match choose_gguf(name, all.iter().map(String::as_str))? {
-                    Some(file) => (sha, vec![file.to_owned()], false),
-                    None => {
-                        let parts: Vec<_> = all.into_iter().filter(|file| is_checkpoint(file)).collect();
-                        let weights = parts.iter().any(|file| file.ends_with(".safetensors"));
-                        match (weights, checkpoints) {
-                            (true, true) => (sha, parts, true),
-                            (true, false) => {
-                                let problem = format!(
-                                    "no GGUF file but a checkpoint: `bitnet pull {name}`, then `bitnet convert` makes a model of it"
-                                );
-                                return Err(HubError::repo(name, problem));
-                            }
-                            _ => {
-                                return Err(HubError::repo(
-                                    name,
-                                    "the repository has no GGUF file and no checkpoint",
-                                ));
-                            }
-                        }
-                    }
-                }
-            }
+            None => wanted(client.revision(&name.repo, REVISION)?, name, checkpoints)?,
         };
         let repo = Repo::new(&self.cache, &name.repo);
         let mut pulled = Pulled { path: PathBuf::new(), size: 0, cached: true };
-        let mut revision = revision;
         for file in &files {
             let meta = client.file(&name.repo, &revision, file)?;
             // All files are of one commit, whatever is pushed meanwhile.
@@ -327,11 +256,12 @@ impl Hub {
         cache::list(&self.cache)
     }
 
-    /// Removes a repository from the cache, or one file of it where the name has one. None if it is not there.
+    /// Removes a repository from the cache, or one file of it where the name has one. Returns the bytes that it freed, None
+    /// if it is not there.
     ///
     /// # Errors
     /// [`HubError::Io`], also while another process downloads it.
-    pub fn remove(&self, name: &ModelName) -> Result<Option<Removed>, HubError> {
+    pub fn remove(&self, name: &ModelName) -> Result<Option<u64>, HubError> {
         Repo::new(&self.cache, &name.repo).remove(name.file.as_deref())
     }
 
@@ -339,6 +269,29 @@ impl Hub {
     pub fn page(&self, name: &ModelName) -> String {
         format!("{}/{}/tree/{REVISION}", self.endpoint, name.repo)
     }
+}
+
+/// The commit of a revision, the files of it to bring, and whether they are a checkpoint.
+fn wanted(
+    Revision { sha, siblings }: Revision,
+    name: &ModelName,
+    checkpoints: bool,
+) -> Result<(String, Vec<String>, bool), HubError> {
+    // A name that leads out of the folder is not the name of a file.
+    let all = siblings.into_iter().map(|s| s.rfilename).filter(|f| name::check_file(f).is_ok());
+    let all: Vec<_> = all.collect();
+    if let Some(file) = choose_gguf(name, all.iter().map(String::as_str))? {
+        return Ok((sha, vec![file.to_owned()], false));
+    }
+    let parts: Vec<_> = all.into_iter().filter(|file| is_checkpoint(file)).collect();
+    let problem = match (parts.iter().any(|file| file.ends_with(".safetensors")), checkpoints) {
+        (true, true) => return Ok((sha, parts, true)),
+        (true, false) => format!(
+            "no GGUF file but a checkpoint: `bitnet pull {name}`, then `bitnet convert` makes a model of it"
+        ),
+        _ => "the repository has no GGUF file and no checkpoint".to_owned(),
+    };
+    Err(HubError::repo(name, problem))
 }
 
 /// The GGUF file to take: the only one, or the only one whose name says I2_S.

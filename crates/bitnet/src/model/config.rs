@@ -68,29 +68,30 @@ impl Keys<'_> {
         format!("{}.{suffix}", self.arch)
     }
 
+    /// An error of a key of the architecture.
+    fn bad(&self, suffix: &str, problem: impl Into<String>) -> Error {
+        self.error(format!("key {:?}", self.key(suffix)), problem)
+    }
+
     fn optional(&self, suffix: &str, range: std::ops::RangeInclusive<u64>) -> Result<Option<usize>, Error> {
-        let key = self.key(suffix);
-        match self.gguf.get_u64(&key)? {
+        match self.gguf.get_u64(&self.key(suffix))? {
             Some(n) if range.contains(&n) => Ok(Some(n as usize)),
-            Some(n) => Err(self.error(
-                format!("key {key:?}"),
-                format!("expected {} to {}, found {n}", range.start(), range.end()),
-            )),
+            Some(n) => {
+                Err(self.bad(suffix, format!("expected {} to {}, found {n}", range.start(), range.end())))
+            }
             None => Ok(None),
         }
     }
 
     fn required(&self, suffix: &str, range: std::ops::RangeInclusive<u64>) -> Result<usize, Error> {
-        self.optional(suffix, range)?.ok_or_else(|| {
-            self.error(format!("key {:?}", self.key(suffix)), "missing: the file does not say how to run it")
-        })
+        let missing = || self.bad(suffix, "missing: the file does not say how to run it");
+        self.optional(suffix, range)?.ok_or_else(missing)
     }
 
     fn float(&self, suffix: &str, ok: impl Fn(f32) -> bool) -> Result<Option<f32>, Error> {
-        let key = self.key(suffix);
-        match self.gguf.get_f32(&key)? {
+        match self.gguf.get_f32(&self.key(suffix))? {
             Some(x) if x.is_finite() && ok(x) => Ok(Some(x)),
-            Some(x) => Err(self.error(format!("key {key:?}"), format!("{x} is out of range"))),
+            Some(x) => Err(self.bad(suffix, format!("{x} is out of range"))),
             None => Ok(None),
         }
     }
@@ -111,7 +112,7 @@ fn rope_factors(keys: &Keys<'_>, rope_dim: usize) -> Result<Vec<f32>, Error> {
     let kind = keys.gguf.get_str(&keys.key("rope.scaling.type"))?.unwrap_or("linear");
     if !["none", "linear"].contains(&kind) {
         let problem = format!("expected \"none\" or \"linear\", found {kind:?}");
-        return Err(keys.error(format!("key {:?}", keys.key("rope.scaling.type")), problem));
+        return Err(keys.bad("rope.scaling.type", problem));
     }
     let factor = keys.float("rope.scaling.factor", |x| x > 0.0)?.filter(|_| kind == "linear").unwrap_or(1.0);
     let Some(tensor) = keys.gguf.tensor("rope_freqs.weight") else {
@@ -155,31 +156,25 @@ impl Config {
             None if hidden_size.is_multiple_of(n_heads) => hidden_size / n_heads,
             None => {
                 let problem = format!("{n_heads} heads do not divide a width of {hidden_size}");
-                return Err(keys.error(format!("key \"{arch}.attention.head_count\""), problem));
+                return Err(keys.bad("attention.head_count", problem));
             }
         };
         if !n_heads.is_multiple_of(n_kv_heads) {
             let problem = format!("{n_kv_heads} key/value heads do not divide {n_heads} heads");
-            return Err(keys.error(format!("key \"{arch}.attention.head_count_kv\""), problem));
+            return Err(keys.bad("attention.head_count_kv", problem));
         }
         if keys.optional("attention.value_length", 2..=1 << 16)?.is_some_and(|n| n != head_dim) {
-            return Err(keys.error(
-                format!("key \"{arch}.attention.value_length\""),
-                format!("expected the key length {head_dim}"),
-            ));
+            return Err(keys.bad("attention.value_length", format!("expected the key length {head_dim}")));
         }
         if head_dim * n_heads > TernaryMatrix::MAX_COLUMNS {
-            return Err(keys.error(
-                format!("key \"{arch}.attention.key_length\""),
+            return Err(keys.bad(
+                "attention.key_length",
                 format!("{n_heads} heads of {head_dim} are wider than {}", TernaryMatrix::MAX_COLUMNS),
             ));
         }
         let rope_dim = keys.optional("rope.dimension_count", 2..=head_dim as u64)?.unwrap_or(head_dim);
         if !rope_dim.is_multiple_of(2) {
-            return Err(keys.error(
-                format!("key \"{arch}.rope.dimension_count\""),
-                format!("expected even, found {rope_dim}"),
-            ));
+            return Err(keys.bad("rope.dimension_count", format!("expected even, found {rope_dim}")));
         }
         let embedding = require(&keys, "token_embd.weight")?;
         let rows = embedding.dims.get(1).copied().unwrap_or(0);
@@ -197,10 +192,9 @@ impl Config {
             Some("relu2") => Activation::Relu2,
             Some("silu") => Activation::Silu,
             Some(other) => {
-                return Err(keys.error(
-                    format!("key \"{arch}.hidden_act\""),
-                    format!("expected \"relu2\" or \"silu\", found {other:?}"),
-                ));
+                return Err(
+                    keys.bad("hidden_act", format!("expected \"relu2\" or \"silu\", found {other:?}"))
+                );
             }
             None if arch == LLAMA => by_arch,
             None => {
@@ -225,9 +219,7 @@ impl Config {
             rope_theta: keys.float("rope.freq_base", |x| x >= 1.0)?.unwrap_or(10_000.0),
             rms_norm_eps: keys
                 .float("attention.layer_norm_rms_epsilon", |x| x > 0.0 && x < 1.0)?
-                .ok_or_else(|| {
-                    keys.error(format!("key \"{arch}.attention.layer_norm_rms_epsilon\""), "missing")
-                })?,
+                .ok_or_else(|| keys.bad("attention.layer_norm_rms_epsilon", "missing"))?,
             activation,
             sub_norms: arch != LLAMA,
             architecture: arch,

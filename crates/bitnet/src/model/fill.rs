@@ -76,7 +76,7 @@ pub(super) fn fill(
                 for (bytes, target) in from.zip(target.chunks_exact_mut(2 * block)) {
                     format.decode(bytes, &mut values);
                     for (target, &value) in target.as_chunks_mut().0.iter_mut().zip(&values) {
-                        *target = half::f16::from_f32(value).to_le_bytes();
+                        *target = bitnet_kernels::half::f32_to_f16(value).to_le_bytes();
                     }
                 }
             }

@@ -139,32 +139,16 @@ impl Model {
     ) -> Result<(), Unfinished> {
         let (config, weights, n) = (self.config(), self.weights(), rows.len());
         let eps = config.rms_norm_eps;
-        let Scratch {
-            ids,
-            x,
-            q,
-            attended,
-            k,
-            v,
-            gate,
-            up,
-            delta,
-            codes,
-            live,
-            work,
-            head,
-            profile,
-            cos,
-            sin,
-            ..
-        } = scratch;
-        let x = &mut x[..n * config.hidden_size];
-        let (q, attended) = (&mut q[..n * config.q_width()], &mut attended[..n * config.q_width()]);
-        let (k, v) = (&mut k[..n * config.kv_width()], &mut v[..n * config.kv_width()]);
-        let (gate, up) = (&mut gate[..n * config.intermediate_size], &mut up[..n * config.intermediate_size]);
-        let delta = &mut delta[..n * config.hidden_size];
+        let x = &mut scratch.x[..n * config.hidden_size];
+        let q = &mut scratch.q[..n * config.q_width()];
+        let attended = &mut scratch.attended[..n * config.q_width()];
+        let (k, v) = (&mut scratch.k[..n * config.kv_width()], &mut scratch.v[..n * config.kv_width()]);
+        let gate = &mut scratch.gate[..n * config.intermediate_size];
+        let up = &mut scratch.up[..n * config.intermediate_size];
+        let delta = &mut scratch.delta[..n * config.hidden_size];
         let half = config.rope_dim / 2;
-        let (cos, sin) = (&mut cos[..n * half], &mut sin[..n * half]);
+        let (cos, sin) = (&mut scratch.cos[..n * half], &mut scratch.sin[..n * half]);
+        let Scratch { ids, codes, live, work, head, profile, .. } = scratch;
 
         profile.begin();
         ids.clear();

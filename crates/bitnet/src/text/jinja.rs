@@ -39,23 +39,15 @@ impl Jinja {
             Err(Error::new(ErrorKind::InvalidOperation, message).with_source(Refusal))
         });
         env.add_function(PLAIN, plain);
+        macro_rules! named {
+            ($($name:ident),+) => { [$((stringify!($name), Value::from_function(filters::$name))),+] };
+        }
         // Those that make text of whatever they get.
-        let text_filters: [(&'static str, Value); 13] = [
-            ("upper", Value::from_function(filters::upper)),
-            ("lower", Value::from_function(filters::lower)),
-            ("title", Value::from_function(filters::title)),
-            ("capitalize", Value::from_function(filters::capitalize)),
-            ("trim", Value::from_function(filters::trim)),
-            ("replace", Value::from_function(filters::replace)),
-            ("split", Value::from_function(filters::split)),
-            ("lines", Value::from_function(filters::lines)),
-            ("indent", Value::from_function(filters::indent)),
-            ("format", Value::from_function(filters::format)),
-            ("safe", Value::from_function(filters::safe)),
-            ("escape", Value::from_function(filters::escape)),
-            ("e", Value::from_function(filters::escape)),
-        ];
-        for (name, filter) in text_filters {
+        let text_filters = named!(
+            upper, lower, title, capitalize, trim, replace, split, lines, indent, format, safe, escape
+        );
+        let short = ("e", Value::from_function(filters::escape));
+        for (name, filter) in text_filters.into_iter().chain([short]) {
             env.add_filter(name, move |state: &mut State, values: Rest<Value>| {
                 for value in values.iter().filter(|value| !value.is_kwargs()) {
                     plain(value)?;

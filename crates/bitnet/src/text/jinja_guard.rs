@@ -124,28 +124,12 @@ fn ends_operand(tokens: &[Token], source: &str, index: usize, concat: bool) -> b
         "~" => concat,
         // A sign belongs to its operand, and the mark that trims white space to the tag.
         "+" | "-" => index == 0 || index + 2 == tokens.len() || concat && !WORDS_AND_SIGNS.contains(&before),
-        word => KEYWORDS.contains(&word) && before != ".",
+        word => KEYWORDS.split(' ').any(|keyword| keyword == word) && before != ".",
     }
 }
 
 const WORDS_AND_SIGNS: [&str; 10] = ["~", "+", "-", "(", "[", ",", "=", "in", "if", "else"];
-const KEYWORDS: [&str; 15] = [
-    "and",
-    "or",
-    "not",
-    "in",
-    "is",
-    "if",
-    "elif",
-    "else",
-    "set",
-    "for",
-    "with",
-    "recursive",
-    "filter",
-    "call",
-    "do",
-];
+const KEYWORDS: &str = "and or not in is if elif else set for with recursive filter call do";
 
 #[cfg(test)]
 mod tests {

@@ -62,6 +62,7 @@ impl Message {
 }
 
 /// Why messages could not be made into a prompt. Every message is one line.
+#[allow(missing_docs)] // the names and messages of the fields say it all
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum TemplateError {
@@ -76,12 +77,7 @@ pub enum TemplateError {
     Endless,
     /// The template needs a token that the vocabulary lacks.
     #[error("the chat template {template:?} needs the token {token}, which the vocabulary lacks")]
-    MissingToken {
-        /// Name of the built-in template.
-        template: &'static str,
-        /// The token.
-        token: &'static str,
-    },
+    MissingToken { template: &'static str, token: &'static str },
     /// No template of this name.
     #[error("no chat template {0:?}; built in are bitnet, llama3, falcon3 and chatml")]
     Unknown(String),

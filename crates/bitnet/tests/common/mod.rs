@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 #![allow(dead_code)] // each test binary uses a part
 
+pub(crate) mod checkpoint;
 pub(crate) mod masked;
 
 use bitnet::convert::{Options, convert};
@@ -20,6 +21,10 @@ pub(crate) const MODELS: [&str; 7] = ["demo", "gqa", "silu", "mha", "ragged", "l
 pub(crate) fn fixture(model: &str, file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models").join(model).join(file)
 }
+
+/// 640 tokens, one sequence, steps of 512 rows, an exact cache.
+pub(crate) const OPTIONS: EngineOptions =
+    EngineOptions { context: 640, sequences: 1, max_rows: 512, cache_type: KvType::F32, logits: 1 };
 
 /// The GGUF of a golden model: the shipped one, or converted from the checkpoint beside the fixture.
 pub(crate) fn gguf(model: &str) -> Arc<Gguf> {
@@ -51,7 +56,7 @@ pub(crate) fn engine_as(
     max_rows: usize,
     sequences: usize,
 ) -> Engine {
-    build(gguf, strategy, kernels, threads, max_rows, sequences, KvType::F32)
+    build(gguf, strategy, kernels, threads, EngineOptions { max_rows, sequences, ..OPTIONS })
 }
 
 pub(crate) fn engine_with(
@@ -62,22 +67,24 @@ pub(crate) fn engine_with(
     sequences: usize,
     cache_type: KvType,
 ) -> Engine {
-    build(gguf, Strategy::Sparse, kernels, threads, max_rows, sequences, cache_type)
+    build(
+        gguf,
+        Strategy::Sparse,
+        kernels,
+        threads,
+        EngineOptions { max_rows, sequences, cache_type, ..OPTIONS },
+    )
 }
 
-fn build(
+pub(crate) fn build(
     gguf: &Arc<Gguf>,
     strategy: Strategy,
     kernels: &'static Kernels,
     threads: usize,
-    max_rows: usize,
-    sequences: usize,
-    cache_type: KvType,
+    options: EngineOptions,
 ) -> Engine {
     let compute = Compute::new(kernels, threads);
-    let model = Model::load(gguf, &compute, strategy).unwrap();
-    let options = EngineOptions { context: 640, sequences, max_rows, cache_type, logits: 1 };
-    Engine::new(model, compute, options).unwrap()
+    Engine::new(Model::load(gguf, &compute, strategy).unwrap(), compute, options).unwrap()
 }
 
 /// The tensors of a safetensors file.

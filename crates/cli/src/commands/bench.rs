@@ -4,7 +4,7 @@ use crate::output;
 use crate::source::{self, Wish};
 use anyhow::{Context, Result};
 use bitnet::generate::{Sampler, SamplerConfig};
-use bitnet::kernels::{HugeBuffer, Logits, MemoryPart, TernaryMatrix};
+use bitnet::kernels::{Compute, HugeBuffer, Logits, MemoryPart, TernaryMatrix};
 use bitnet::model::{Config, Model, Phase};
 use bitnet::{Engine, EngineOptions, Feed, MemoryPlan, SequenceId, Wanted};
 use serde::Serialize;
@@ -98,20 +98,19 @@ pub fn run(args: &Args) -> Result<()> {
     let sequences: Vec<SequenceId> = (0..batch).map(|_| engine.open()).collect();
 
     // The machine's speed drifts, so its bandwidth is read before, between and after the tests.
-    let mut streams = Vec::new();
-    stream(&engine, &mut streams)?;
+    let mut streams = stream(engine.compute(), STREAM, 3)?;
     let mut tests = Vec::new();
     let at = if args.n_depth > 0 { format!(" @ d{}", args.n_depth) } else { String::new() };
     fill(&mut engine, &sequences, args)?;
     if args.n_prompt > 0 {
         tests.push((format!("pp{}{at}", args.n_prompt), 1, prefill(&mut engine, sequences[0], args)?));
         profile(&mut engine, args, args.n_prompt * args.reps as usize);
-        stream(&engine, &mut streams)?;
+        streams.extend(stream(engine.compute(), STREAM, 3)?);
     }
     if args.n_gen > 0 {
         tests.push((format!("tg{}{at}", args.n_gen), args.batch, decode(&mut engine, &sequences, args)?));
         profile(&mut engine, args, args.n_gen * batch * args.reps as usize);
-        stream(&engine, &mut streams)?;
+        streams.extend(stream(engine.compute(), STREAM, 3)?);
     }
     args.model.tell_memory(&engine);
     streams.sort_by(f64::total_cmp);
@@ -164,8 +163,8 @@ fn profile(engine: &mut Engine, args: &Args, tokens: usize) {
     }
 }
 
-/// Bytes of weights that one decoded step reads: every ternary matrix and the head.
-fn bytes_per_step(model: &Model) -> usize {
+/// Bytes of weights that one decoded step reads where nothing is skipped: every ternary matrix and the head.
+pub fn bytes_per_step(model: &Model) -> usize {
     let weights = model.weights();
     let ternary = weights.layers.iter().flat_map(bitnet::model::Layer::matrices).map(TernaryMatrix::byte_len);
     weights.head.matrix.byte_len() + ternary.sum::<usize>()
@@ -174,17 +173,17 @@ fn bytes_per_step(model: &Model) -> usize {
 /// Bytes of the buffer that is read to measure the memory.
 const STREAM: usize = 512 << 20;
 
-/// Adds the rates, in bytes a second, of three reads.
-fn stream(engine: &Engine, rates: &mut Vec<f64>) -> Result<()> {
+/// The rates, in bytes a second, of so many plain reads of `bytes` bytes by all threads.
+pub fn stream(compute: &Compute, bytes: usize, reads: usize) -> Result<Vec<f64>> {
     let mut buffer =
-        HugeBuffer::new(MemoryPart::Scratch, STREAM).context("no memory for the bandwidth test")?;
+        HugeBuffer::new(MemoryPart::Scratch, bytes).context("no memory for the bandwidth test")?;
     buffer.fill(1);
-    for _ in 0..3 {
+    let rate = |_| {
         let start = Instant::now();
-        engine.compute().stream_read(buffer.floats());
-        rates.push(buffer.len() as f64 / start.elapsed().as_secs_f64());
-    }
-    Ok(())
+        compute.stream_read(buffer.floats());
+        buffer.len() as f64 / start.elapsed().as_secs_f64()
+    };
+    Ok((0..reads).map(rate).collect())
 }
 
 /// Tokens that look like text to the caches: all over the vocabulary, the same each time.
@@ -260,56 +259,35 @@ fn decode(engine: &mut Engine, sequences: &[SequenceId], args: &Args) -> Result<
 }
 
 fn print(format: Format, rows: &[Measurement]) -> Result<()> {
-    let share =
-        |row: &Measurement| row.roofline_share.map(|s| format!("{:.0} %", 100.0 * s)).unwrap_or_default();
-    let mut out = String::new();
-    match format {
-        Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(rows)?)?,
+    let mut out = String::from(match format {
+        Format::Json => {
+            return output::print(format!("{}\n", serde_json::to_string_pretty(rows)?).as_bytes());
+        }
         Format::Csv => {
-            writeln!(
-                out,
-                "model,test,n_threads,n_batch,reps,tokens_per_second_mean,tokens_per_second_stddev,bytes_per_step,\
-                 stream_read_gb_per_s,roofline_share,kernel"
-            )?;
-            for r in rows {
-                writeln!(
-                    out,
-                    "\"{}\",{},{},{},{},{:.3},{:.3},{},{:.2},{},{}",
-                    r.model.replace('"', "\"\""),
-                    r.test,
-                    r.n_threads,
-                    r.n_batch,
-                    r.reps,
-                    r.tokens_per_second_mean,
-                    r.tokens_per_second_stddev,
-                    r.bytes_per_step,
-                    r.stream_read_gb_per_s,
-                    r.roofline_share.map(|s| format!("{s:.3}")).unwrap_or_default(),
-                    r.kernel
-                )?;
-            }
+            "model,test,n_threads,n_batch,reps,tokens_per_second_mean,tokens_per_second_stddev,bytes_per_step,\
+             stream_read_gb_per_s,roofline_share,kernel\n"
         }
         Format::Md => {
-            writeln!(
+            "| model | test | threads | batch | kernel | tokens/s | stream read GB/s | roofline |\n\
+             | --- | --- | ---: | ---: | --- | ---: | ---: | ---: |\n"
+        }
+    });
+    for row in rows {
+        let Measurement { model, test, n_threads, n_batch, reps, bytes_per_step, kernel, .. } = row;
+        let (mean, deviation) = (row.tokens_per_second_mean, row.tokens_per_second_stddev);
+        let (stream, share) = (row.stream_read_gb_per_s, row.roofline_share);
+        if matches!(format, Format::Csv) {
+            let (model, share) =
+                (model.replace('"', "\"\""), share.map(|s| format!("{s:.3}")).unwrap_or_default());
+            write!(out, "\"{model}\",{test},{n_threads},{n_batch},{reps},{mean:.3},{deviation:.3},")?;
+            writeln!(out, "{bytes_per_step},{stream:.2},{share},{kernel}")?;
+        } else {
+            let share = share.map(|s| format!("{:.0} %", 100.0 * s)).unwrap_or_default();
+            write!(
                 out,
-                "| model | test | threads | batch | kernel | tokens/s | stream read GB/s | roofline |"
+                "| {model} | {test} | {n_threads} | {n_batch} | {kernel} | {mean:.1} ± {deviation:.1} "
             )?;
-            writeln!(out, "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: |")?;
-            for r in rows {
-                writeln!(
-                    out,
-                    "| {} | {} | {} | {} | {} | {:.1} ± {:.1} | {:.1} | {} |",
-                    r.model,
-                    r.test,
-                    r.n_threads,
-                    r.n_batch,
-                    r.kernel,
-                    r.tokens_per_second_mean,
-                    r.tokens_per_second_stddev,
-                    r.stream_read_gb_per_s,
-                    share(r)
-                )?;
-            }
+            writeln!(out, "| {stream:.1} | {share} |")?;
         }
     }
     output::print(out.as_bytes())

@@ -3,6 +3,7 @@ use crate::output::{self, notice};
 use anyhow::bail;
 use bitnet::convert::{HeadType, Options, TernaryType, convert};
 use bitnet::hub::ModelName;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -22,63 +23,27 @@ pub struct Args {
     /// The file to write
     output: PathBuf,
     /// Type of the ternary matrices; f16 and bf16 are for programs that have no ternary types
-    #[arg(long = "type", value_name = "TYPE", value_enum, ignore_case = true, default_value = "i2_s")]
-    ternary: Type,
+    #[arg(long = "type", value_name = "TYPE", value_parser = names(TernaryType::ALL, TernaryType::name),
+          ignore_case = true, default_value = "i2_s")]
+    ternary: TernaryType,
     /// Type of the embedding and the output head; auto: as it is, or of a folder the smallest of F16, BF16 and F32 that
     /// holds every value exactly
-    #[arg(long, value_enum, ignore_case = true, default_value = "auto")]
-    head: Head,
+    #[arg(long, value_parser = names(HeadType::ALL, HeadType::name), ignore_case = true, default_value = "auto")]
+    head: HeadType,
 }
 
-#[derive(Clone, Copy, clap::ValueEnum)]
-#[value(rename_all = "snake_case")]
-enum Type {
-    #[value(name = "i2_s")]
-    I2s,
-    #[value(name = "tq1_0")]
-    Tq1,
-    #[value(name = "tq2_0")]
-    Tq2,
-    #[value(name = "iq1_bn")]
-    Iq1,
-    #[value(name = "iq2_bn")]
-    Iq2,
-    F16,
-    Bf16,
-}
-
-#[derive(Clone, Copy, clap::ValueEnum)]
-enum Head {
-    Auto,
-    F16,
-    Bf16,
-    F32,
-    #[value(name = "q8_0")]
-    Q8,
-    #[value(name = "q6_k")]
-    Q6,
+/// One of `all` by its name.
+fn names<T: Copy + Send + Sync + 'static, const N: usize>(
+    all: [T; N],
+    name: fn(T) -> &'static str,
+) -> impl TypedValueParser<Value = T> {
+    let is = move |text: &str, ty: T| name(ty).eq_ignore_ascii_case(text);
+    PossibleValuesParser::new(all.map(name))
+        .try_map(move |text| all.into_iter().find(|&ty| is(&text, ty)).ok_or("no such type"))
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let options = Options {
-        ternary: match args.ternary {
-            Type::I2s => TernaryType::I2_S,
-            Type::Tq1 => TernaryType::TQ1_0,
-            Type::Tq2 => TernaryType::TQ2_0,
-            Type::Iq1 => TernaryType::IQ1_BN,
-            Type::Iq2 => TernaryType::IQ2_BN,
-            Type::F16 => TernaryType::F16,
-            Type::Bf16 => TernaryType::BF16,
-        },
-        head: match args.head {
-            Head::Auto => HeadType::Auto,
-            Head::F16 => HeadType::F16,
-            Head::Bf16 => HeadType::Bf16,
-            Head::F32 => HeadType::F32,
-            Head::Q8 => HeadType::Q8_0,
-            Head::Q6 => HeadType::Q6_K,
-        },
-    };
+    let options = Options { ternary: args.ternary, head: args.head };
     let mut input = PathBuf::from(&args.input);
     if !input.exists()
         && let Some(name) = ModelName::parse(&args.input)?

@@ -15,8 +15,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     for text in &args.names {
         let name = ModelName::parse(text)?.with_context(|| hub::no_name(text))?;
         match hub.remove(&name)? {
-            Some(removed) => {
-                output::notice(format_args!("{name}: removed, {} freed", output::bytes(removed.size)));
+            Some(freed) => {
+                output::notice(format_args!("{name}: removed, {} freed", output::bytes(freed)));
             }
             None => bail!("{name}: not in {}; `bitnet list` shows what is", hub.cache.display()),
         }

@@ -112,10 +112,7 @@ fn checksum(gguf: &Gguf) -> anyhow::Result<Option<(String, Option<String>)>> {
         }
         hash.update(&piece[..n]);
     }
-    let found = hash.finalize().iter().fold(String::new(), |mut hex, byte| {
-        let _ = write!(hex, "{byte:02x}");
-        hex
-    });
+    let found = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
     let name = path.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_str()?.to_owned()));
     let is_hash = |name: &String| name.len() == 64 && name.bytes().all(|b| b.is_ascii_hexdigit());
     Ok(Some((found, name.filter(is_hash))))

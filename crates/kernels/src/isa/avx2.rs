@@ -2,7 +2,7 @@
 //!
 //! Every intrinsic below needs only AVX2 or F16C, which the existence of an [`Avx2`] value proves.
 
-use super::{GROUP, GROUPS, Isa, LANES, check_split, column_chunks, nibble_chunks, row_chunks};
+use super::{GROUP, GROUPS, Isa, LANES, check_split, column_chunks, lanes, nibble_chunks, row_chunks};
 use crate::attention::FETCH;
 use crate::ternary::lookup::{self, Places};
 use std::arch::x86_64::*;
@@ -25,7 +25,7 @@ impl<const VNNI: bool> Avx2<VNNI> {
 
 /// Applies an intrinsic to both halves.
 macro_rules! both {
-    ($op:ident($($x:expr),+)) => {{
+    ($op:expr, $($x:expr),+) => {{
         // SAFETY: `self` proves AVX2; the operation touches no memory.
         unsafe { [$op($($x[0]),+), $op($($x[1]),+)] }
     }};
@@ -59,36 +59,18 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
             _mm256_storeu_ps(out.as_mut_ptr().add(8), v[1]);
         }
     }
-    #[inline(always)]
-    fn add(self, a: Self::F, b: Self::F) -> Self::F {
-        both!(_mm256_add_ps(a, b))
-    }
-    #[inline(always)]
-    fn sub(self, a: Self::F, b: Self::F) -> Self::F {
-        both!(_mm256_sub_ps(a, b))
-    }
-    #[inline(always)]
-    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
-        both!(_mm256_mul_ps(a, b))
-    }
-    #[inline(always)]
-    fn div(self, a: Self::F, b: Self::F) -> Self::F {
-        both!(_mm256_div_ps(a, b))
-    }
-    #[inline(always)]
-    fn max(self, a: Self::F, b: Self::F) -> Self::F {
-        both!(_mm256_max_ps(a, b))
+    lanes! { both:
+        add(a, b) = _mm256_add_ps;
+        sub(a, b) = _mm256_sub_ps;
+        mul(a, b) = _mm256_mul_ps;
+        div(a, b) = _mm256_div_ps;
+        max(a, b) = _mm256_max_ps;
+        round(a) = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>;
     }
     #[inline(always)]
     fn abs(self, a: Self::F) -> Self::F {
         let sign = self.splat(-0.0);
-        both!(_mm256_andnot_ps(sign, a))
-    }
-    #[inline(always)]
-    fn round(self, a: Self::F) -> Self::F {
-        const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-        // SAFETY: `self` proves AVX2.
-        unsafe { [_mm256_round_ps::<NEAREST>(a[0]), _mm256_round_ps::<NEAREST>(a[1])] }
+        both!(_mm256_andnot_ps, sign, a)
     }
     #[inline(always)]
     fn pow2(self, n: Self::F) -> Self::F {

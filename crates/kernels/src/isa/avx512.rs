@@ -3,7 +3,8 @@
 //! Every intrinsic below needs only those sets, which the existence of an [`Avx512`] value proves.
 
 use super::{
-    GROUP, GROUPS, Isa, LANES, PANEL, check_split, column_chunks, nibble_chunks, panel_quads, row_chunks,
+    GROUP, GROUPS, Isa, LANES, PANEL, check_split, column_chunks, lanes, nibble_chunks, panel_quads,
+    row_chunks,
 };
 use crate::attention::FETCH;
 use crate::ternary::lookup::Places;
@@ -27,6 +28,14 @@ impl<const VNNI: bool, const AMX: bool> Avx512<VNNI, AMX> {
     pub(crate) unsafe fn assume() -> Self {
         Self(())
     }
+}
+
+/// Applies an intrinsic.
+macro_rules! whole {
+    ($op:expr, $($x:expr),+) => {{
+        // SAFETY: `self` proves AVX-512F; the operation touches no memory.
+        unsafe { $op($($x),+) }
+    }};
 }
 
 impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
@@ -55,40 +64,14 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
         // SAFETY: `self` proves AVX-512F; the store is the sixteen floats.
         unsafe { _mm512_storeu_ps(out.as_mut_ptr(), v) }
     }
-    #[inline(always)]
-    fn add(self, a: __m512, b: __m512) -> __m512 {
-        // SAFETY: `self` proves AVX-512F; no memory is touched.
-        unsafe { _mm512_add_ps(a, b) }
-    }
-    #[inline(always)]
-    fn sub(self, a: __m512, b: __m512) -> __m512 {
-        // SAFETY: `self` proves AVX-512F; no memory is touched.
-        unsafe { _mm512_sub_ps(a, b) }
-    }
-    #[inline(always)]
-    fn mul(self, a: __m512, b: __m512) -> __m512 {
-        // SAFETY: `self` proves AVX-512F; no memory is touched.
-        unsafe { _mm512_mul_ps(a, b) }
-    }
-    #[inline(always)]
-    fn div(self, a: __m512, b: __m512) -> __m512 {
-        // SAFETY: `self` proves AVX-512F; no memory is touched.
-        unsafe { _mm512_div_ps(a, b) }
-    }
-    #[inline(always)]
-    fn max(self, a: __m512, b: __m512) -> __m512 {
-        // SAFETY: `self` proves AVX-512F; no memory is touched.
-        unsafe { _mm512_max_ps(a, b) }
-    }
-    #[inline(always)]
-    fn abs(self, a: __m512) -> __m512 {
-        // SAFETY: `self` proves AVX-512F; no memory is touched.
-        unsafe { _mm512_abs_ps(a) }
-    }
-    #[inline(always)]
-    fn round(self, a: __m512) -> __m512 {
-        // SAFETY: `self` proves AVX-512F; no memory is touched.
-        unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+    lanes! { whole:
+        add(a, b) = _mm512_add_ps;
+        sub(a, b) = _mm512_sub_ps;
+        mul(a, b) = _mm512_mul_ps;
+        div(a, b) = _mm512_div_ps;
+        max(a, b) = _mm512_max_ps;
+        abs(a) = _mm512_abs_ps;
+        round(a) = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>;
     }
     #[inline(always)]
     fn pow2(self, n: __m512) -> __m512 {

@@ -180,6 +180,19 @@ pub(crate) trait Isa: Copy {
     ) -> [Self::F; Q];
 }
 
+/// Methods of [`Isa`] that are one intrinsic each, applied to all registers by the macro `$each`.
+#[cfg(target_arch = "x86_64")]
+macro_rules! lanes {
+    ($each:ident: $($name:ident($($x:ident),+) = $op:expr;)+) => {$(
+        #[inline(always)]
+        fn $name(self, $($x: Self::F),+) -> Self::F {
+            $each!($op, $($x),+)
+        }
+    )+};
+}
+#[cfg(target_arch = "x86_64")]
+use lanes;
+
 /// Checks the lengths that [`Isa::dot_rows`] relies on. Returns the number of 64-byte chunks of a row.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
