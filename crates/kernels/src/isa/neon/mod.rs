@@ -375,7 +375,7 @@ impl<const LEVEL: u8> Isa for Neon<LEVEL> {
 #[inline(always)]
 fn ask(p: *const u8) {
     // SAFETY: a prefetch reads nothing and never faults.
-    unsafe { asm!("prfm pldl1keep, [{}]", in(reg) p, options(nomem, nostack, preserves_flags)) }
+    unsafe { asm!("prfm pldl1keep, [{}]", in(reg) p, options(readonly, nostack, preserves_flags)) }
 }
 
 /// Eight halves as single precision: the intrinsic for it is younger than the compilers that this crate accepts.
