@@ -570,8 +570,8 @@ fn tokenizers_of_other_families_come_along() {
             bytes[at..at + to.len()].copy_from_slice(to);
         };
         patch(b"tokenizer.numerals", b"tokenizer.anything");
-        patch(b"\x02\0\0\0\0\0\0\018", b"\x02\0\0\0\0\0\0\010");
-        patch(b"\x03\0\0\0\0\0\0\01 8", b"\x03\0\0\0\0\0\0\01 0");
+        patch(b"\x02\0\0\0\0\0\0\x0018", b"\x02\0\0\0\0\0\0\x0010");
+        patch(b"\x03\0\0\0\0\0\0\x001 8", b"\x03\0\0\0\0\0\0\x001 0");
         let other = Gguf::from_vec("other", bytes).unwrap();
         let other = ModelInfo::new(&other, Strategy::Sparse).unwrap().tokenizer().unwrap();
         assert_eq!(other.encode("10", Specials::AsText).len(), 1);
