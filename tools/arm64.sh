@@ -66,8 +66,8 @@ install_compiler() {
     release=$(cut -d. -f1,2 <<<"$version")
     llvm=$(APT_CONFIG=$home/apt/conf apt-cache depends "libstd-rust-web-$release" |
         awk '$1 == "Depends:" && $2 ~ /^libllvm/ { print $2 }')
-    unpack rustc-web rust-web-clippy "libstd-rust-web-$release:amd64" "${llvm:?}:amd64" libstd-rust-web-dev:amd64 libstd-rust-web-dev:arm64
-    for tool in rustc rustdoc cargo-clippy; do
+    unpack rustc-web "libstd-rust-web-$release:amd64" "${llvm:?}:amd64" libstd-rust-web-dev:amd64 libstd-rust-web-dev:arm64
+    for tool in rustc rustdoc; do
         cat >"$home/$tool" <<TOOL
 #!/bin/sh
 LD_LIBRARY_PATH='$home/$host_libs'\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH} exec '$home/usr/bin/$tool' "\$@"
@@ -101,8 +101,6 @@ if [ -x "$home/rustc" ]; then
     # What another compiler builds is kept apart, or each would rebuild the other's.
     export RUSTC=$home/rustc RUSTDOC=$home/rustdoc
     export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$root/target}/arm64
-    # cargo would take the clippy of the other compiler.
-    [ "${1:-} ${2:-}" != "cargo clippy" ] || set -- "$home/cargo-clippy" "${@:2}"
 fi
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="$home/usr/bin/qemu-aarch64-static -L /usr/aarch64-linux-gnu -cpu ${ARM64_CPU:-max}"

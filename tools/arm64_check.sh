@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Shows on emulated CPUs that a 64-bit ARM machine computes the same bits.
 #
-#     tools/arm64_check.sh                  the essential part, and lints
+#     tools/arm64_check.sh                  the essential part
 #     tools/arm64_check.sh all [CPU...]     the whole test suite, on these CPUs or on all three
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -31,7 +31,6 @@ fi
 say() { "$@" run -p "Once upon a time" -n 60 --temp 0; }
 
 export ARM64_CPU=max
-arm64_cargo clippy --workspace --all-targets -- -D warnings
 arm64_cargo test -p bitnet-kernels
 arm64_cargo test -p bitnet --test goldens --test stored_bits
 arm64_cargo build -p bitnet-cli
