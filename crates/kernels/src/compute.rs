@@ -7,6 +7,7 @@ use crate::memory::{Aligned, Bytes, Counted, MemoryPart, taken};
 use crate::ops::FloatType;
 use crate::pool::Pool;
 use crate::table::Kernels;
+use crate::ternary::columns::GROUP;
 use crate::ternary::lookup;
 use crate::ternary::panel::{BLOCK, Part, Source};
 use crate::ternary::{self, Activations, Layout, OutPtr, ROW_TOKENS, Which, columns, tiles};
@@ -204,13 +205,13 @@ impl QuantizedRows {
         self.packed.truncate(count);
     }
 
-    /// The live columns of a token within a range, and their codes.
+    /// The live columns of a token from the start of a range on, and the codes of those within it.
     fn live_in(&self, token: usize, range: &Range<usize>) -> (&[u32], &[i8]) {
         let own = self.begins[token]..self.begins[token + 1];
         let (list, codes) = (&self.live[own.clone()], &self.packed[own]);
         let at = |column: usize| list.partition_point(|&c| (c as usize) < column);
         let (begin, end) = (at(range.start), at(range.end));
-        (&list[begin..end], &codes[begin..end])
+        (&list[begin..], &codes[begin..end])
     }
 }
 
@@ -546,7 +547,7 @@ impl Compute {
         let row_bytes = ternary::row_bytes(q.columns);
         let out = OutPtr { ptr: out.as_mut_ptr(), stride: matrix.rows };
         self.pool.run_ranges(list.len(), ((16 << 10) / row_bytes).max(4) & !3, |range, _| {
-            let which = Which::Listed(&list[range]);
+            let which = Which::Listed { list: &list[range.start..], count: range.len() };
             // SAFETY: the rows were checked; no row is listed twice, so nobody else writes its output.
             unsafe { self.kernels.gemv_rows(&matrix.bytes, row_bytes, which, matrix.scale, q.view(), out) }
         });
@@ -567,10 +568,13 @@ impl Compute {
         let sums = &mut work.sums[..self.pool.threads() * tokens * width];
         sums.fill(0);
         let parts = Rows::new(sums, width);
-        // One token takes some 16 KiB at a time, a third of the columns being live; several share 256 KiB.
-        let bytes = if tokens == 1 { 48 << 10 } else { 256 << 10 };
-        let grain = if q.way == Way::Tiles { ternary::CHUNK } else { (bytes / column_bytes).max(1) };
-        self.pool.run_ranges(matrix.columns, grain, |range, worker| {
+        // One token takes some 16 KiB at a time, in whole groups; several share 256 KiB.
+        let (items, grain) = match tokens {
+            1 => (q.live.len(), ((16 << 10) / column_bytes).max(GROUP) / GROUP * GROUP),
+            _ if q.way == Way::Tiles => (matrix.columns, ternary::CHUNK),
+            _ => (matrix.columns, ((256 << 10) / column_bytes).max(1)),
+        };
+        self.pool.run_ranges(items, grain, |range, worker| {
             if q.way == Way::Tiles {
                 // SAFETY: as below.
                 let sums = unsafe { parts.rows(worker * tokens, tokens) };
@@ -580,7 +584,10 @@ impl Compute {
             for token in 0..tokens {
                 // SAFETY: each worker runs one task at a time.
                 let sums = unsafe { parts.row(worker * tokens + token) };
-                let (list, codes) = q.live_in(token, &range);
+                let (list, codes) = match tokens {
+                    1 => (&q.live[range.start..], &q.packed[range.clone()]),
+                    _ => q.live_in(token, &range),
+                };
                 self.kernels.add_columns(&matrix.bytes, column_bytes, list, codes, sums);
             }
         });

@@ -33,7 +33,7 @@ pub const fn column_bytes(rows: usize) -> usize {
     rows.div_ceil(CHUNK) * (CHUNK / 4)
 }
 
-/// Adds the columns `list` of `w`, each times its code in `q`, to `sums`, one for each stored output. The sums of a field are
+/// Adds the first columns of `list` in `w`, each times its code in `q` (columns without one are only asked for), to `sums`, one for each stored output. The sums of a field are
 /// too large by [`Isa::COLUMN_SHIFTS`]: [`finish`] divides.
 #[inline(always)]
 pub(crate) fn add_columns<I: Isa>(
@@ -45,7 +45,7 @@ pub(crate) fn add_columns<I: Isa>(
     sums: &mut [i32],
 ) {
     let column = |c: u32| &w[c as usize * column_bytes..][..column_bytes];
-    for (g, (group, codes)) in list.chunks(GROUP).zip(q.chunks(GROUP)).enumerate() {
+    for (g, (group, codes)) in list[..q.len()].chunks(GROUP).zip(q.chunks(GROUP)).enumerate() {
         // A short last group is filled up with a column times zero.
         let mut columns = [column(group[0]); GROUP];
         let mut factors = [0; GROUP];

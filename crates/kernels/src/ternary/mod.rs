@@ -107,8 +107,8 @@ impl OutPtr {
 pub(crate) enum Which<'a> {
     /// A run of rows, from the first.
     All { first: usize, count: usize },
-    /// These rows.
-    Listed(&'a [u32]),
+    /// The first `count` of these rows; those after them are only asked for.
+    Listed { list: &'a [u32], count: usize },
 }
 
 /// Most tokens that are multiplied row by row; more are worth unpacking the weights for.
@@ -136,9 +136,9 @@ pub(crate) unsafe fn gemv_rows<I: Isa>(
                 let row = |i: usize| first + i;
                 gemv_tokens(isa, w, row_bytes, count, row, weight_scale, a, out);
             }
-            Which::Listed(list) => {
+            Which::Listed { list, count } => {
                 let row = |i: usize| list[i.min(list.len() - 1)] as usize;
-                gemv_tokens(isa, w, row_bytes, list.len(), row, weight_scale, a, out);
+                gemv_tokens(isa, w, row_bytes, count, row, weight_scale, a, out);
             }
         }
     }
