@@ -275,7 +275,7 @@ unsafe fn unpack<const FIELDS: usize>(
     unsafe {
         match (FIELDS, field) {
             (4, 0) => unpack_shifted::<6>(w, row_bytes, mask, to),
-            (4, 1) | (2, 1) => unpack_shifted::<4>(w, row_bytes, mask, to),
+            (4 | 2, 1) => unpack_shifted::<4>(w, row_bytes, mask, to),
             (4, 2) => unpack_shifted::<2>(w, row_bytes, mask, to),
             _ => unpack_shifted::<0>(w, row_bytes, mask, to),
         }
