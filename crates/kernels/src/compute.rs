@@ -485,8 +485,7 @@ impl Compute {
             (matrix, out, at - first, grain.min(matrix.rows - (at - first)))
         };
         if q.way != Way::Many {
-            let tiles = &q.tiles
-                [..if q.way == Way::Tiles { QuantizedRows::tiled(q.tokens) * 4 * row_bytes } else { 0 }];
+            let tiles = &q.tiles[..QuantizedRows::tiled(q.tokens) * 4 * row_bytes];
             self.pool.run_ranges(end, grain, |range, _| {
                 let (matrix, out, first, count) = job(range.start);
                 // SAFETY: these rows are this task's alone and lie in the output, whose length was checked.

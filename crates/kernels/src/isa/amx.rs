@@ -41,6 +41,9 @@ fn request() -> bool {
     false
 }
 
+/// Fields of a byte of a row.
+const FIELDS: usize = 4;
+
 /// Palette 1, then row lengths, then numbers of rows.
 #[repr(C, align(64))]
 struct Config([u8; 64]);
@@ -107,7 +110,7 @@ impl Unpacked {
 /// # Safety
 /// Needs AVX-512 F and BW, and AMX for int8, allowed to the process.
 #[inline(always)]
-pub(super) unsafe fn rows<const FIELDS: usize>(
+pub(super) unsafe fn rows(
     w: &[u8],
     row_bytes: usize,
     tiles: &[i8],
@@ -138,16 +141,16 @@ pub(super) unsafe fn rows<const FIELDS: usize>(
                     let place: *mut u8 = unpacked.0.as_mut_ptr().cast();
                     let (rows, count) = if end - row < most * SIDE {
                         // A few rows are left.
-                        block::<FIELDS, 1, 1>(w, row_bytes, chunks, [some; 2], place, to);
+                        block::<1, 1>(w, row_bytes, chunks, [some; 2], place, to);
                         if tokens == 2 {
-                            block::<FIELDS, 1, 1>(w, row_bytes, chunks, [other; 2], place, to.add(1));
+                            block::<1, 1>(w, row_bytes, chunks, [other; 2], place, to.add(1));
                         }
                         (1, tokens)
                     } else if tokens == 2 {
-                        block::<FIELDS, 2, 2>(w, row_bytes, chunks, [some, other], place, to);
+                        block::<2, 2>(w, row_bytes, chunks, [some, other], place, to);
                         (2, 4)
                     } else {
-                        block::<FIELDS, 4, 1>(w, row_bytes, chunks, [some; 2], place, to);
+                        block::<4, 1>(w, row_bytes, chunks, [some; 2], place, to);
                         (4, 4)
                     };
                     for i in 0..count {
@@ -169,7 +172,7 @@ pub(super) unsafe fn rows<const FIELDS: usize>(
 /// # Safety
 /// As [`rows`]; `w` begins so many rows of `chunks` 64-byte chunks, and `tiles` the pieces of the first and the last sixteen tokens.
 #[inline(always)]
-unsafe fn block<const FIELDS: usize, const R: usize, const N: usize>(
+unsafe fn block<const R: usize, const N: usize>(
     w: *const u8,
     row_bytes: usize,
     chunks: usize,
@@ -180,7 +183,7 @@ unsafe fn block<const FIELDS: usize, const R: usize, const N: usize>(
     // SAFETY: step s unpacks field s % FIELDS of chunk s / FIELDS, which exists while there are steps.
     unsafe {
         zero!(0 1 2 3);
-        let mask = _mm512_set1_epi8(if FIELDS == 4 { 3 } else { 15 });
+        let mask = _mm512_set1_epi8(3);
         let after = w.wrapping_add(R * SIDE * row_bytes);
         let sixteen = SIDE * row_bytes;
         // The rows that follow are asked for in a line, some with each unpacked tile.
@@ -195,9 +198,9 @@ unsafe fn block<const FIELDS: usize, const R: usize, const N: usize>(
         }
         // The place of the r-th sixteen rows of step s. All places together are 4 KiB: what is loaded is in no way of what is stored.
         let place = [0, 1, 2, 3].map(|i: usize| unpacked.wrapping_add(i * TILE));
-        unpack::<FIELDS>(w, row_bytes, 0, mask, place[0]);
+        unpack(w, row_bytes, 0, mask, place[0]);
         if R > 1 {
-            unpack::<FIELDS>(w.add(sixteen), row_bytes, 0, mask, place[1]);
+            unpack(w.add(sixteen), row_bytes, 0, mask, place[1]);
         }
         for c in 0..chunks {
             let w = w.add(64 * c);
@@ -209,21 +212,21 @@ unsafe fn block<const FIELDS: usize, const R: usize, const N: usize>(
                 load!(4, b[0], 64usize);
                 if R == 4 {
                     ask!();
-                    unpack::<FIELDS>(w.add(2 * sixteen), row_bytes, f, mask, place[2]);
+                    unpack(w.add(2 * sixteen), row_bytes, f, mask, place[2]);
                     load!(5, place[0], 64usize);
                     multiply!("us", 0, 5, 4);
                     ask!();
-                    unpack::<FIELDS>(w.add(3 * sixteen), row_bytes, f, mask, place[3]);
+                    unpack(w.add(3 * sixteen), row_bytes, f, mask, place[3]);
                     load!(6, place[1], 64usize);
                     multiply!("us", 1, 6, 4);
                     if more {
-                        unpack::<FIELDS>(next, row_bytes, field, mask, place[0]);
+                        unpack(next, row_bytes, field, mask, place[0]);
                     }
                     ask!();
                     load!(7, place[2], 64usize);
                     multiply!("us", 2, 7, 4);
                     if more {
-                        unpack::<FIELDS>(next.add(sixteen), row_bytes, field, mask, place[1]);
+                        unpack(next.add(sixteen), row_bytes, field, mask, place[1]);
                     }
                     ask!();
                     load!(5, place[3], 64usize);
@@ -232,7 +235,7 @@ unsafe fn block<const FIELDS: usize, const R: usize, const N: usize>(
                 }
                 let (now, then) = (2 * (s % 2), 2 - 2 * (s % 2));
                 if more {
-                    unpack::<FIELDS>(next, row_bytes, field, mask, place[then]);
+                    unpack(next, row_bytes, field, mask, place[then]);
                 }
                 ask!();
                 load!(6, place[now], 64usize);
@@ -242,7 +245,7 @@ unsafe fn block<const FIELDS: usize, const R: usize, const N: usize>(
                     ask!();
                     multiply!("us", 1, 6, 5);
                     if more {
-                        unpack::<FIELDS>(next.add(sixteen), row_bytes, field, mask, place[then + 1]);
+                        unpack(next.add(sixteen), row_bytes, field, mask, place[then + 1]);
                     }
                     load!(7, place[now + 1], 64usize);
                     multiply!("us", 2, 7, 4);
@@ -264,19 +267,13 @@ unsafe fn block<const FIELDS: usize, const R: usize, const N: usize>(
 /// # Safety
 /// Needs AVX-512 F and BW, so many bytes in each row, and room for them.
 #[inline(always)]
-unsafe fn unpack<const FIELDS: usize>(
-    w: *const u8,
-    row_bytes: usize,
-    field: usize,
-    mask: __m512i,
-    to: *mut u8,
-) {
+unsafe fn unpack(w: *const u8, row_bytes: usize, field: usize, mask: __m512i, to: *mut u8) {
     // SAFETY: the caller's contract.
     unsafe {
-        match (FIELDS, field) {
-            (4, 0) => unpack_shifted::<6>(w, row_bytes, mask, to),
-            (4 | 2, 1) => unpack_shifted::<4>(w, row_bytes, mask, to),
-            (4, 2) => unpack_shifted::<2>(w, row_bytes, mask, to),
+        match field {
+            0 => unpack_shifted::<6>(w, row_bytes, mask, to),
+            1 => unpack_shifted::<4>(w, row_bytes, mask, to),
+            2 => unpack_shifted::<2>(w, row_bytes, mask, to),
             _ => unpack_shifted::<0>(w, row_bytes, mask, to),
         }
     }

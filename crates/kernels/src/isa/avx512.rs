@@ -243,16 +243,10 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
         unsafe { super::amx::tile_codes(rows, tiles) }
     }
     #[inline(always)]
-    fn tile_rows<const FIELDS: usize>(
-        self,
-        w: &[u8],
-        row_bytes: usize,
-        tiles: &[i8],
-        put: impl FnMut(usize, usize, &Dots),
-    ) {
+    fn tile_rows(self, w: &[u8], row_bytes: usize, tiles: &[i8], put: impl FnMut(usize, usize, &Dots)) {
         assert!(AMX);
         // SAFETY: `self` proves AMX.
-        unsafe { super::amx::rows::<FIELDS>(w, row_bytes, tiles, put) }
+        unsafe { super::amx::rows(w, row_bytes, tiles, put) }
     }
     #[inline(always)]
     fn tile_columns(

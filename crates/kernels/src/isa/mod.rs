@@ -19,7 +19,7 @@ use crate::screen;
 use crate::ternary::columns::{self, GROUP};
 use crate::ternary::lookup::{self, GROUPS, LANES, Places};
 use crate::ternary::panel::{self, PANEL};
-use crate::ternary::tiles::{self, Dots};
+use crate::ternary::tiles::Dots;
 use std::ops::Range;
 
 /// Primitives over sixteen float32 lanes, and the exact integer dot product.
@@ -33,7 +33,7 @@ pub(crate) trait Isa: Copy {
     const PANEL_TOKENS: usize;
     /// Whether products with several tokens are looked up and not multiplied.
     const LOOKS_UP: bool = false;
-    /// Whether the CPU multiplies whole tiles, as [`tiles`] has them.
+    /// Whether the CPU multiplies whole tiles, as [`crate::ternary::tiles`] has them.
     const TILES: bool = false;
     /// Rows of a float tile of four tokens: 4, or 1 where sixty-four sums of four lanes are more than the registers hold.
     const HEAD_ROWS: usize = 4;
@@ -95,23 +95,15 @@ pub(crate) trait Isa: Copy {
     fn panel_tile<const T: usize>(self, panel: &[u8], a: [&[i8]; T], dots: &mut [[i32; PANEL]; T]) {
         panel::panel_tile(panel, a, dots);
     }
-    /// Lays out the codes of up to sixteen tokens as [`tiles`] says. Each has 64 bytes for each tile.
+    /// With [`Isa::TILES`]: lays out the codes of up to sixteen tokens as [`crate::ternary::tiles`] says. Each has 64 bytes for each tile.
     #[inline(always)]
-    fn tile_codes(self, rows: &[&[i8]], tiles: &mut [i8]) {
-        tiles::tile_codes(rows, tiles);
+    fn tile_codes(self, _rows: &[&[i8]], _tiles: &mut [i8]) {
+        unreachable!("no tiles")
     }
     /// With [`Isa::TILES`]: calls `put(t, r, dots)` with the exact dot products of tokens t to t + 15 (`dots[token][row]`) and rows r to
-    /// r + 15, for all rows of `w`, a multiple of sixteen, and all tokens of `tiles`. A byte of a row holds a code in each of
-    /// `FIELDS` fields: four, the highest bits first, or two, the lowest bits first; a chunk of 64 bytes first all codes of the
-    /// first field.
+    /// r + 15, for all stored rows of `w`, a multiple of sixteen, and all tokens of `tiles`.
     #[inline(always)]
-    fn tile_rows<const FIELDS: usize>(
-        self,
-        _w: &[u8],
-        _row_bytes: usize,
-        _tiles: &[i8],
-        _put: impl FnMut(usize, usize, &Dots),
-    ) {
+    fn tile_rows(self, _w: &[u8], _row_bytes: usize, _tiles: &[i8], _put: impl FnMut(usize, usize, &Dots)) {
         unreachable!("no tiles")
     }
     /// With [`Isa::TILES`]: adds the columns `range` of `w`, which begins with a multiple of 64, each times its code in `codes`

@@ -33,8 +33,8 @@ pub const fn column_bytes(rows: usize) -> usize {
     rows.div_ceil(CHUNK) * (CHUNK / 4)
 }
 
-/// Adds the first columns of `list` in `w`, each times its code in `q` (columns without one are only asked for), to `sums`, one for each stored output. The sums of a field are
-/// too large by [`Isa::COLUMN_SHIFTS`]: [`finish`] divides.
+/// Adds the first columns of `list` in `w`, each times its code in `q`, to `sums`, one for each stored output; columns without a
+/// code are only asked for. The sums of a field are too large by [`Isa::COLUMN_SHIFTS`]: [`finish`] divides.
 #[inline(always)]
 pub(crate) fn add_columns<I: Isa>(
     isa: I,

@@ -1,7 +1,7 @@
 //! The product with several tokens where the CPU multiplies tiles ([`Isa::TILES`]): sixteen rows of weights with sixteen tokens.
 //!
 //! The activations of sixteen tokens are laid out once as the tiles that are multiplied: a piece of 64 codes of each token is
-//! 1 KiB, byte `(i / 4 * 16 + token) * 4 + i % 4` being code i; the pieces of sixteen tokens follow each other. Rows of
+//! 1 KiB, byte `(i / 4 * 16 + token) * 4 + i % 4` being code i, zero where tokens are fewer; the pieces of sixteen tokens follow each other. Rows of
 //! weights are unpacked sixteen at a time, a field at a time, while those before are multiplied: no shuffling is needed, and
 //! what is unpacked never leaves the first-level cache.
 
@@ -23,18 +23,6 @@ pub(crate) const COLUMN_TOKENS: usize = SIDE;
 /// Sums of sixteen outputs for each of sixteen tokens.
 pub(crate) type Dots = [[i32; SIDE]; SIDE];
 
-/// Lays out the codes of up to sixteen tokens, whole pieces each. Tiles of fewer tokens are zero where the others would be.
-#[inline(always)]
-pub(crate) fn tile_codes(rows: &[&[i8]], tiles: &mut [i8]) {
-    for (t, row) in rows.iter().enumerate() {
-        for (tile, piece) in tiles.as_chunks_mut::<TILE>().0.iter_mut().zip(row.as_chunks::<64>().0) {
-            for (i, four) in piece.as_chunks::<4>().0.iter().enumerate() {
-                tile[4 * (SIDE * i + t)..][..4].copy_from_slice(four);
-            }
-        }
-    }
-}
-
 /// Multiplies the stored rows `w`, outputs `first` and following, with the tokens of `a`, whose codes are also in `tiles`, and
 /// writes output o of token t to `out` at (t, o), as `(Σ w q) * (weight_scale / s)`.
 ///
@@ -53,7 +41,7 @@ pub(crate) unsafe fn matmul<I: Isa>(
 ) {
     let tokens = a.scales.len();
     let (whole, rest) = w.split_at(w.len() / row_bytes / SIDE * SIDE * row_bytes);
-    isa.tile_rows::<4>(whole, row_bytes, tiles, |t0, row, dots| {
+    isa.tile_rows(whole, row_bytes, tiles, |t0, row, dots| {
         for (t, dots) in (t0..tokens).zip(dots) {
             let (sum, factor) = (a.sums[t], weight_scale / a.scales[t]);
             let mut y = [0.0; SIDE];
