@@ -29,9 +29,6 @@ use crate::memory::{Aligned, Bytes};
 /// Weights in a chunk of 64 bytes: byte b holds weight b in its low half, weight 64 + b in its high one.
 const CHUNK: usize = 128;
 
-/// Bytes that are asked for ahead of those that are multiplied.
-const AHEAD: usize = 2560;
-
 /// See the module.
 const Z: f64 = 9.2;
 
@@ -323,7 +320,7 @@ pub(crate) fn screen_logits<I: Isa>(
     let count = logits.len();
     let codes = screen.coarse(first, count);
     let row = |i: usize| &codes[i * bytes..][..bytes];
-    let ahead = |row: &[u8]| row.as_ptr().wrapping_add(AHEAD);
+    let ahead = |row: &[u8]| row.as_ptr().wrapping_add(isa.ahead() / 2);
     let mut rows = BlockRows { min: [0.0; BLOCK], step: [0.0; BLOCK], high: [0; BLOCK], low: [0; BLOCK] };
     let mut i = 0;
     while i + 4 <= count {

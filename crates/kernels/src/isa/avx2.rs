@@ -2,6 +2,7 @@
 //!
 //! Every intrinsic below needs only AVX2 or F16C, which the existence of an [`Avx2`] value proves.
 
+use super::ask::Ask;
 use super::{GROUP, GROUPS, Isa, LANES, check_split, column_chunks, lanes, nibble_chunks, row_chunks};
 use crate::attention::FETCH;
 use crate::ternary::lookup::{self, Places};
@@ -9,17 +10,17 @@ use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX2 and F16C, and AVX-VNNI where `VNNI` is true.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx2<const VNNI: bool>(());
+pub(crate) struct Avx2<const VNNI: bool>(Ask);
 
 impl<const VNNI: bool> Avx2<VNNI> {
     pub(crate) fn detect() -> Option<Self> {
         let base = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c");
-        (base && (!VNNI || is_x86_feature_detected!("avxvnni"))).then_some(Self(()))
+        (base && (!VNNI || is_x86_feature_detected!("avxvnni"))).then(|| Self(Ask::detect()))
     }
     /// # Safety
     /// The CPU must have AVX2 and F16C, and AVX-VNNI where `VNNI` is true.
     pub(crate) unsafe fn assume() -> Self {
-        Self(())
+        Self(Ask::known())
     }
 }
 
@@ -38,8 +39,11 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
 
     #[inline(always)]
     fn prefetch(self, p: *const u8) {
-        // SAFETY: a prefetch reads nothing and never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        self.0.line(p);
+    }
+    #[inline(always)]
+    fn ahead(self) -> usize {
+        self.0.ahead()
     }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {

@@ -2,6 +2,7 @@
 //!
 //! Every intrinsic below needs only those sets, which the existence of an [`Avx512`] value proves.
 
+use super::ask::Ask;
 use super::{
     GROUP, GROUPS, Isa, LANES, PANEL, check_split, column_chunks, lanes, nibble_chunks, panel_quads,
     row_chunks,
@@ -15,18 +16,18 @@ use std::ops::Range;
 /// Proof that the CPU has AVX-512 F and BW, VNNI where `VNNI` is true, and where `AMX` is true AMX for int8 too, which the
 /// system lets this process use.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512<const VNNI: bool, const AMX: bool = false>(());
+pub(crate) struct Avx512<const VNNI: bool, const AMX: bool = false>(Ask);
 
 impl<const VNNI: bool, const AMX: bool> Avx512<VNNI, AMX> {
     pub(crate) fn detect() -> Option<Self> {
         let base = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
         let vnni = !VNNI || is_x86_feature_detected!("avx512vnni");
-        (base && vnni && (!AMX || super::amx::enable())).then_some(Self(()))
+        (base && vnni && (!AMX || super::amx::enable())).then(|| Self(Ask::detect()))
     }
     /// # Safety
     /// The CPU must have AVX-512 F and BW, VNNI where `VNNI` is true, and AMX, allowed to the process, where `AMX` is.
     pub(crate) unsafe fn assume() -> Self {
-        Self(())
+        Self(Ask::known())
     }
 }
 
@@ -46,8 +47,11 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
 
     #[inline(always)]
     fn prefetch(self, p: *const u8) {
-        // SAFETY: a prefetch reads nothing and never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        self.0.line(p);
+    }
+    #[inline(always)]
+    fn ahead(self) -> usize {
+        self.0.ahead()
     }
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -114,9 +118,9 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
             // SAFETY: the CPU has the instructions, as `self` proves, and the lengths were checked above.
             sums[r] = unsafe {
                 if VNNI {
-                    dot_vnni(w[r], ahead[r], a, chunks)
+                    dot_vnni(self, w[r], ahead[r], a, chunks)
                 } else {
-                    dot_maddubs(w[r], ahead[r], a, chunks)
+                    dot_maddubs(self, w[r], ahead[r], a, chunks)
                 }
             };
         }
@@ -150,7 +154,7 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
                 let mut v = [_mm512_setzero_si512(); R];
                 for r in 0..R {
                     v[r] = _mm512_loadu_si512(w[r].as_ptr().add(64 * c).cast());
-                    _mm_prefetch::<_MM_HINT_T0>(ahead[r].wrapping_add(64 * c).cast());
+                    self.prefetch(ahead[r].wrapping_add(64 * c));
                 }
                 for field in (0..4).rev() {
                     let mut codes = [_mm512_setzero_si512(); R];
@@ -284,9 +288,9 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
         // SAFETY: as above.
         unsafe {
             if VNNI {
-                columns_vnni(columns, ahead, q, chunks, sums);
+                columns_vnni(self, columns, ahead, q, chunks, sums);
             } else {
-                columns_maddubs(columns, ahead, q, chunks, sums);
+                columns_maddubs(self, columns, ahead, q, chunks, sums);
             }
         }
     }
@@ -313,7 +317,7 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
                     let mut parts = [[zero; 2]; 2];
                     for c in start..end {
                         let v = _mm512_loadu_si512(w[r].as_ptr().add(64 * c).cast());
-                        _mm_prefetch::<_MM_HINT_T0>(ahead[r].wrapping_add(64 * c).cast());
+                        self.prefetch(ahead[r].wrapping_add(64 * c));
                         let codes =
                             [_mm512_and_si512(v, mask), _mm512_and_si512(_mm512_srli_epi16::<4>(v), mask)];
                         for (plane, q) in [high, low].into_iter().enumerate() {
@@ -488,7 +492,8 @@ unsafe fn interleave([a, b, c, d]: [__m512i; 4]) -> [__m512i; 4] {
 /// # Safety
 /// Needs AVX-512 F and BW, and more than `chunk` chunks in each column.
 #[inline(always)]
-unsafe fn column_quad(
+unsafe fn column_quad<I: Isa>(
+    isa: I,
     columns: [&[u8]; GROUP],
     ahead: [*const u8; GROUP],
     q: [i8; GROUP],
@@ -500,7 +505,7 @@ unsafe fn column_quad(
         let mut v = [_mm512_setzero_si512(); 4];
         for i in 0..4 {
             v[i] = _mm512_loadu_si512(columns[4 * quad + i].as_ptr().add(64 * chunk).cast());
-            _mm_prefetch::<_MM_HINT_T0>(ahead[4 * quad + i].wrapping_add(64 * chunk).cast());
+            isa.prefetch(ahead[4 * quad + i].wrapping_add(64 * chunk));
         }
         let factors = i32::from_le_bytes([
             q[4 * quad] as u8,
@@ -515,7 +520,8 @@ unsafe fn column_quad(
 /// # Safety
 /// Needs AVX-512 F, BW and VNNI, `chunks` chunks in each column and 256 `chunks` sums.
 #[inline(always)]
-unsafe fn columns_vnni(
+unsafe fn columns_vnni<I: Isa>(
+    isa: I,
     columns: [&[u8]; GROUP],
     ahead: [*const u8; GROUP],
     q: [i8; GROUP],
@@ -531,8 +537,8 @@ unsafe fn columns_vnni(
             _mm512_set1_epi8(0x03),
         ];
         for c in 0..chunks {
-            let (v, q0) = column_quad(columns, ahead, q, 0, c);
-            let (u, q1) = column_quad(columns, ahead, q, 1, c);
+            let (v, q0) = column_quad(isa, columns, ahead, q, 0, c);
+            let (u, q1) = column_quad(isa, columns, ahead, q, 1, c);
             for field in 0..4 {
                 for k in 0..4 {
                     let out = sums.as_mut_ptr().add(256 * c + 64 * field + 16 * k).cast();
@@ -549,7 +555,8 @@ unsafe fn columns_vnni(
 /// # Safety
 /// Needs AVX-512 F and BW, `chunks` chunks in each column and 256 `chunks` sums.
 #[inline(always)]
-unsafe fn columns_maddubs(
+unsafe fn columns_maddubs<I: Isa>(
+    isa: I,
     columns: [&[u8]; GROUP],
     ahead: [*const u8; GROUP],
     q: [i8; GROUP],
@@ -562,8 +569,8 @@ unsafe fn columns_maddubs(
         let scales =
             [_mm512_set1_epi16(64), _mm512_set1_epi16(16), _mm512_set1_epi16(4), _mm512_set1_epi16(1)];
         for c in 0..chunks {
-            let (mut v, q0) = column_quad(columns, ahead, q, 0, c);
-            let (mut u, q1) = column_quad(columns, ahead, q, 1, c);
+            let (mut v, q0) = column_quad(isa, columns, ahead, q, 0, c);
+            let (mut u, q1) = column_quad(isa, columns, ahead, q, 1, c);
             for field in (0..4).rev() {
                 for k in 0..4 {
                     // At most 2 * 512.
@@ -585,7 +592,7 @@ unsafe fn columns_maddubs(
 /// # Safety
 /// Needs AVX-512 F, BW and VNNI, 64 `chunks` bytes in `w` and 256 `chunks` codes in `a`.
 #[inline(always)]
-unsafe fn dot_vnni(w: &[u8], ahead: *const u8, a: &[i8], chunks: usize) -> __m512i {
+unsafe fn dot_vnni<I: Isa>(isa: I, w: &[u8], ahead: *const u8, a: &[i8], chunks: usize) -> __m512i {
     // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256.
     unsafe {
         // The fields are multiplied where they stand in the byte (as 1, 4, 16 or 64 times the code), each into an
@@ -600,7 +607,7 @@ unsafe fn dot_vnni(w: &[u8], ahead: *const u8, a: &[i8], chunks: usize) -> __m51
         let mut fields = [_mm512_setzero_si512(); 4];
         for c in 0..chunks {
             let v = _mm512_loadu_si512(w.as_ptr().add(64 * c).cast());
-            _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(64 * c).cast());
+            isa.prefetch(ahead.wrapping_add(64 * c));
             for field in 0..4 {
                 let q = _mm512_loadu_si512(a.as_ptr().add(256 * c + 64 * field).cast());
                 fields[field] = _mm512_dpbusd_epi32(fields[field], _mm512_and_si512(v, masks[field]), q);
@@ -615,7 +622,7 @@ unsafe fn dot_vnni(w: &[u8], ahead: *const u8, a: &[i8], chunks: usize) -> __m51
 /// # Safety
 /// Needs AVX-512 F and BW, 64 `chunks` bytes in `w` and 256 `chunks` codes in `a`.
 #[inline(always)]
-unsafe fn dot_maddubs(w: &[u8], ahead: *const u8, a: &[i8], chunks: usize) -> __m512i {
+unsafe fn dot_maddubs<I: Isa>(isa: I, w: &[u8], ahead: *const u8, a: &[i8], chunks: usize) -> __m512i {
     // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256.
     unsafe {
         let three = _mm512_set1_epi8(3);
@@ -629,7 +636,7 @@ unsafe fn dot_maddubs(w: &[u8], ahead: *const u8, a: &[i8], chunks: usize) -> __
             let mut narrow = [_mm512_setzero_si512(); 2];
             for c in start..end {
                 let mut v = _mm512_loadu_si512(w.as_ptr().add(64 * c).cast());
-                _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(64 * c).cast());
+                isa.prefetch(ahead.wrapping_add(64 * c));
                 for field in (0..4).rev() {
                     let q = _mm512_loadu_si512(a.as_ptr().add(256 * c + 64 * field).cast());
                     let pairs = _mm512_maddubs_epi16(_mm512_and_si512(v, three), q);

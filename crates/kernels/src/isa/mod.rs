@@ -8,6 +8,8 @@
 #[cfg(target_arch = "x86_64")]
 mod amx;
 #[cfg(target_arch = "x86_64")]
+mod ask;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
@@ -42,6 +44,11 @@ pub(crate) trait Isa: Copy {
 
     /// Asks for the cache line at `p`, which need not be readable.
     fn prefetch(self, p: *const u8);
+    /// Bytes that are best asked for ahead of those that are read, of a stream.
+    #[inline(always)]
+    fn ahead(self) -> usize {
+        5 << 10
+    }
     fn splat(self, x: f32) -> Self::F;
     fn load(self, x: &[f32; 16]) -> Self::F;
     fn store(self, v: Self::F, out: &mut [f32; 16]);

@@ -22,9 +22,6 @@ pub(crate) const COLUMN_ORDER: [u8; 64] = {
 /// Columns that are added at a time.
 pub(crate) const GROUP: usize = 8;
 
-/// Groups that are asked for ahead of the one that is added.
-const AHEAD: usize = 1;
-
 /// Most inputs of a matrix stored by columns: keeps 64 times a sum of products in 32 bits.
 pub const MAX_COLUMNS: usize = 1 << 16;
 
@@ -45,6 +42,8 @@ pub(crate) fn add_columns<I: Isa>(
     sums: &mut [i32],
 ) {
     let column = |c: u32| &w[c as usize * column_bytes..][..column_bytes];
+    // The columns of the next groups are anywhere: they are asked for while these are added.
+    let ahead_of = (isa.ahead() / (GROUP * column_bytes)).max(1) * GROUP;
     for (g, (group, codes)) in list[..q.len()].chunks(GROUP).zip(q.chunks(GROUP)).enumerate() {
         // A short last group is filled up with a column times zero.
         let mut columns = [column(group[0]); GROUP];
@@ -53,10 +52,9 @@ pub(crate) fn add_columns<I: Isa>(
             columns[i] = column(group[i]);
             factors[i] = codes[i];
         }
-        // The columns after the next are anywhere: they are asked for while these are added.
         let mut ahead = [columns[0].as_ptr(); GROUP];
         for (i, ahead) in ahead.iter_mut().enumerate() {
-            if let Some(&c) = list.get((g + AHEAD) * GROUP + i) {
+            if let Some(&c) = list.get(g * GROUP + ahead_of + i) {
                 *ahead = w.as_ptr().wrapping_add(c as usize * column_bytes);
             }
         }

@@ -217,9 +217,6 @@ pub(crate) fn looks_up<I: Isa>(_: I) -> bool {
     I::LOOKS_UP
 }
 
-/// Rows that are asked for ahead of those that are multiplied, in bytes.
-const AHEAD: usize = 5 << 10;
-
 /// R rows at a time with T tokens.
 ///
 /// # Safety
@@ -242,7 +239,7 @@ unsafe fn gemv<I: Isa, const R: usize, const T: usize>(
         codes[t] = &a.codes[t * width..][..width];
         factors[t] = weight_scale / a.scales[t];
     }
-    let ahead = AHEAD.div_ceil(row_bytes).max(2);
+    let ahead = isa.ahead().div_ceil(row_bytes).max(2);
     let stored = |i: usize| &w[row(i) * row_bytes..][..row_bytes];
     let next = |i: usize| w.as_ptr().wrapping_add(row(i + ahead) * row_bytes);
     let put = |t: usize, i: usize, dot: i32| {
