@@ -2,8 +2,10 @@
 
 use crate::compute::{Compute, FloatMatrix, Rows};
 use crate::memory::{Counted, MemoryPart, taken};
-use crate::screen::{BLOCK, Probe, Screen, fill_part, upper_bound};
+use crate::pool::Pool;
+use crate::screen::{BLOCK, GROUP, Probe, Screen, fill_part, upper_bound};
 use crate::ternary::OutPtr;
+use std::ops::Range;
 
 /// The output head of a model.
 pub struct Head {
@@ -35,18 +37,24 @@ pub enum Logits<'a> {
 /// Buffers of [`Compute::head`].
 pub struct HeadScratch {
     probes: Vec<Probe>,
-    /// The greatest logit and the widest bound of each block of rows, `[GROUP][blocks]`, and a copy to select from.
-    tops: Vec<f32>,
-    widest: Vec<f32>,
+    /// The greatest logit and the widest bound of each block of rows, `[GROUP][blocks]`.
+    tops: Vec<[f32; 2]>,
+    /// For each thread.
+    desks: Vec<Desk>,
+    /// A stored row for each thread.
+    rows: Vec<u8>,
+    counts: HeadCounts,
+    counted: Counted,
+}
+
+/// What the search for the best logits of a token takes.
+struct Desk {
+    /// A copy to select from.
     select: Vec<f32>,
     list: Vec<u32>,
     /// Least and greatest values of the logits of `list`.
     ranges: Vec<[f32; 2]>,
     exact: Vec<f32>,
-    /// A stored row for each thread.
-    rows: Vec<u8>,
-    counts: HeadCounts,
-    counted: Counted,
 }
 
 /// What was computed.
@@ -65,66 +73,106 @@ pub struct HeadCounts {
 /// How many times as many rows as are wanted are computed first, to know how great the last wanted one must be.
 const FIRST: usize = 4;
 
-/// Tokens that share a pass over the screen.
-const GROUP: usize = 8;
+/// The most rows that are worth narrowing: of more, all logits are computed.
+const fn most_open(rows: usize) -> usize {
+    rows / 4
+}
+
+/// The most that are wanted, by the same token, with those that are wanted in any case.
+const fn most_wanted(rows: usize) -> usize {
+    rows.div_ceil(BLOCK) / 4
+}
 
 impl HeadScratch {
     /// For a head of this shape on `threads` threads.
     pub fn new(rows: usize, columns: usize, threads: usize) -> Self {
-        let blocks = rows.div_ceil(BLOCK);
+        let room = Self::room(rows);
+        let desk = |_| Desk {
+            select: Vec::with_capacity(room),
+            list: Vec::with_capacity(room),
+            ranges: Vec::with_capacity(room),
+            exact: Vec::with_capacity(room),
+        };
         let mut scratch = Self {
             probes: (0..GROUP).map(|_| Probe::new(columns)).collect(),
-            tops: vec![0.0; GROUP * blocks],
-            widest: vec![0.0; GROUP * blocks],
-            select: Vec::with_capacity(rows),
-            list: Vec::with_capacity(rows + BLOCK),
-            ranges: Vec::with_capacity(rows),
-            exact: Vec::with_capacity(rows),
+            tops: vec![[0.0; 2]; GROUP * rows.div_ceil(BLOCK)],
+            desks: (0..threads).map(desk).collect(),
             rows: vec![0; threads * columns * size_of::<f32>()],
             counts: HeadCounts::default(),
             counted: Counted::default(),
         };
-        let Self { tops, widest, select, list, ranges, exact, rows, .. } = &scratch;
-        let floats = taken(tops) + taken(widest) + taken(select) + taken(ranges) + taken(exact);
-        scratch.counted = Counted::new(MemoryPart::Scratch, floats + taken(list) + taken(rows));
+        let of = |desk: &Desk| {
+            taken(&desk.select) + taken(&desk.list) + taken(&desk.ranges) + taken(&desk.exact)
+        };
+        let desks: usize = scratch.desks.iter().map(of).sum();
+        let lists = taken(&scratch.tops) + desks + taken(&scratch.rows);
+        scratch.counted = Counted::new(MemoryPart::Scratch, lists);
         scratch
     }
     /// Its size in bytes, but for the probes' alignment.
     pub const fn bytes(rows: usize, columns: usize, threads: usize) -> usize {
-        let probes = 2 * GROUP * columns.next_multiple_of(128);
-        probes + 8 * GROUP * rows.div_ceil(BLOCK) + 4 * (5 * rows + BLOCK) + 4 * threads * columns
+        let probes = GROUP * Probe::bytes(columns);
+        probes + 8 * GROUP * rows.div_ceil(BLOCK) + threads * (20 * Self::room(rows) + 4 * columns)
     }
-    /// In the screen's logits of the `token`-th of a pass, makes those of tokens that are not `allowed` negative infinity.
-    fn leave_out(&mut self, token: usize, allowed: &[u32], out: &mut [f32]) {
-        const WORDS: usize = BLOCK / 32;
-        let blocks = out.len().div_ceil(BLOCK);
-        let tops = &mut self.tops[token * blocks..][..blocks];
-        for (b, (logits, top)) in out.chunks_mut(BLOCK).zip(tops).enumerate() {
-            let words: [u32; WORDS] =
-                std::array::from_fn(|w| allowed.get(b * WORDS + w).copied().unwrap_or(0));
-            if words == [u32::MAX; WORDS] {
-                continue;
-            }
-            *top = f32::NEG_INFINITY;
-            for (i, logit) in logits.iter_mut().enumerate() {
-                *logit = if words[i / 32] >> (i % 32) & 1 == 1 { *logit } else { f32::NEG_INFINITY };
-                *top = if *logit > *top { *logit } else { *top };
-            }
-        }
-    }
-
-    /// Makes `out` the exact logits of the listed rows, and negative infinity elsewhere.
-    fn put(&mut self, out: &mut [f32]) {
-        out.fill(f32::NEG_INFINITY);
-        for (&row, &logit) in self.list.iter().zip(&self.exact) {
-            out[row as usize] = logit;
-        }
-        self.counts.exact += self.list.len() as u64;
+    /// Rows that a desk has room for: those that are open, a block more, and those that are wanted in any case.
+    const fn room(rows: usize) -> usize {
+        most_open(rows) + BLOCK + most_wanted(rows)
     }
 
     /// What was done since the last call.
     pub fn take_counts(&mut self) -> HeadCounts {
         std::mem::take(&mut self.counts)
+    }
+}
+
+impl HeadCounts {
+    /// Adds what else was done.
+    pub fn add(&mut self, other: Self) {
+        self.tokens += other.tokens;
+        self.open += other.open;
+        self.listed += other.listed;
+        self.exact += other.exact;
+    }
+}
+
+/// Who works at a token: all threads, or one of them.
+#[derive(Clone, Copy)]
+enum Team<'a> {
+    All(&'a Pool),
+    One(usize),
+}
+
+impl Team<'_> {
+    /// As [`Pool::run_ranges`].
+    fn run_ranges(self, items: usize, grain: usize, f: impl Fn(Range<usize>, usize) + Sync) {
+        match self {
+            Self::All(pool) => pool.run_ranges(items, grain, f),
+            Self::One(worker) => f(0..items, worker),
+        }
+    }
+}
+
+/// In a token's logits by the screen, makes those of tokens that are not `allowed` negative infinity.
+fn leave_out(allowed: &[u32], out: &mut [f32], tops: &mut [[f32; 2]]) {
+    const WORDS: usize = BLOCK / 32;
+    for (b, (logits, [top, _])) in out.chunks_mut(BLOCK).zip(tops).enumerate() {
+        let words: [u32; WORDS] = std::array::from_fn(|w| allowed.get(b * WORDS + w).copied().unwrap_or(0));
+        if words == [u32::MAX; WORDS] {
+            continue;
+        }
+        *top = f32::NEG_INFINITY;
+        for (i, logit) in logits.iter_mut().enumerate() {
+            *logit = if words[i / 32] >> (i % 32) & 1 == 1 { *logit } else { f32::NEG_INFINITY };
+            *top = if *logit > *top { *logit } else { *top };
+        }
+    }
+}
+
+/// Makes `out` these logits of the listed rows, and negative infinity elsewhere.
+fn put(list: &[u32], exact: &[f32], out: &mut [f32]) {
+    out.fill(f32::NEG_INFINITY);
+    for (&row, &logit) in list.iter().zip(exact) {
+        out[row as usize] = logit;
     }
 }
 
@@ -160,48 +208,32 @@ impl Compute {
         let (rows, columns) = (head.matrix.rows, head.matrix.columns);
         let tokens = x.len() / columns;
         assert_eq!(out.len(), tokens * rows);
-        let best = |t: usize| match wanted(t) {
-            Logits::Best { top, also, among } if head.screen.is_some() => Some((top, also, among)),
-            _ => None,
-        };
-        let listed = |t: usize| matches!(wanted(t), Logits::Listed(_));
+        let screens = |t: usize| head.screen.is_some() && matches!(wanted(t), Logits::Best { .. });
         // Tokens that want the same share one pass over the weights.
         let mut t = 0;
         while t < tokens {
             if let Logits::Listed(list) = wanted(t) {
                 let (x, out) = (&x[t * columns..][..columns], &mut out[t * rows..][..rows]);
-                scratch.list.clear();
-                scratch.list.extend_from_slice(list);
-                let HeadScratch { list, exact, rows, .. } = &mut *scratch;
-                self.exact_logits(&head.matrix, x, list, rows, exact);
-                scratch.put(out);
-                scratch.counts.listed += 1;
+                let HeadScratch { desks, rows: stored, counts, .. } = &mut *scratch;
+                let (exact, stored) = (&mut desks[0].exact, Rows::new(stored, columns * size_of::<f32>()));
+                self.exact_logits(Team::All(&self.pool), &head.matrix, x, list, &stored, exact);
+                put(list, exact, out);
+                counts.add(HeadCounts { listed: 1, exact: list.len() as u64, ..HeadCounts::default() });
                 t += 1;
                 continue;
             }
-            let screens = best(t).is_some();
-            let most = if screens { GROUP } else { tokens };
-            let same = |&t: &usize| best(t).is_some() == screens && !listed(t);
+            let screened = screens(t);
+            let most = if screened { GROUP } else { tokens };
+            let same = |&t: &usize| screens(t) == screened && !matches!(wanted(t), Logits::Listed(_));
             let run = (t..tokens).take_while(same).take(most).count();
             let (x, out) = (&x[t * columns..][..run * columns], &mut out[t * rows..][..run * rows]);
-            let screened = match &head.screen {
-                Some(screen) if screens => self.screen_pass(screen, x, scratch, out),
-                _ => false,
-            };
-            if screened {
-                for (i, (x, out)) in x.chunks(columns).zip(out.chunks_mut(rows)).enumerate() {
-                    let (Some(screen), Some((top, also, among))) = (&head.screen, best(t + i)) else {
-                        continue;
-                    };
-                    if let Some(allowed) = among {
-                        scratch.leave_out(i, allowed, out);
-                    }
-                    if !self.best_logits(&head.matrix, screen, x, i, top, also, scratch, out) {
-                        self.all_logits(&head.matrix, x, out);
-                    }
+            match &head.screen {
+                Some(screen) if screened && self.screen_pass(screen, x, scratch, out) => {
+                    let mut choices = [Logits::Every; GROUP];
+                    choices.iter_mut().zip(t..t + run).for_each(|(choice, t)| *choice = wanted(t));
+                    self.best_of_each(&head.matrix, screen, x, &choices[..run], scratch, out);
                 }
-            } else {
-                self.all_logits(&head.matrix, x, out);
+                _ => self.all_logits(&head.matrix, x, out),
             }
             t += run;
         }
@@ -222,135 +254,178 @@ impl Compute {
     fn screen_pass(&self, screen: &Screen, x: &[f32], scratch: &mut HeadScratch, out: &mut [f32]) -> bool {
         let rows = screen.rows();
         let (tokens, blocks) = (out.len() / rows, rows.div_ceil(BLOCK));
-        let HeadScratch { probes, tops, widest, .. } = scratch;
-        for (probe, x) in probes.iter_mut().zip(x.chunks_exact(x.len() / tokens)) {
-            if !probe.set(screen, x) {
-                return false;
-            }
+        let (probes, columns) = (&mut scratch.probes[..tokens], x.len() / tokens);
+        let mut finite = [false; GROUP];
+        {
+            let (probes, finite) = (Rows::new(probes, 1), Rows::new(&mut finite, 1));
+            self.pool.run(tokens, |t, _| {
+                // SAFETY: each token is one task.
+                let (probe, finite) = unsafe { (probes.row(t), finite.row(t)) };
+                finite[0] = probe[0].set(screen, &x[t * columns..][..columns]);
+            });
         }
-        let (out, tops, widest) = (Rows::new(out, 1), Rows::new(tops, 1), Rows::new(widest, 1));
+        if finite[..tokens].contains(&false) {
+            return false;
+        }
+        let (out, tops) = (Rows::new(out, 1), Rows::new(&mut scratch.tops, 1));
         self.pool.run_ranges(blocks, 1, |range, _| {
             let block = range.start;
             let (first, count) = (block * BLOCK, BLOCK.min(rows - block * BLOCK));
-            for (t, probe) in probes[..tokens].iter().enumerate() {
-                let at = t * blocks + block;
+            let (mut logits, mut all) = ([[0.0; BLOCK]; GROUP], [[0.0; 2]; GROUP]);
+            self.kernels.screen_logits(screen, probes, first, &mut logits, &mut all);
+            for t in 0..tokens {
                 // SAFETY: each block is one task.
-                let (out, top, bound) =
-                    unsafe { (out.rows(t * rows + first, count), tops.row(at), widest.row(at)) };
-                (top[0], bound[0]) = self.kernels.screen_logits(screen, probe, first, out);
+                let (out, top) = unsafe { (out.rows(t * rows + first, count), tops.row(t * blocks + block)) };
+                out.copy_from_slice(&logits[t][..count]);
+                top[0] = all[t];
             }
         });
         true
     }
 
-    /// Of the screen's logits of the `token`-th of a pass, replaces those that may be among the `top` greatest, and those of
-    /// `also`, by the exact ones, and all others by negative infinity. False where that would be too many.
-    fn best_logits(
+    /// Makes of the screen's logits of some tokens those that `choices` asks for.
+    fn best_of_each(
         &self,
         matrix: &FloatMatrix,
         screen: &Screen,
         x: &[f32],
-        token: usize,
-        top: usize,
-        also: &[u32],
+        choices: &[Logits<'_>],
         scratch: &mut HeadScratch,
         out: &mut [f32],
-    ) -> bool {
-        let HeadScratch { probes, tops, widest, select, list, ranges, exact, rows, .. } = scratch;
-        let blocks = matrix.rows.div_ceil(BLOCK);
-        let (probe, tops) = (&probes[token], &tops[token * blocks..][..blocks]);
-        let widest = &widest[token * blocks..][..blocks];
+    ) {
+        let HeadScratch { probes, tops, desks, rows: stored, counts, .. } = scratch;
+        let stored = Rows::new(stored, matrix.columns * size_of::<f32>());
+        let mut settled = [None; GROUP];
+        {
+            let (tops, outs) = (Rows::new(tops, matrix.rows.div_ceil(BLOCK)), Rows::new(out, matrix.rows));
+            let (desks, settled) = (Rows::new(desks, 1), Rows::new(&mut settled, 1));
+            let one = |t: usize, worker: usize, team: Team<'_>| {
+                let x = &x[t * matrix.columns..][..matrix.columns];
+                // SAFETY: each token is one task, and each worker runs one task at a time.
+                let (tops, desk, out, settled) =
+                    unsafe { (tops.row(t), &mut desks.row(worker)[0], outs.row(t), settled.row(t)) };
+                let (probe, choice) = (&probes[t], choices[t]);
+                settled[0] = self.best_logits(team, matrix, screen, x, probe, choice, tops, desk, &stored, out);
+            };
+            match choices.len() {
+                1 => one(0, 0, Team::All(&self.pool)),
+                tokens => self.pool.run(tokens, |t, worker| one(t, worker, Team::One(worker))),
+            }
+        }
+        let tokens = x.chunks(matrix.columns).zip(out.chunks_mut(matrix.rows));
+        for ((x, out), settled) in tokens.zip(settled) {
+            match settled {
+                Some(more) => counts.add(more),
+                None => self.all_logits(matrix, x, out),
+            }
+        }
+    }
+
+    /// Of the screen's logits of a token, replaces those that `choice` asks for by the exact ones, and all others by
+    /// negative infinity. None where that would be too many.
+    fn best_logits(
+        &self,
+        team: Team<'_>,
+        matrix: &FloatMatrix,
+        screen: &Screen,
+        x: &[f32],
+        probe: &Probe,
+        choice: Logits<'_>,
+        tops: &mut [[f32; 2]],
+        desk: &mut Desk,
+        stored: &Rows<'_, u8>,
+        out: &mut [f32],
+    ) -> Option<HeadCounts> {
+        let Logits::Best { top, also, among } = choice else {
+            return None;
+        };
         // A caller may lower the logits in `also`, and then others take their places.
         let top = top.saturating_add(also.len());
-        if top > blocks / 4 {
-            return false;
+        if top > most_wanted(matrix.rows) {
+            return None;
         }
+        if let Some(allowed) = among {
+            leave_out(allowed, out, tops);
+        }
+        let Desk { select, list, ranges, exact } = desk;
+        let most = most_open(matrix.rows);
         // At least `top` rows are in blocks whose greatest logit is not below this one.
         select.clear();
-        select.extend_from_slice(tops);
+        select.extend(tops.iter().map(|[top, _]| top));
         let first_floor = kth_greatest(select, FIRST * top);
         list.clear();
-        for (block, _) in tops.iter().enumerate().filter(|(_, top)| **top >= first_floor) {
-            push_rows(list, out, block, |logit| logit >= first_floor);
+        for (block, _) in tops.iter().enumerate().filter(|(_, [top, _])| *top >= first_floor) {
+            push_rows(list, most, out, block, |logit| logit >= first_floor)?;
         }
-        let limit = matrix.rows / 4;
-        if list.len() > limit {
-            return false;
-        }
-        self.narrow(screen, probe, list, 0, out, ranges);
+        self.narrow(team, screen, probe, list, 0, ranges);
         // `top` of them are not below this one, so nothing below it matters.
         let floor = floor_of(ranges, top, select);
         let begun = list.len();
-        for (block, (top, widest)) in tops.iter().zip(widest).enumerate() {
+        for (block, [top, widest]) in tops.iter().enumerate() {
             // Every logit and its own bound follow only where the block's widest bound does not already tell.
             if top + widest < floor {
                 continue;
             }
             let near = floor - widest;
-            push_rows(list, out, block, |logit| logit >= near && logit < first_floor);
+            push_rows(list, most, out, block, |logit| logit >= near && logit < first_floor)?;
         }
         let mut i = 0;
         list.retain(|&row| {
             i += 1;
             i <= begun || upper_bound(screen, probe, row as usize, out[row as usize]) >= floor
         });
-        if list.len() > limit {
-            return false;
-        }
-        self.narrow(screen, probe, list, begun, out, ranges);
+        self.narrow(team, screen, probe, list, begun, ranges);
         let floor = floor_of(ranges, top, select);
-        let open = list.len();
+        let open = list.len() as u64;
         let mut i = 0;
         list.retain(|_| {
             i += 1;
             ranges[i - 1][1] >= floor
         });
         list.extend_from_slice(also);
-        if list.len() > limit / 2 {
-            return false;
+        if list.len() > most / 2 {
+            return None;
         }
-        self.exact_logits(matrix, x, list, rows, exact);
-        scratch.put(out);
-        scratch.counts.tokens += 1;
-        scratch.counts.open += open as u64;
-        true
+        self.exact_logits(team, matrix, x, list, stored, exact);
+        put(list, exact, out);
+        Some(HeadCounts { tokens: 1, open, listed: 0, exact: list.len() as u64 })
     }
 
     /// Appends the ranges of the logits of the rows `list[begun..]`.
     fn narrow(
         &self,
+        team: Team<'_>,
         screen: &Screen,
         probe: &Probe,
         list: &[u32],
         begun: usize,
-        logits: &[f32],
         ranges: &mut Vec<[f32; 2]>,
     ) {
         ranges.resize(list.len(), [0.0; 2]);
         let (list, out) = (&list[begun..], Rows::new(&mut ranges[begun..], 1));
-        self.pool.run_ranges(list.len(), 32, |range, _| {
+        team.run_ranges(list.len(), 32, |range, _| {
             // SAFETY: each range is one task.
             let out = unsafe { out.rows(range.start, range.len()) };
-            self.kernels.narrow(screen, probe, &list[range], logits, out);
+            self.kernels.narrow(screen, probe, &list[range], out);
         });
     }
 
     /// The exact logits of the rows `list`; NaN where a row could not be read.
     fn exact_logits(
         &self,
+        team: Team<'_>,
         matrix: &FloatMatrix,
         x: &[f32],
         list: &[u32],
-        rows: &mut [u8],
+        stored: &Rows<'_, u8>,
         exact: &mut Vec<f32>,
     ) {
         exact.resize(list.len(), 0.0);
         let out = Rows::new(exact, 1);
         let row_bytes = matrix.columns * matrix.ty.size();
-        let rows = Rows::new(rows, matrix.columns * size_of::<f32>());
-        self.pool.run_ranges(list.len(), 8, |range, worker| {
+        team.run_ranges(list.len(), 8, |range, worker| {
             // SAFETY: each range is one task, and each worker runs one task at a time.
-            let (out, stored) = unsafe { (out.rows(range.start, range.len()), rows.row(worker)) };
+            let (out, stored) = unsafe { (out.rows(range.start, range.len()), stored.row(worker)) };
             let Some(read) = &matrix.reader else {
                 return self.kernels.head_listed(matrix.ty, &matrix.bytes, x, &list[range], out);
             };
@@ -365,9 +440,18 @@ impl Compute {
     }
 }
 
-/// Appends the rows of a block whose logits are `wanted`.
+/// Appends the rows of a block whose logits are `wanted`. None where `list` has more than `most` already.
 #[inline]
-fn push_rows(list: &mut Vec<u32>, logits: &[f32], block: usize, wanted: impl Fn(f32) -> bool) {
+fn push_rows(
+    list: &mut Vec<u32>,
+    most: usize,
+    logits: &[f32],
+    block: usize,
+    wanted: impl Fn(f32) -> bool,
+) -> Option<()> {
+    if list.len() > most {
+        return None;
+    }
     let first = block * BLOCK;
     let logits = &logits[first..logits.len().min(first + BLOCK)];
     let mut count = list.len();
@@ -378,6 +462,7 @@ fn push_rows(list: &mut Vec<u32>, logits: &[f32], block: usize, wanted: impl Fn(
         count += usize::from(wanted(logit));
     }
     list.truncate(count);
+    Some(())
 }
 
 /// What at least `k` of the logits of these ranges are not below.

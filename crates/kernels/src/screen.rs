@@ -9,22 +9,34 @@
 //!
 //! With dither u_i, uniform in [-1/2, 1/2), the same for column i of every row, a row is stored as
 //! `c_i = round((w_i - min) / step + u_i)`, and `w_i = min + step (c_i - u_i + e_i)`, where every e_i is uniform in
-//! [-1/2, 1/2], independent of the row and of the other e_j (subtractive dither; Schuchman 1964). A uniform variable of
-//! width 1 is sub-Gaussian with variance 1/12, so the logit's error `step Σ e_i h_i` exceeds `step z |h| / √12` with
-//! probability at most `2 exp(-z² / 2)`. What is left, e_i + 1/2, is stored in the same way in steps of 1 / [`FINE`], with
-//! another dither. With z = 9.2, all 128,256 rows of a step together stay within both bounds except with probability
-//! 2.2e-13. What else is inexact has bounds that never fail, and they are added: the rounding of h to 16 bits and of the
-//! codes, and the rounding of the exact logit itself.
+//! [-1/2, 1/2], independent of the row and of the other e_j (subtractive dither; Schuchman 1964). The hidden state is
+//! rounded in the same way, with a dither d_i of its own, to `h_i = unit (q_i - d_i + f_i)` with q_i in eight bits. What
+//! the codes give, `Σ (w_i - step e_i) (h_i - unit f_i)`, is off by `Σ x_i`, where
+//!
+//!     x_i = step e_i h_i + (w_i - step e_i) unit f_i
+//!
+//! A uniform variable of width 1 is sub-Gaussian with variance 1/12. With e_i fixed, the second term is so with variance
+//! `unit² (w_i - step e_i)² / 12`, at most `unit² (|w_i| + step / 2)² / 12` whatever e_i is; so the expectation of
+//! `exp(λ x_i)` is at most that of `exp(λ step e_i h_i)` times a constant, and x_i is sub-Gaussian with variance
+//! `(step² h_i² + unit² (|w_i| + step / 2)²) / 12`. All of them are independent, and by Minkowski's inequality the
+//! logit's error exceeds `z √((step² |h|² + unit² (|w| + step √n / 2)²) / 12)` with probability at most `2 exp(-z² / 2)`.
+//! The second term is small even where some |h_i| is 20 times the mean.
+//!
+//! What is left of a weight, e_i + 1/2, is stored in the same way in steps of 1 / [`FINE`], with another dither. Rows that
+//! are narrowed are multiplied by both kinds of codes with h in 16 bits. With z = 9.2, all 128,256 rows of a step
+//! together stay within both bounds except with probability 2.2e-13. What else is inexact has bounds that never fail, and
+//! they are added: the rounding of h to 16 bits, of the codes and of sums in float32, and that of the exact logit itself.
 //!
 //! The dither is a fixed sequence, so that results are the same everywhere; it knows nothing of any model.
 //!
 //! # Layout
 //!
 //! Parts of [`Screen::PART`] rows, the last one shorter: the codes of all rows of the part, then the finer codes of all,
-//! then least weight and step of each row, two float32, a step of infinity where the row is not finite.
+//! then what else is known of each row, [`RowScales`], four float32, a step of infinity where the row is not finite.
 
 use crate::isa::Isa;
 use crate::memory::{Aligned, Bytes};
+use crate::ops::fold;
 
 /// Weights in a chunk of 64 bytes: byte b holds weight b in its low half, weight 64 + b in its high one.
 const CHUNK: usize = 128;
@@ -56,7 +68,7 @@ impl Screen {
 
     /// Bytes of a copy of `rows` rows.
     pub const fn bytes(rows: usize, columns: usize) -> usize {
-        rows * (2 * Self::row_bytes(columns) + SCALE_BYTES)
+        rows * (2 * Self::row_bytes(columns) + RowScales::BYTES)
     }
     /// Bytes of a row's codes.
     const fn row_bytes(columns: usize) -> usize {
@@ -78,7 +90,7 @@ impl Screen {
     /// Bytes that a pass over all rows reads, and those of another row whose bound is narrowed.
     pub fn pass_bytes(&self) -> (usize, usize) {
         let row = Self::row_bytes(self.columns);
-        (self.rows * (row + SCALE_BYTES), row)
+        (self.rows * (row + RowScales::BYTES), 2 * row)
     }
     fn place(&self, row: usize) -> Place {
         let (part, bytes) = (row / Self::PART, Self::row_bytes(self.columns));
@@ -86,7 +98,7 @@ impl Screen {
         let coarse = Self::bytes(start, self.columns);
         let (fine, scales) = (coarse + count * bytes, coarse + 2 * count * bytes);
         let at = row - start;
-        Place { coarse: coarse + at * bytes, fine: fine + at * bytes, scales: scales + at * SCALE_BYTES }
+        Place { coarse: coarse + at * bytes, fine: fine + at * bytes, scales: scales + at * RowScales::BYTES }
     }
     /// Codes of `count` rows of one part.
     fn coarse(&self, row: usize, count: usize) -> &[u8] {
@@ -95,15 +107,35 @@ impl Screen {
     fn fine(&self, row: usize) -> &[u8] {
         &self.bytes[self.place(row).fine..][..Self::row_bytes(self.columns)]
     }
-    fn scales(&self, row: usize) -> (f32, f32) {
-        let bytes = self.bytes[self.place(row).scales..].first_chunk();
-        let [a, b, c, d, e, f, g, h] = *bytes.unwrap_or(&[0; SCALE_BYTES]);
-        (f32::from_le_bytes([a, b, c, d]), f32::from_le_bytes([e, f, g, h]))
+    fn scales(&self, row: usize) -> RowScales {
+        let (floats, _) = self.bytes[self.place(row).scales..][..RowScales::BYTES].as_chunks();
+        let [min, step, norm, dithered] = [0, 1, 2, 3].map(|i| f32::from_le_bytes(floats[i]));
+        RowScales { min, step, norm, dithered }
     }
 }
 
-/// Least weight and step of a row.
-const SCALE_BYTES: usize = 8;
+/// What is known of a row beside its codes.
+#[derive(Clone, Copy)]
+pub(crate) struct RowScales {
+    /// Least weight.
+    min: f32,
+    step: f32,
+    /// At least |w| + step √n / 2.
+    norm: f32,
+    /// Σ c d, with the dither of the hidden state.
+    dithered: f32,
+}
+
+impl RowScales {
+    const BYTES: usize = 16;
+    const NOT_FINITE: Self = Self { min: 0.0, step: f32::INFINITY, norm: 0.0, dithered: 0.0 };
+
+    /// The greatest weight, of either sign.
+    fn greatest(&self) -> f64 {
+        let (min, step) = (f64::from(self.min), f64::from(self.step));
+        min.abs().max((min + 15.0 * step).abs())
+    }
+}
 
 /// Makes the copy of some rows, `part` being as long as their number asks for. `decode` writes the i-th of them to a row of
 /// floats, or says that it is not finite.
@@ -111,7 +143,7 @@ pub(crate) fn fill_part(
     columns: usize,
     part: &mut [u8],
     mut decode: impl FnMut(usize, &mut [f32]) -> bool,
-    screen_row: impl Fn(&[f32], &Dither, &mut [u8], &mut [u8]) -> (f32, f32),
+    screen_row: impl Fn(&[f32], &Dither, &mut [u8], &mut [u8]) -> RowScales,
 ) {
     let rows = part.len() / Screen::bytes(1, columns);
     let (dither, mut row) = (Dither::new(columns), vec![0.0; columns]);
@@ -119,20 +151,22 @@ pub(crate) fn fill_part(
     let (coarse, rest) = part.split_at_mut(rows * bytes);
     let (fine, scales) = rest.split_at_mut(rows * bytes);
     let codes = coarse.chunks_exact_mut(bytes).zip(fine.chunks_exact_mut(bytes));
-    for (i, ((coarse, fine), scale)) in codes.zip(scales.as_chunks_mut::<SCALE_BYTES>().0).enumerate() {
-        let (min, step) = match decode(i, &mut row) {
+    for (i, ((coarse, fine), scale)) in codes.zip(scales.as_chunks_mut::<{ RowScales::BYTES }>().0).enumerate() {
+        let RowScales { min, step, norm, dithered } = match decode(i, &mut row) {
             true => screen_row(&row, &dither, coarse, fine),
-            false => (0.0, f32::INFINITY),
+            false => RowScales::NOT_FINITE,
         };
-        scale[..4].copy_from_slice(&min.to_le_bytes());
-        scale[4..].copy_from_slice(&step.to_le_bytes());
+        for (out, value) in scale.as_chunks_mut().0.iter_mut().zip([min, step, norm, dithered]) {
+            *out = value.to_le_bytes();
+        }
     }
 }
 
-/// The dither of each column, for the codes and for the finer ones.
+/// The dither of each column, for the codes, for the finer ones and for the hidden state.
 pub(crate) struct Dither {
     coarse: Vec<f32>,
     fine: Vec<f32>,
+    hidden: Vec<f32>,
 }
 
 impl Dither {
@@ -147,102 +181,164 @@ impl Dither {
             let bits = (z ^ (z >> 31)) >> 40;
             ((bits as f64 + 0.5) / f64::from(1 << 24) - 0.5) as f32
         };
-        Self { coarse: (0..columns).map(&mut next).collect(), fine: (0..columns).map(next).collect() }
+        let [coarse, fine, hidden] = [(); 3].map(|()| (0..columns).map(&mut next).collect());
+        Self { coarse, fine, hidden }
     }
 }
 
-/// A hidden state in 16 bits, h ≈ scale (256 high + low), and what the bounds need to know of it.
+/// A hidden state in eight and in 16 bits, and what the bounds need to know of it.
 pub(crate) struct Probe {
+    /// h ≈ unit (codes - d).
+    codes: Aligned<i8>,
+    unit: f64,
+    /// h ≈ scale (256 high + low).
     high: Aligned<i8>,
     low: Aligned<i8>,
     scale: f64,
-    /// Σ h of the rounded h, and Σ u h with either dither.
-    sum: f64,
+    /// Of h in eight and in 16 bits the sum, and that times the dither of the codes.
+    sums: [f64; 2],
     dithered: [f64; 2],
-    /// What a row's step, before and after the finer codes, and its greatest weight are multiplied with in the bound.
-    by_step: [f64; 2],
+    /// Σ v h in 16 bits, with the dither of the finer codes.
+    dithered_fine: f64,
+    /// What a row's step and norm are multiplied with in the bound: roots of the sums over both are what is exceeded rarely.
+    by_step: f64,
+    by_norm: f64,
+    /// What step and greatest weight are multiplied with in the part that is never exceeded.
+    inexact: f64,
     by_weight: f64,
 }
 
 impl Probe {
     pub(crate) fn new(columns: usize) -> Self {
-        let width = columns.next_multiple_of(CHUNK);
-        let (high, low) = (Aligned::zeroed(width), Aligned::zeroed(width));
-        Self { high, low, scale: 0.0, sum: 0.0, dithered: [0.0; 2], by_step: [0.0; 2], by_weight: 0.0 }
+        let codes = || Aligned::zeroed(columns.next_multiple_of(CHUNK));
+        Self {
+            codes: codes(),
+            unit: 0.0,
+            high: codes(),
+            low: codes(),
+            scale: 0.0,
+            sums: [0.0; 2],
+            dithered: [0.0; 2],
+            dithered_fine: 0.0,
+            by_step: 0.0,
+            by_norm: 0.0,
+            inexact: 0.0,
+            by_weight: 0.0,
+        }
+    }
+    /// Bytes of the codes.
+    pub(crate) const fn bytes(columns: usize) -> usize {
+        3 * columns.next_multiple_of(CHUNK)
     }
 
     /// Takes in `h`; false where it is not finite.
     pub(crate) fn set(&mut self, screen: &Screen, h: &[f32]) -> bool {
         const TOP: f64 = 32_639.0; // 127 * 256 + 127
+        // A little less than 126.5, so that no dither leads past 127.
+        const COARSE_TOP: f64 = 126.499;
         let top = h.iter().fold(0.0f32, |top, h| if h.abs() > top { h.abs() } else { top });
         if !h.iter().all(|h| h.is_finite()) {
             return false;
         }
-        self.scale = f64::from(top) / TOP;
-        let inverse = if top > 0.0 { 1.0 / self.scale } else { 0.0 };
-        let (mut sum, mut dithered, mut square, mut size, mut lost) = (0.0, [0.0; 2], 0.0, 0.0, 0.0);
+        let top = f64::from(top);
+        (self.unit, self.scale) = (top / COARSE_TOP, top / TOP);
+        let inverses = if top > 0.0 { [1.0 / self.unit, 1.0 / self.scale] } else { [0.0; 2] };
+        (self.sums, self.dithered, self.dithered_fine) = ([0.0; 2], [0.0; 2], 0.0);
+        let (mut square, mut size, mut lost) = (0.0, 0.0, 0.0);
+        let dither = &screen.dither;
         for (i, &h) in h.iter().enumerate() {
+            let [u, v, d] = [dither.coarse[i], dither.fine[i], dither.hidden[i]].map(f64::from);
             let h = f64::from(h);
-            let code = ((h * inverse).round() as i32).clamp(-TOP as i32, TOP as i32);
+            let code = nearest(h * inverses[0] + d);
+            self.codes[i] = code as i8;
+            let coarse = self.unit * (code - d);
+            let code = nearest(h * inverses[1]) as i32;
             let high = (code + 128) >> 8;
             self.high[i] = high as i8;
             self.low[i] = (code - 256 * high) as i8;
             let rounded = self.scale * f64::from(code);
-            sum += rounded;
-            dithered[0] += rounded * f64::from(screen.dither.coarse[i]);
-            dithered[1] += rounded * f64::from(screen.dither.fine[i]);
-            square += rounded * rounded;
+            for (kind, h) in [coarse, rounded].into_iter().enumerate() {
+                self.sums[kind] += h;
+                self.dithered[kind] += h * u;
+            }
+            self.dithered_fine += rounded * v;
+            square += h * h;
             size += h.abs();
             lost += (h - rounded).abs();
         }
-        (self.sum, self.dithered) = (sum, dithered);
-        // A code is computed in float32 from numbers up to 16: its error stays below 2^-18.
-        let (spread, inexact) = (Z * (square / 12.0).sqrt(), size / f64::from(1 << 17));
-        self.by_step = [spread + inexact, spread / FINE + inexact];
-        // A float32 sum in sixteen lanes: each term is rounded fewer than n / 16 + 8 times, by 2^-24 each; twice that.
-        let roundings = (h.len() / 16 + 8) as f64 / f64::from(1 << 23);
+        let n = h.len() as f64;
+        // A float32 sum in sixteen lanes: each term is rounded fewer than n / 16 + 8 times, by 2^-24 each; twice that, and as
+        // much again as the logit is rounded where it is kept in float32.
+        let roundings = (n / 16.0 + 16.0) / f64::from(1 << 23);
+        let z = Z / 12.0f64.sqrt();
+        (self.by_step, self.by_norm) = (z * square.sqrt(), z * self.unit);
+        // A code is computed in float32 from numbers up to 16: its error stays below 2^-18. Σ c d is a sum in float32.
+        // Weights as they are stored may lie half a step outside.
+        self.inexact = lost + size / f64::from(1 << 17) + self.unit * 7.5 * n * roundings;
         self.by_weight = lost + size * roundings;
         true
     }
 
-    /// How far the logit of a row is off at most, by its codes (0) and by both kinds (1), but for the rounding of the logit.
+    /// How far the logit of a row is off at most, by its codes.
     #[inline(always)]
-    fn bound(&self, min: f64, step: f64, kind: usize) -> f64 {
-        step * self.by_step[kind] + min.abs().max((min + 15.0 * step).abs()) * self.by_weight
+    fn bound(&self, step: f64, norm: f64, greatest: f64) -> f64 {
+        let (by_step, by_norm) = (step * self.by_step, norm * self.by_norm);
+        let rare = (by_step * by_step + by_norm * by_norm).sqrt();
+        // A little more, as what is rounded to float32 may be mostly error.
+        (rare + step * self.inexact + greatest * self.by_weight) * (1.0 + 1e-6)
     }
 
-    /// The logits of rows by their sums of codes times high and low parts, and how far at most the exact ones are from them.
+    /// The logits of as many rows as there are, by their codes and their sums of codes.
     #[inline(always)]
-    fn logits(&self, rows: &BlockRows, logits: &mut [f32; BLOCK], bounds: &mut [f32; BLOCK]) {
+    fn logits(&self, rows: &BlockRows, dots: &[i32; BLOCK], logits: &mut [f32; BLOCK]) {
         for i in 0..BLOCK {
             let (min, step) = (f64::from(rows.min[i]), f64::from(rows.step[i]));
-            // Both sums are below 2^31, so this is exact.
-            let dot = self.scale * (256.0 * f64::from(rows.high[i]) + f64::from(rows.low[i]));
-            let logit = min * self.sum + step * (dot - self.dithered[0]);
-            let bound = self.bound(min, step, 0) + logit.abs() / f64::from(1 << 21);
-            (logits[i], bounds[i]) = (logit as f32, bound as f32);
+            let dot = self.unit * (f64::from(dots[i]) - f64::from(rows.dithered[i]));
+            logits[i] = (min * self.sums[0] + step * (dot - self.dithered[0])) as f32;
         }
         // A row that is not finite is always computed.
         for i in 0..BLOCK {
-            if rows.step[i] == f32::INFINITY {
-                (logits[i], bounds[i]) = (f32::INFINITY, 0.0);
-            }
+            logits[i] = if rows.step[i] == f32::INFINITY { f32::INFINITY } else { logits[i] };
         }
     }
+}
+
+/// Rounds a number below 2^50 to the nearest integer.
+#[inline(always)]
+fn nearest(x: f64) -> f64 {
+    // Such a number added leaves no place for a fraction.
+    const LARGE: f64 = (3u64 << 51) as f64;
+    (x + LARGE) - LARGE
 }
 
 /// Rows of a block of the screen.
 pub(crate) const BLOCK: usize = 64;
 
+/// Tokens that share a pass over the screen.
+pub(crate) const GROUP: usize = 8;
+
 /// What is known of the rows of a block.
 struct BlockRows {
     min: [f32; BLOCK],
     step: [f32; BLOCK],
-    high: [i32; BLOCK],
-    low: [i32; BLOCK],
+    dithered: [f32; BLOCK],
 }
 
-/// Stores a row of weights, all finite, as codes of both kinds. Returns least weight and step.
+/// The `i`-th sixteen of `x`, `fill` past its end.
+#[inline(always)]
+fn lanes_of<I: Isa>(isa: I, x: &[f32], i: usize, fill: f32) -> I::F {
+    let (blocks, tail) = x.as_chunks::<16>();
+    if let Some(block) = blocks.get(i) {
+        return isa.load(block);
+    }
+    let mut full = [fill; 16];
+    if i == blocks.len() {
+        full[..tail.len()].copy_from_slice(tail);
+    }
+    isa.load(&full)
+}
+
+/// Stores a row of weights, all finite, as codes of both kinds.
 #[inline(always)]
 pub(crate) fn screen_row<I: Isa>(
     isa: I,
@@ -250,12 +346,20 @@ pub(crate) fn screen_row<I: Isa>(
     dither: &Dither,
     coarse: &mut [u8],
     fine: &mut [u8],
-) -> (f32, f32) {
+) -> RowScales {
     let (blocks, tail) = row.as_chunks::<16>();
     let (mut tops, mut bottoms) = (isa.splat(f32::NEG_INFINITY), isa.splat(f32::NEG_INFINITY));
+    // Squares of float32 may be too large or too small for it.
+    let mut squares = [0.0f64; 16];
     for block in blocks {
         let w = isa.load(block);
         (tops, bottoms) = (isa.max(w, tops), isa.max(isa.sub(isa.splat(0.0), w), bottoms));
+        for i in 0..16 {
+            squares[i] += f64::from(block[i]) * f64::from(block[i]);
+        }
+    }
+    for (i, &w) in tail.iter().enumerate() {
+        squares[i] += f64::from(w) * f64::from(w);
     }
     let (mut high, mut low) = ([0.0; 16], [0.0; 16]);
     isa.store(tops, &mut high);
@@ -270,29 +374,21 @@ pub(crate) fn screen_row<I: Isa>(
     let inverse = if step > 0.0 { 1.0 / step } else { 0.0 };
     let (least, inverse) = (isa.splat(min), isa.splat(inverse));
     let (half, steps) = (isa.splat(0.5), isa.splat(FINE as f32));
+    let mut dithered = isa.splat(0.0);
     let mut codes = [[0i8; CHUNK]; 2];
     let out = coarse.as_chunks_mut::<{ CHUNK / 2 }>().0.iter_mut();
     for (c, out) in out.zip(fine.as_chunks_mut::<{ CHUNK / 2 }>().0.iter_mut()).enumerate() {
         for i in 0..CHUNK / 16 {
             let at = CHUNK * c + 16 * i;
-            let (mut w, mut u, mut v) = ([min; 16], [0.0; 16], [0.0; 16]);
-            let (w, u, v) = match blocks.get(at / 16) {
-                Some(block) => {
-                    let load = |d: &[f32]| isa.load(&d.as_chunks::<16>().0[at / 16]);
-                    (isa.load(block), load(&dither.coarse), load(&dither.fine))
-                }
-                None => {
-                    let n = row.len().saturating_sub(at);
-                    w[..n].copy_from_slice(&row[row.len() - n..]);
-                    u[..n].copy_from_slice(&dither.coarse[row.len() - n..]);
-                    v[..n].copy_from_slice(&dither.fine[row.len() - n..]);
-                    (isa.load(&w), isa.load(&u), isa.load(&v))
-                }
-            };
+            let lanes = at / 16;
+            let (w, u) = (lanes_of(isa, row, lanes, min), lanes_of(isa, &dither.coarse, lanes, 0.0));
+            let v = lanes_of(isa, &dither.fine, lanes, 0.0);
+            let d = lanes_of(isa, &dither.hidden, lanes, 0.0);
             let place = |codes: &'_ mut [i8; CHUNK], v| isa.to_i8(v, &mut codes.as_chunks_mut::<16>().0[i]);
             // Codes are 0 to 15: the step is a little wide, and the dither less than a half.
             let exact = isa.add(isa.mul(isa.sub(w, least), inverse), u);
             let code = isa.round(exact);
+            dithered = isa.add(dithered, isa.mul(code, d));
             place(&mut codes[0], code);
             let left = isa.mul(isa.add(isa.sub(exact, code), half), steps);
             place(&mut codes[1], isa.add(left, v));
@@ -303,97 +399,148 @@ pub(crate) fn screen_row<I: Isa>(
             }
         }
     }
-    (min, step)
+    let norm = squares.iter().sum::<f64>().sqrt() + f64::from(step) * 0.5 * (row.len() as f64).sqrt();
+    let norm = (norm * (1.0 + 1e-6)) as f32 + f32::MIN_POSITIVE;
+    if norm.is_finite() {
+        RowScales { min, step, norm, dithered: fold(isa, dithered) }
+    } else {
+        RowScales::NOT_FINITE
+    }
 }
 
-/// The logits of as many rows as `logits` has, at most [`BLOCK`], from `first` on, and the greatest logit and the
-/// greatest bound among them.
+/// For each of up to [`GROUP`] probes the logits of the rows from `first` on, at most [`BLOCK`], and the greatest of them
+/// and the greatest bound.
 #[inline(always)]
 pub(crate) fn screen_logits<I: Isa>(
     isa: I,
     screen: &Screen,
-    probe: &Probe,
+    probes: &[Probe],
     first: usize,
-    logits: &mut [f32],
-) -> (f32, f32) {
+    logits: &mut [[f32; BLOCK]; GROUP],
+    tops: &mut [[f32; 2]; GROUP],
+) {
     let bytes = Screen::row_bytes(screen.columns);
-    let count = logits.len();
+    let count = BLOCK.min(screen.rows - first);
     let codes = screen.coarse(first, count);
     let row = |i: usize| &codes[i * bytes..][..bytes];
-    let ahead = |row: &[u8]| row.as_ptr().wrapping_add(isa.ahead() / 2);
-    let mut rows = BlockRows { min: [0.0; BLOCK], step: [0.0; BLOCK], high: [0; BLOCK], low: [0; BLOCK] };
+    let mut dots = [[0; BLOCK]; GROUP];
     let mut i = 0;
     while i + 4 <= count {
-        let four = [row(i), row(i + 1), row(i + 2), row(i + 3)];
-        let next = [ahead(four[0]), ahead(four[1]), ahead(four[2]), ahead(four[3])];
-        let dots = isa.nibble_dots(four, next, &probe.high, &probe.low);
-        for k in 0..4 {
-            [rows.high[i + k], rows.low[i + k]] = dots[k];
-        }
+        multiply::<I, 4>(isa, [row(i), row(i + 1), row(i + 2), row(i + 3)], probes, i, &mut dots);
         i += 4;
     }
     while i < count {
-        [[rows.high[i], rows.low[i]]] = isa.nibble_dots([row(i)], [ahead(row(i))], &probe.high, &probe.low);
+        multiply::<I, 1>(isa, [row(i)], probes, i, &mut dots);
         i += 1;
     }
+    let mut rows = BlockRows { min: [0.0; BLOCK], step: [0.0; BLOCK], dithered: [0.0; BLOCK] };
+    let (mut step, mut norm, mut greatest) = (0.0f64, 0.0f64, 0.0f64);
     for i in 0..count {
-        (rows.min[i], rows.step[i]) = screen.scales(first + i);
+        let scales = screen.scales(first + i);
+        (rows.min[i], rows.step[i], rows.dithered[i]) = (scales.min, scales.step, scales.dithered);
+        if scales.step < f32::INFINITY {
+            step = step.max(f64::from(scales.step));
+            norm = norm.max(f64::from(scales.norm));
+            greatest = greatest.max(scales.greatest());
+        }
     }
-    let (mut all, mut bounds) = ([0.0; BLOCK], [0.0; BLOCK]);
-    probe.logits(&rows, &mut all, &mut bounds);
-    logits.copy_from_slice(&all[..count]);
-    let (mut top, mut widest) = (f32::NEG_INFINITY, 0.0);
-    for i in 0..count {
-        top = if all[i] > top { all[i] } else { top };
-        widest = if bounds[i] > widest { bounds[i] } else { widest };
+    for (t, probe) in probes.iter().enumerate() {
+        probe.logits(&rows, &dots[t], &mut logits[t]);
+        let top = logits[t][..count].iter().fold(f32::NEG_INFINITY, |top, &x| if x > top { x } else { top });
+        tops[t] = [top, probe.bound(step, norm, greatest) as f32];
     }
-    (top, widest)
 }
 
-/// The upper bound of a row's logit.
+/// Sums of codes of the rows from `i` on of a block with those of every probe.
+#[inline(always)]
+fn multiply<I: Isa, const R: usize>(
+    isa: I,
+    rows: [&[u8]; R],
+    probes: &[Probe],
+    i: usize,
+    dots: &mut [[i32; BLOCK]; GROUP],
+) {
+    let mut t = 0;
+    while t < probes.len() {
+        let (probes, dots) = (&probes[t..], &mut dots[t..]);
+        t += match probes.len() {
+            4.. => tile::<I, R, 4>(isa, rows, probes, i, dots),
+            2.. => tile::<I, R, 2>(isa, rows, probes, i, dots),
+            _ => tile::<I, R, 1>(isa, rows, probes, i, dots),
+        };
+    }
+}
+
+/// The same for the first T probes. Returns T.
+#[inline(always)]
+fn tile<I: Isa, const R: usize, const T: usize>(
+    isa: I,
+    rows: [&[u8]; R],
+    probes: &[Probe],
+    i: usize,
+    dots: &mut [[i32; BLOCK]],
+) -> usize {
+    let mut codes = [&probes[0].codes[..]; T];
+    for t in 1..T {
+        codes[t] = &probes[t].codes;
+    }
+    let mut ahead = [std::ptr::null(); R];
+    for r in 0..R {
+        ahead[r] = rows[r].as_ptr().wrapping_add(AHEAD);
+    }
+    let sums = isa.nibble_dots::<R, T>(rows, ahead, codes);
+    for t in 0..T {
+        dots[t][i..i + R].copy_from_slice(&sums[t]);
+    }
+    T
+}
+
+/// The upper bound of the logit of a row, by that which [`screen_logits`] gave.
 pub(crate) fn upper_bound(screen: &Screen, probe: &Probe, row: usize, logit: f32) -> f32 {
-    let (min, step) = screen.scales(row);
-    if step == f32::INFINITY {
+    let scales = screen.scales(row);
+    if scales.step == f32::INFINITY {
         return f32::INFINITY;
     }
-    // The logit as it was stored has lost a rounding more.
-    let bound = probe.bound(f64::from(min), f64::from(step), 0) + f64::from(logit.abs()) / f64::from(1 << 21);
+    let bound = probe.bound(f64::from(scales.step), f64::from(scales.norm), scales.greatest());
     logit + bound as f32
 }
 
-/// Least and greatest values that the logits of the rows `list` can have, by the logits that [`screen_logits`] gave.
+/// Least and greatest values that the logits of the rows `list` can have, by both kinds of codes.
 #[inline(always)]
 pub(crate) fn narrow<I: Isa>(
     isa: I,
     screen: &Screen,
     probe: &Probe,
     list: &[u32],
-    logits: &[f32],
     ranges: &mut [[f32; 2]],
 ) {
+    let planes = [&probe.high[..], &probe.low];
     for (i, (&row, range)) in list.iter().zip(ranges).enumerate() {
         // These rows are anywhere.
-        let ahead = list.get(i + 2).map_or(std::ptr::null(), |&row| screen.fine(row as usize).as_ptr());
-        let [[high, low]] = isa.nibble_dots([screen.fine(row as usize)], [ahead], &probe.high, &probe.low);
-        let (min, step) = screen.scales(row as usize);
-        if step == f32::INFINITY {
+        let ahead = list.get(i + 2).map_or([std::ptr::null(); 2], |&row| {
+            [screen.coarse(row as usize, 1).as_ptr(), screen.fine(row as usize).as_ptr()]
+        });
+        let both = [screen.coarse(row as usize, 1), screen.fine(row as usize)];
+        let [high, low] = isa.nibble_dots::<2, 2>(both, ahead, planes);
+        let scales = screen.scales(row as usize);
+        if scales.step == f32::INFINITY {
             *range = [f32::NEG_INFINITY, f32::INFINITY];
             continue;
         }
-        let (coarse, step) = (f64::from(logits[row as usize]), f64::from(step));
-        let dot = probe.scale * (256.0 * f64::from(high) + f64::from(low));
-        let logit = coarse + step * ((dot - probe.dithered[1]) / FINE - 0.5 * probe.sum);
-        let rounding = (coarse.abs() + logit.abs()) / f64::from(1 << 21);
-        let bound = probe.bound(f64::from(min), step, 1) + rounding;
+        let (min, step) = (f64::from(scales.min), f64::from(scales.step));
+        let dot = |kind: usize| probe.scale * (256.0 * f64::from(high[kind]) + f64::from(low[kind]));
+        let fine = (dot(1) - probe.dithered_fine) / FINE - 0.5 * probe.sums[1];
+        let logit = min * probe.sums[1] + step * (dot(0) - probe.dithered[1] + fine);
+        let bound = step * (probe.by_step / FINE + probe.inexact) + scales.greatest() * probe.by_weight;
         *range = [(logit - bound) as f32, (logit + bound) as f32];
     }
 }
 
 /// The definition of [`Isa::nibble_dots`].
 #[inline(always)]
-pub(crate) fn nibble_dots<const R: usize>(w: [&[u8]; R], high: &[i8], low: &[i8]) -> [[i32; 2]; R] {
-    w.map(|w| {
-        [high, low].map(|q| {
+pub(crate) fn nibble_dots<const R: usize, const T: usize>(w: [&[u8]; R], q: [&[i8]; T]) -> [[i32; R]; T] {
+    q.map(|q| {
+        w.map(|w| {
             let mut sum = 0;
             for (bytes, q) in w.as_chunks::<64>().0.iter().zip(q.as_chunks::<CHUNK>().0) {
                 for b in 0..64 {

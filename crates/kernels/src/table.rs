@@ -8,7 +8,7 @@ use crate::isa::scalar::Scalar;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{avx2::Avx2, avx512::Avx512};
 use crate::ops::{self, FloatType};
-use crate::screen::{self, Dither, Probe, Screen};
+use crate::screen::{self, BLOCK, Dither, GROUP, Probe, RowScales, Screen};
 use crate::ternary::panel::Part;
 use crate::ternary::{self, Activations, Layout, OutPtr, Which, columns, tiles};
 use std::ops::Range;
@@ -56,9 +56,11 @@ macro_rules! kernels {
             ty: FloatType, w: &[u8], x: &[f32], columns: usize, first_row: usize, out: OutPtr
         ) = ops::head_rows;
         head_listed: fn(ty: FloatType, w: &[u8], x: &[f32], list: &[u32], out: &mut [f32]) = ops::head_listed;
-        screen_row: fn(row: &[f32], dither: &Dither, coarse: &mut [u8], fine: &mut [u8]) -> (f32, f32) = screen::screen_row;
-        screen_logits: fn(screen: &Screen, probe: &Probe, first: usize, logits: &mut [f32]) -> (f32, f32) = screen::screen_logits;
-        narrow: fn(screen: &Screen, probe: &Probe, list: &[u32], logits: &[f32], ranges: &mut [[f32; 2]]) = screen::narrow;
+        screen_row: fn(row: &[f32], dither: &Dither, coarse: &mut [u8], fine: &mut [u8]) -> RowScales = screen::screen_row;
+        screen_logits: fn(
+            screen: &Screen, probes: &[Probe], first: usize, logits: &mut [[f32; BLOCK]; GROUP], tops: &mut [[f32; 2]; GROUP]
+        ) = screen::screen_logits;
+        narrow: fn(screen: &Screen, probe: &Probe, list: &[u32], ranges: &mut [[f32; 2]]) = screen::narrow;
         stream_read: fn(floats: &[f32]) -> f32 = ops::stream_read;
     } };
 }

@@ -75,10 +75,7 @@ impl Profile {
         self.head
     }
     pub(crate) fn count_head(&mut self, counts: HeadCounts) {
-        self.head.listed += counts.listed;
-        self.head.tokens += counts.tokens;
-        self.head.open += counts.open;
-        self.head.exact += counts.exact;
+        self.head.add(counts);
     }
     pub(crate) fn begin(&mut self) {
         self.since = Instant::now();

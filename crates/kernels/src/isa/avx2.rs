@@ -278,27 +278,26 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         }
     }
     #[inline(always)]
-    fn nibble_dots<const R: usize>(
+    fn nibble_dots<const R: usize, const T: usize>(
         self,
         w: [&[u8]; R],
         ahead: [*const u8; R],
-        high: &[i8],
-        low: &[i8],
-    ) -> [[i32; 2]; R] {
-        let chunks = nibble_chunks(w, high, low);
+        q: [&[i8]; T],
+    ) -> [[i32; R]; T] {
+        let chunks = nibble_chunks(w, q);
         let run = if VNNI { chunks.max(1) } else { 4 };
         // SAFETY: the CPU has the instructions, as `self` proves; chunk c < chunks reads weights below 64 c + 64 and codes
         // below 128 c + 128, the lengths checked above.
         unsafe {
             let (mask, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
             let zero = _mm256_setzero_si256();
-            let mut dots = [[0; 2]; R];
+            let mut dots = [[0; R]; T];
             for r in 0..R {
-                let mut sums = [zero; 2];
+                let mut sums = [zero; T];
                 let mut start = 0;
                 while start < chunks {
                     let end = (start + run).min(chunks);
-                    let mut parts = [[zero; 2]; 2];
+                    let mut parts = [[zero; 2]; T];
                     for block in 2 * start..2 * end {
                         let v = _mm256_loadu_si256(w[r].as_ptr().add(32 * block).cast());
                         if block % 2 == 0 {
@@ -306,11 +305,11 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
                         }
                         let codes =
                             [_mm256_and_si256(v, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask)];
-                        for (plane, q) in [high, low].into_iter().enumerate() {
+                        for t in 0..T {
                             for half in 0..2 {
                                 let at = 128 * (block / 2) + 64 * half + 32 * (block % 2);
-                                let q = _mm256_loadu_si256(q.as_ptr().add(at).cast());
-                                let sum = &mut parts[plane][half];
+                                let q = _mm256_loadu_si256(q[t].as_ptr().add(at).cast());
+                                let sum = &mut parts[t][half];
                                 // Without VNNI a pair is at most 2 * 15 * 128 = 3840, eight of them below 2^15.
                                 *sum = if VNNI {
                                     _mm256_dpbusd_avx_epi32(*sum, codes[half], q)
@@ -320,16 +319,18 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
                             }
                         }
                     }
-                    for plane in 0..2 {
+                    for t in 0..T {
                         for half in 0..2 {
-                            let part = parts[plane][half];
+                            let part = parts[t][half];
                             let part = if VNNI { part } else { _mm256_madd_epi16(part, ones) };
-                            sums[plane] = _mm256_add_epi32(sums[plane], part);
+                            sums[t] = _mm256_add_epi32(sums[t], part);
                         }
                     }
                     start = end;
                 }
-                dots[r] = [sum_lanes(sums[0]), sum_lanes(sums[1])];
+                for t in 0..T {
+                    dots[t][r] = sum_lanes(sums[t]);
+                }
             }
             dots
         }

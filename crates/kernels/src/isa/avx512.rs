@@ -295,61 +295,30 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
         }
     }
     #[inline(always)]
-    fn nibble_dots<const R: usize>(
+    fn nibble_dots<const R: usize, const T: usize>(
         self,
         w: [&[u8]; R],
         ahead: [*const u8; R],
-        high: &[i8],
-        low: &[i8],
-    ) -> [[i32; 2]; R] {
-        let chunks = nibble_chunks(w, high, low);
-        let run = if VNNI { chunks.max(1) } else { 4 };
-        // SAFETY: the CPU has the instructions, as `self` proves; chunk c < chunks reads weights below 64 c + 64 and codes
-        // below 128 c + 128, the lengths checked above.
+        q: [&[i8]; T],
+    ) -> [[i32; R]; T] {
+        let chunks = nibble_chunks(w, q);
+        let mut dots = [[0; R]; T];
+        // SAFETY: the CPU has the instructions, as `self` proves, and the lengths were checked above.
         unsafe {
-            let (mask, ones) = (_mm512_set1_epi8(15), _mm512_set1_epi16(1));
-            let zero = _mm512_setzero_si512();
-            let mut sums = [[zero; R]; 2];
-            for r in 0..R {
-                let mut start = 0;
-                while start < chunks {
-                    let end = (start + run).min(chunks);
-                    let mut parts = [[zero; 2]; 2];
-                    for c in start..end {
-                        let v = _mm512_loadu_si512(w[r].as_ptr().add(64 * c).cast());
-                        self.prefetch(ahead[r].wrapping_add(64 * c));
-                        let codes =
-                            [_mm512_and_si512(v, mask), _mm512_and_si512(_mm512_srli_epi16::<4>(v), mask)];
-                        for (plane, q) in [high, low].into_iter().enumerate() {
-                            for half in 0..2 {
-                                let q = _mm512_loadu_si512(q.as_ptr().add(128 * c + 64 * half).cast());
-                                let sum = &mut parts[plane][half];
-                                // Without VNNI a pair is at most 2 * 15 * 128 = 3840, four of them below 2^15.
-                                *sum = if VNNI {
-                                    _mm512_dpbusd_epi32(*sum, codes[half], q)
-                                } else {
-                                    _mm512_add_epi16(*sum, _mm512_maddubs_epi16(codes[half], q))
-                                };
-                            }
-                        }
-                    }
-                    for plane in 0..2 {
-                        for half in 0..2 {
-                            let part = parts[plane][half];
-                            let part = if VNNI { part } else { _mm512_madd_epi16(part, ones) };
-                            sums[plane][r] = _mm512_add_epi32(sums[plane][r], part);
-                        }
-                    }
-                    start = end;
+            let mut sums = [[_mm512_setzero_si512(); R]; T];
+            if T == 1 {
+                // Row after row, so that memory is read as one stream.
+                for r in 0..R {
+                    [[sums[0][r]]] = nibbles::<VNNI, 1, 1>([w[r]], [ahead[r]], [q[0]], chunks);
                 }
+            } else {
+                sums = nibbles::<VNNI, R, T>(w, ahead, q, chunks);
             }
-            let (high, low) = (sum_lanes(sums[0]), sum_lanes(sums[1]));
-            let mut dots = [[0; 2]; R];
-            for r in 0..R {
-                dots[r] = [high[r], low[r]];
+            for t in 0..T {
+                dots[t] = sum_lanes(sums[t]);
             }
-            dots
         }
+        dots
     }
     #[inline(always)]
     fn dot_split<const Q: usize>(
@@ -399,6 +368,66 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
             }
             out
         }
+    }
+}
+
+/// The lanes of the sums of [`Isa::nibble_dots`].
+///
+/// # Safety
+/// Needs AVX-512 F and BW, VNNI where that is true, 64 `chunks` bytes in each `w` and 128 `chunks` codes in each `q`.
+#[inline(always)]
+unsafe fn nibbles<const VNNI: bool, const R: usize, const T: usize>(
+    w: [&[u8]; R],
+    ahead: [*const u8; R],
+    q: [&[i8]; T],
+    chunks: usize,
+) -> [[__m512i; R]; T] {
+    let run = if VNNI { chunks.max(1) } else { 4 };
+    // SAFETY: the caller's contract; chunk c < chunks reads weights below 64 c + 64 and codes below 128 c + 128.
+    unsafe {
+        let (mask, ones) = (_mm512_set1_epi8(15), _mm512_set1_epi16(1));
+        let zero = _mm512_setzero_si512();
+        let mut sums = [[zero; R]; T];
+        let mut start = 0;
+        while start < chunks {
+            let end = (start + run).min(chunks);
+            let mut parts = [[zero; R]; T];
+            for c in start..end {
+                let mut v = [zero; R];
+                for r in 0..R {
+                    v[r] = _mm512_loadu_si512(w[r].as_ptr().add(64 * c).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(ahead[r].wrapping_add(64 * c).cast());
+                }
+                for half in 0..2 {
+                    let mut codes = [zero; R];
+                    for r in 0..R {
+                        codes[r] = _mm512_and_si512(v[r], mask);
+                        v[r] = _mm512_srli_epi16::<4>(v[r]);
+                    }
+                    for t in 0..T {
+                        let q = _mm512_loadu_si512(q[t].as_ptr().add(128 * c + 64 * half).cast());
+                        for r in 0..R {
+                            let sum = &mut parts[t][r];
+                            // Without VNNI a pair is at most 2 * 15 * 128 = 3840, eight of them below 2^15.
+                            *sum = if VNNI {
+                                _mm512_dpbusd_epi32(*sum, codes[r], q)
+                            } else {
+                                _mm512_add_epi16(*sum, _mm512_maddubs_epi16(codes[r], q))
+                            };
+                        }
+                    }
+                }
+            }
+            for t in 0..T {
+                for r in 0..R {
+                    let part = parts[t][r];
+                    let part = if VNNI { part } else { _mm512_madd_epi16(part, ones) };
+                    sums[t][r] = _mm512_add_epi32(sums[t][r], part);
+                }
+            }
+            start = end;
+        }
+        sums
     }
 }
 

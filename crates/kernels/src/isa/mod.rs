@@ -153,17 +153,16 @@ pub(crate) trait Isa: Copy {
     ) {
         columns::add_group(columns, q, sums);
     }
-    /// Exact dot products of R rows of four-bit codes, in the layout of [`crate::screen`], with two rows of int8. All have
+    /// Exact dot products of R rows of four-bit codes, in the layout of [`crate::screen`], with T rows of int8. All have
     /// whole chunks of 64 bytes and 128 codes. `ahead`: as above.
     #[inline(always)]
-    fn nibble_dots<const R: usize>(
+    fn nibble_dots<const R: usize, const T: usize>(
         self,
         w: [&[u8]; R],
         _ahead: [*const u8; R],
-        high: &[i8],
-        low: &[i8],
-    ) -> [[i32; 2]; R] {
-        screen::nibble_dots(w, high, low)
+        q: [&[i8]; T],
+    ) -> [[i32; R]; T] {
+        screen::nibble_dots(w, q)
     }
     /// Integer dot products of stored bytes, unsigned, with Q rows of numbers that have a high and a low part, every row
     /// having four of each for a block of 64 bytes. With H and L the sum over blocks c and i < 4 of `codes[c][4 j + i]`
@@ -239,11 +238,13 @@ fn column_chunks(columns: [&[u8]; GROUP], sums: &[i32]) -> usize {
 /// Checks the lengths that [`Isa::nibble_dots`] relies on. Returns the number of chunks of a row.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
-fn nibble_chunks<const R: usize>(w: [&[u8]; R], high: &[i8], low: &[i8]) -> usize {
-    let chunks = high.len() / 128;
+fn nibble_chunks<const R: usize, const T: usize>(w: [&[u8]; R], q: [&[i8]; T]) -> usize {
+    let chunks = w[0].len() / 64;
     for w in w {
         assert_eq!(w.len(), 64 * chunks);
     }
-    assert_eq!(low.len(), high.len());
+    for q in q {
+        assert_eq!(q.len(), 128 * chunks);
+    }
     chunks
 }

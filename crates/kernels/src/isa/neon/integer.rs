@@ -98,24 +98,24 @@ unsafe fn dot<const LEVEL: u8, const T: usize>(
     }
 }
 
-/// One row of four-bit codes and two rows of int8.
+/// One row of four-bit codes and T rows of int8.
 ///
 /// # Safety
 /// Needs the extensions of `LEVEL`, 64 `chunks` bytes in `w` and 128 `chunks` codes in each `q`.
 #[inline(always)]
-pub(super) unsafe fn nibbles<const LEVEL: u8>(
+pub(super) unsafe fn nibbles<const LEVEL: u8, const T: usize>(
     w: &[u8],
     ahead: *const u8,
-    q: [&[i8]; 2],
+    q: [&[i8]; T],
     chunks: usize,
-) -> [i32; 2] {
+) -> [i32; T] {
     // A chunk adds two products of at most 15 * 128 to a lane, so those of eight chunks fit int16.
     let block = if LEVEL == BASE { 8 } else { chunks };
     // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 128 c + 128; the extensions are the caller's.
     unsafe {
         let mask = vdupq_n_u8(15);
-        let mut planes = [vdupq_n_s32(0); 2];
-        let mut sums = [[Sum::<LEVEL>::zero(); 4]; 2];
+        let mut planes = [vdupq_n_s32(0); T];
+        let mut sums = [[Sum::<LEVEL>::zero(); 4]; T];
         let mut c = 0;
         while c < chunks {
             for c in c..(c + block).min(chunks) {
@@ -123,7 +123,7 @@ pub(super) unsafe fn nibbles<const LEVEL: u8>(
                 for i in 0..4 {
                     let v = vld1q_u8(w.as_ptr().add(64 * c + 16 * i));
                     let codes = [vandq_u8(v, mask), vshrq_n_u8::<4>(v)];
-                    for plane in 0..2 {
+                    for plane in 0..T {
                         for half in 0..2 {
                             let q = vld1q_s8(q[plane].as_ptr().add(128 * c + 64 * half + 16 * i));
                             sums[plane][2 * half + i % 2].add(codes[half], q);
@@ -132,7 +132,7 @@ pub(super) unsafe fn nibbles<const LEVEL: u8>(
                 }
             }
             c += block;
-            for plane in 0..2 {
+            for plane in 0..T {
                 for turn in 0..4 {
                     sums[plane][turn].drain(&mut planes[plane]);
                 }

@@ -337,18 +337,20 @@ impl<const LEVEL: u8> Isa for Neon<LEVEL> {
         }
     }
     #[inline(always)]
-    fn nibble_dots<const R: usize>(
+    fn nibble_dots<const R: usize, const T: usize>(
         self,
         w: [&[u8]; R],
         ahead: [*const u8; R],
-        high: &[i8],
-        low: &[i8],
-    ) -> [[i32; 2]; R] {
-        let chunks = nibble_chunks(w, high, low);
-        let mut dots = [[0; 2]; R];
+        q: [&[i8]; T],
+    ) -> [[i32; R]; T] {
+        let chunks = nibble_chunks(w, q);
+        let mut dots = [[0; R]; T];
         for r in 0..R {
             // SAFETY: the CPU has the extensions, as `self` proves, and the lengths were checked above.
-            dots[r] = unsafe { integer::nibbles::<LEVEL>(w[r], ahead[r], [high, low], chunks) };
+            let row = unsafe { integer::nibbles::<LEVEL, T>(w[r], ahead[r], q, chunks) };
+            for t in 0..T {
+                dots[t][r] = row[t];
+            }
         }
         dots
     }
