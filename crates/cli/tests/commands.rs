@@ -460,6 +460,9 @@ fn bench_reports_what_scripts_rely_on() {
     }
     assert!(rows[0]["roofline_share"].is_null() && rows[0]["n_batch"] == 1);
     assert!(rows[1]["roofline_share"].is_number() && rows[1]["n_batch"] == 2);
+    for key in ["live_up_rows", "live_down_columns"] {
+        assert!(rows[0][key].is_null() && (0.0..1.0).contains(&rows[1][key].as_f64().unwrap()), "{key}");
+    }
 }
 
 #[test]

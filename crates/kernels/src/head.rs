@@ -354,10 +354,11 @@ impl Compute {
         select.extend(tops.iter().map(|[top, _]| top));
         let first_floor = kth_greatest(select, FIRST * top);
         list.clear();
+        ranges.clear();
         for (block, _) in tops.iter().enumerate().filter(|(_, [top, _])| *top >= first_floor) {
             push_rows(list, most, out, block, |logit| logit >= first_floor)?;
         }
-        self.narrow(team, screen, probe, list, 0, ranges);
+        self.narrow(team, screen, probe, list, None, ranges);
         // `top` of them are not below this one, so nothing below it matters.
         let floor = floor_of(ranges, top, select);
         let begun = list.len();
@@ -366,22 +367,17 @@ impl Compute {
             if top + widest < floor {
                 continue;
             }
-            let near = floor - widest;
+            let (near, before) = (floor - widest, list.len());
             push_rows(list, most, out, block, |logit| logit >= near && logit < first_floor)?;
+            retain_from(list, before, |_, row| upper_bound(screen, probe, row, out[row]) >= floor);
         }
-        let mut i = 0;
-        list.retain(|&row| {
-            i += 1;
-            i <= begun || upper_bound(screen, probe, row as usize, out[row as usize]) >= floor
-        });
-        self.narrow(team, screen, probe, list, begun, ranges);
-        let floor = floor_of(ranges, top, select);
         let open = list.len() as u64;
-        let mut i = 0;
-        list.retain(|_| {
-            i += 1;
-            ranges[i - 1][1] >= floor
-        });
+        self.narrow(team, screen, probe, list, Some(out), ranges);
+        retain_from(list, begun, |i, _| ranges[i][1] >= floor);
+        ranges.truncate(begun);
+        self.narrow(team, screen, probe, list, None, ranges);
+        let floor = floor_of(ranges, top, select);
+        retain_from(list, 0, |i, _| ranges[i][1] >= floor);
         list.extend_from_slice(also);
         if list.len() > most / 2 {
             return None;
@@ -391,22 +387,23 @@ impl Compute {
         Some(HeadCounts { tokens: 1, open, listed: 0, exact: list.len() as u64 })
     }
 
-    /// Appends the ranges of the logits of the rows `list[begun..]`.
+    /// Appends the ranges of the logits of the rows of `list` that have none yet.
     fn narrow(
         &self,
         team: Team<'_>,
         screen: &Screen,
         probe: &Probe,
         list: &[u32],
-        begun: usize,
+        logits: Option<&[f32]>,
         ranges: &mut Vec<[f32; 2]>,
     ) {
+        let begun = ranges.len();
         ranges.resize(list.len(), [0.0; 2]);
         let (list, out) = (&list[begun..], Rows::new(&mut ranges[begun..], 1));
         team.run_ranges(list.len(), 32, |range, _| {
             // SAFETY: each range is one task.
             let out = unsafe { out.rows(range.start, range.len()) };
-            self.kernels.narrow(screen, probe, &list[range], out);
+            self.kernels.narrow(screen, probe, &list[range], logits, out);
         });
     }
 
@@ -463,6 +460,16 @@ fn push_rows(
     }
     list.truncate(count);
     Some(())
+}
+
+/// Of the rows from `begun` on leaves those that `keep` wants, which is given their places and themselves.
+fn retain_from(list: &mut Vec<u32>, begun: usize, keep: impl Fn(usize, usize) -> bool) {
+    let mut kept = begun;
+    for i in begun..list.len() {
+        list[kept] = list[i];
+        kept += usize::from(keep(i, list[i] as usize));
+    }
+    list.truncate(kept);
 }
 
 /// What at least `k` of the logits of these ranges are not below.

@@ -22,10 +22,12 @@
 //! logit's error exceeds `z √((step² |h|² + unit² (|w| + step √n / 2)²) / 12)` with probability at most `2 exp(-z² / 2)`.
 //! The second term is small even where some |h_i| is 20 times the mean.
 //!
-//! What is left of a weight, e_i + 1/2, is stored in the same way in steps of 1 / [`FINE`], with another dither. Rows that
-//! are narrowed are multiplied by both kinds of codes with h in 16 bits. With z = 9.2, all 128,256 rows of a step
-//! together stay within both bounds except with probability 2.2e-13. What else is inexact has bounds that never fail, and
-//! they are added: the rounding of h to 16 bits, of the codes and of sums in float32, and that of the exact logit itself.
+//! What is left of a weight, e_i + 1/2, is stored in the same way in steps of 1 / [`FINE`], with another dither, and is
+//! multiplied with h in 16 bits. That divides the first variance by `FINE²`; for the few rows that are open even then the
+//! codes are multiplied again, with h in 16 bits, which leaves nothing of the second. With z = 9.2, all 128,256 rows of
+//! a step together stay within all three bounds except with probability 3.3e-13. What else is inexact has bounds that
+//! never fail, and they are added: the rounding of h to 16 bits, of the codes and of sums in float32, and that of the
+//! exact logit itself.
 //!
 //! The dither is a fixed sequence, so that results are the same everywhere; it knows nothing of any model.
 //!
@@ -90,8 +92,9 @@ impl Screen {
     /// Bytes that a pass over all rows reads, and those of another row whose bound is narrowed.
     pub fn pass_bytes(&self) -> (usize, usize) {
         let row = Self::row_bytes(self.columns);
-        (self.rows * (row + RowScales::BYTES), 2 * row)
+        (self.rows * (row + RowScales::BYTES), row)
     }
+    #[inline(always)]
     fn place(&self, row: usize) -> Place {
         let (part, bytes) = (row / Self::PART, Self::row_bytes(self.columns));
         let (start, count) = (part * Self::PART, Self::PART.min(self.rows - part * Self::PART));
@@ -107,10 +110,10 @@ impl Screen {
     fn fine(&self, row: usize) -> &[u8] {
         &self.bytes[self.place(row).fine..][..Self::row_bytes(self.columns)]
     }
-    fn scales(&self, row: usize) -> RowScales {
-        let (floats, _) = self.bytes[self.place(row).scales..][..RowScales::BYTES].as_chunks();
-        let [min, step, norm, dithered] = [0, 1, 2, 3].map(|i| f32::from_le_bytes(floats[i]));
-        RowScales { min, step, norm, dithered }
+    /// What else is known of `count` rows of one part.
+    #[inline(always)]
+    fn scales(&self, row: usize, count: usize) -> &[[u8; RowScales::BYTES]] {
+        self.bytes[self.place(row).scales..][..count * RowScales::BYTES].as_chunks().0
     }
 }
 
@@ -130,6 +133,11 @@ impl RowScales {
     const BYTES: usize = 16;
     const NOT_FINITE: Self = Self { min: 0.0, step: f32::INFINITY, norm: 0.0, dithered: 0.0 };
 
+    #[inline(always)]
+    fn read(bytes: &[u8; Self::BYTES]) -> Self {
+        let float = |i: usize| f32::from_le_bytes([bytes[i], bytes[i + 1], bytes[i + 2], bytes[i + 3]]);
+        Self { min: float(0), step: float(4), norm: float(8), dithered: float(12) }
+    }
     /// The greatest weight, of either sign.
     fn greatest(&self) -> f64 {
         let (min, step) = (f64::from(self.min), f64::from(self.step));
@@ -247,8 +255,8 @@ impl Probe {
         let (mut square, mut size, mut lost) = (0.0, 0.0, 0.0);
         let dither = &screen.dither;
         for (i, &h) in h.iter().enumerate() {
-            let [u, v, d] = [dither.coarse[i], dither.fine[i], dither.hidden[i]].map(f64::from);
-            let h = f64::from(h);
+            let (u, v) = (f64::from(dither.coarse[i]), f64::from(dither.fine[i]));
+            let (d, h) = (f64::from(dither.hidden[i]), f64::from(h));
             let code = nearest(h * inverses[0] + d);
             self.codes[i] = code as i8;
             let coarse = self.unit * (code - d);
@@ -279,10 +287,10 @@ impl Probe {
         true
     }
 
-    /// How far the logit of a row is off at most, by its codes.
+    /// How far the logit of a row is off at most, by what its weights are off (in units of e) and by its step.
     #[inline(always)]
-    fn bound(&self, step: f64, norm: f64, greatest: f64) -> f64 {
-        let (by_step, by_norm) = (step * self.by_step, norm * self.by_norm);
+    fn bound(&self, [off, step]: [f64; 2], norm: f64, greatest: f64) -> f64 {
+        let (by_step, by_norm) = (off * self.by_step, norm * self.by_norm);
         let rare = (by_step * by_step + by_norm * by_norm).sqrt();
         // A little more, as what is rounded to float32 may be mostly error.
         (rare + step * self.inexact + greatest * self.by_weight) * (1.0 + 1e-6)
@@ -435,8 +443,8 @@ pub(crate) fn screen_logits<I: Isa>(
     }
     let mut rows = BlockRows { min: [0.0; BLOCK], step: [0.0; BLOCK], dithered: [0.0; BLOCK] };
     let (mut step, mut norm, mut greatest) = (0.0f64, 0.0f64, 0.0f64);
-    for i in 0..count {
-        let scales = screen.scales(first + i);
+    for (i, stored) in screen.scales(first, count).iter().enumerate() {
+        let scales = RowScales::read(stored);
         (rows.min[i], rows.step[i], rows.dithered[i]) = (scales.min, scales.step, scales.dithered);
         if scales.step < f32::INFINITY {
             step = step.max(f64::from(scales.step));
@@ -447,7 +455,7 @@ pub(crate) fn screen_logits<I: Isa>(
     for (t, probe) in probes.iter().enumerate() {
         probe.logits(&rows, &dots[t], &mut logits[t]);
         let top = logits[t][..count].iter().fold(f32::NEG_INFINITY, |top, &x| if x > top { x } else { top });
-        tops[t] = [top, probe.bound(step, norm, greatest) as f32];
+        tops[t] = [top, probe.bound([step; 2], norm, greatest) as f32];
     }
 }
 
@@ -497,43 +505,54 @@ fn tile<I: Isa, const R: usize, const T: usize>(
 
 /// The upper bound of the logit of a row, by that which [`screen_logits`] gave.
 pub(crate) fn upper_bound(screen: &Screen, probe: &Probe, row: usize, logit: f32) -> f32 {
-    let scales = screen.scales(row);
+    let scales = RowScales::read(&screen.scales(row, 1)[0]);
     if scales.step == f32::INFINITY {
         return f32::INFINITY;
     }
-    let bound = probe.bound(f64::from(scales.step), f64::from(scales.norm), scales.greatest());
+    let bound = probe.bound([f64::from(scales.step); 2], f64::from(scales.norm), scales.greatest());
     logit + bound as f32
 }
 
-/// Least and greatest values that the logits of the rows `list` can have, by both kinds of codes.
+/// Least and greatest values that the logits of the rows `list` can have. With `logits`, those that [`screen_logits`]
+/// gave, only the finer codes are read, and h stays rounded to eight bits where it meets the others.
 #[inline(always)]
 pub(crate) fn narrow<I: Isa>(
     isa: I,
     screen: &Screen,
     probe: &Probe,
     list: &[u32],
+    logits: Option<&[f32]>,
     ranges: &mut [[f32; 2]],
 ) {
-    let planes = [&probe.high[..], &probe.low];
     for (i, (&row, range)) in list.iter().zip(ranges).enumerate() {
         // These rows are anywhere.
-        let ahead = list.get(i + 2).map_or([std::ptr::null(); 2], |&row| {
-            [screen.coarse(row as usize, 1).as_ptr(), screen.fine(row as usize).as_ptr()]
-        });
-        let both = [screen.coarse(row as usize, 1), screen.fine(row as usize)];
-        let [high, low] = isa.nibble_dots::<2, 2>(both, ahead, planes);
-        let scales = screen.scales(row as usize);
+        let ahead = list.get(i + 2).map_or(row, |&row| row) as usize;
+        let row = row as usize;
+        let scales = RowScales::read(&screen.scales(row, 1)[0]);
         if scales.step == f32::INFINITY {
             *range = [f32::NEG_INFINITY, f32::INFINITY];
             continue;
         }
         let (min, step) = (f64::from(scales.min), f64::from(scales.step));
-        let dot = |kind: usize| probe.scale * (256.0 * f64::from(high[kind]) + f64::from(low[kind]));
-        let fine = (dot(1) - probe.dithered_fine) / FINE - 0.5 * probe.sums[1];
-        let logit = min * probe.sums[1] + step * (dot(0) - probe.dithered[1] + fine);
-        let bound = step * (probe.by_step / FINE + probe.inexact) + scales.greatest() * probe.by_weight;
-        *range = [(logit - bound) as f32, (logit + bound) as f32];
+        let fine = sum(isa, screen.fine(row), screen.fine(ahead), probe) - probe.dithered_fine;
+        let fine = step * (fine / FINE - 0.5 * probe.sums[1]);
+        let (coarse, norm) = match logits {
+            Some(logits) => (f64::from(logits[row]), f64::from(scales.norm)),
+            None => {
+                let sum = sum(isa, screen.coarse(row, 1), screen.coarse(ahead, 1), probe);
+                (min * probe.sums[1] + step * (sum - probe.dithered[1]), 0.0)
+            }
+        };
+        let bound = probe.bound([step / FINE, step], norm, scales.greatest());
+        *range = [(coarse + fine - bound) as f32, (coarse + fine + bound) as f32];
     }
+}
+
+/// The sum of a row's codes, each times its element of the hidden state in 16 bits.
+#[inline(always)]
+fn sum<I: Isa>(isa: I, codes: &[u8], ahead: &[u8], probe: &Probe) -> f64 {
+    let [[high], [low]] = isa.nibble_dots([codes], [ahead.as_ptr()], [&probe.high[..], &probe.low]);
+    probe.scale * (256.0 * f64::from(high) + f64::from(low))
 }
 
 /// The definition of [`Isa::nibble_dots`].

@@ -60,7 +60,9 @@ macro_rules! kernels {
         screen_logits: fn(
             screen: &Screen, probes: &[Probe], first: usize, logits: &mut [[f32; BLOCK]; GROUP], tops: &mut [[f32; 2]; GROUP]
         ) = screen::screen_logits;
-        narrow: fn(screen: &Screen, probe: &Probe, list: &[u32], ranges: &mut [[f32; 2]]) = screen::narrow;
+        narrow: fn(
+            screen: &Screen, probe: &Probe, list: &[u32], logits: Option<&[f32]>, ranges: &mut [[f32; 2]]
+        ) = screen::narrow;
         stream_read: fn(floats: &[f32]) -> f32 = ops::stream_read;
     } };
 }

@@ -387,7 +387,7 @@ fn screened_head(random: &mut Random, rows: usize, columns: usize, compute: &Com
 #[test]
 fn the_screen_never_loses_a_row() {
     let mut random = Random(8);
-    for (columns, rows, tokens) in [(256, 3000usize, 3), (100, 2000, 9), (2560, 1024, 1)] {
+    for (columns, rows, tokens) in [(256, 3000usize, 3), (100, 2002, 9), (2560, 1024, 1)] {
         let mut x = random.floats(tokens * columns);
         x[1] = 40.0; // a channel that stands out, as trained models have them
         let also = [3, 1999 % rows as u32];

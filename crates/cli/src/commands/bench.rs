@@ -4,8 +4,8 @@ use crate::output;
 use crate::source::{self, Wish};
 use anyhow::{Context, Result};
 use bitnet::generate::{Sampler, SamplerConfig};
-use bitnet::kernels::{Compute, HugeBuffer, Logits, MemoryPart, TernaryMatrix};
-use bitnet::model::{Config, Model, Phase};
+use bitnet::kernels::{Compute, HugeBuffer, MemoryPart, TernaryMatrix};
+use bitnet::model::{Config, Layer, Model, Phase};
 use bitnet::{Engine, EngineOptions, Feed, MemoryPlan, SequenceId, Wanted};
 use serde::Serialize;
 use std::fmt::Write;
@@ -15,7 +15,10 @@ use std::time::Instant;
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   bitnet bench -m model.gguf
-  bitnet bench --synthetic 2b-4t -p 512 -n 64 -o json")]
+  bitnet bench --synthetic 2b-4t -p 512 -n 64 -o json
+
+Up and down are the shares of the rows and columns of these projections that are not left out as zeros; head are the rows of the output
+head that its small copy leaves open, and those that are computed exactly, for each token.")]
 pub struct Args {
     #[command(flatten)]
     model: source::ModelArgs,
@@ -70,6 +73,42 @@ struct Measurement {
     /// Of a decode test: bytes read a second over what a plain read of memory gives.
     roofline_share: Option<f64>,
     kernel: &'static str,
+    #[serde(flatten)]
+    read: Read,
+}
+
+/// What of the weights was read, on average.
+#[derive(Serialize)]
+struct Read {
+    /// Of a decode test: the share of the up projection's rows, where those whose gate is not positive were left out.
+    live_up_rows: Option<f64>,
+    /// Of a decode test: the share of the down projection's columns.
+    live_down_columns: Option<f64>,
+    /// Of a token whose head was screened: rows that its coarse copy left open, and those that were computed exactly.
+    open_head_rows: Option<f64>,
+    exact_head_rows: Option<f64>,
+}
+
+impl Read {
+    /// Over so many steps, 0 for those of a prompt.
+    fn new(engine: &mut Engine, steps: usize) -> Self {
+        let layers = &engine.model().weights().layers;
+        let bytes = |matrix: fn(&Layer) -> &TernaryMatrix| layers.iter().map(|l| matrix(l).byte_len()).sum();
+        let (up, down): (usize, usize) = (bytes(|layer| &layer.ffn_up), bytes(|layer| &layer.ffn_down));
+        let profile = engine.profile();
+        let share = |phase, all: usize| {
+            let read = profile.get(phase).1;
+            (steps > 0 && read > 0).then(|| read as f64 / (all * steps) as f64)
+        };
+        let head = profile.head();
+        let rows = |rows: u64| (head.tokens > 0).then(|| rows as f64 / head.tokens as f64);
+        Self {
+            live_up_rows: share(Phase::Up, up),
+            live_down_columns: share(Phase::Down, down),
+            open_head_rows: rows(head.open),
+            exact_head_rows: rows(head.exact),
+        }
+    }
 }
 
 pub fn run(args: &Args) -> Result<()> {
@@ -103,19 +142,22 @@ pub fn run(args: &Args) -> Result<()> {
     let at = if args.n_depth > 0 { format!(" @ d{}", args.n_depth) } else { String::new() };
     fill(&mut engine, &sequences, args)?;
     if args.n_prompt > 0 {
-        tests.push((format!("pp{}{at}", args.n_prompt), 1, prefill(&mut engine, sequences[0], args)?));
+        let rates = prefill(&mut engine, sequences[0], args)?;
+        tests.push((format!("pp{}{at}", args.n_prompt), 1, rates, Read::new(&mut engine, 0)));
         profile(&mut engine, args, args.n_prompt * args.reps as usize);
         streams.extend(stream(engine.compute(), STREAM, 3)?);
     }
     if args.n_gen > 0 {
-        tests.push((format!("tg{}{at}", args.n_gen), args.batch, decode(&mut engine, &sequences, args)?));
+        let rates = decode(&mut engine, &sequences, args)?;
+        let read = Read::new(&mut engine, args.n_gen * args.reps as usize);
+        tests.push((format!("tg{}{at}", args.n_gen), args.batch, rates, read));
         profile(&mut engine, args, args.n_gen * batch * args.reps as usize);
         streams.extend(stream(engine.compute(), STREAM, 3)?);
     }
     args.model.tell_memory(&engine);
     streams.sort_by(f64::total_cmp);
     let stream = streams[streams.len() / 2];
-    let rows = tests.into_iter().map(|(test, n_batch, rates)| {
+    let rows = tests.into_iter().map(|(test, n_batch, rates, read)| {
         let mean = rates.iter().sum::<f64>() / rates.len() as f64;
         let variance =
             rates.iter().map(|r| (r - mean).powi(2)).sum::<f64>() / (rates.len() as f64 - 1.0).max(1.0);
@@ -133,6 +175,7 @@ pub fn run(args: &Args) -> Result<()> {
             stream_read_gb_per_s: stream / 1e9,
             roofline_share: decode.then_some(steps_per_second * bytes_per_step as f64 / stream),
             kernel: engine.compute().kernels().name(),
+            read,
         }
     });
     print(args.output, &rows.collect::<Vec<_>>())
@@ -156,11 +199,6 @@ fn profile(engine: &mut Engine, args: &Args, tokens: usize) {
         bytes += b as f64;
     }
     line("sum", time, bytes);
-    let head = engine.profile().head();
-    if head.tokens > 0 {
-        let (open, exact) = (head.open as f64 / head.tokens as f64, head.exact as f64 / head.tokens as f64);
-        eprintln!("head: {open:.0} rows a token left open by the coarse copy, {exact:.0} computed exactly");
-    }
 }
 
 /// Bytes of weights that one decoded step reads where nothing is skipped: every ternary matrix and the head.
@@ -202,6 +240,7 @@ fn fill(engine: &mut Engine, sequences: &[SequenceId], args: &Args) -> Result<()
 
 fn prefill(engine: &mut Engine, sequence: SequenceId, args: &Args) -> Result<Vec<f64>> {
     let tokens: Vec<u32> = (0..args.n_prompt).map(|i| token(engine, i)).collect();
+    let mut sampler = Sampler::new(SamplerConfig::default())?;
     let mut rates = Vec::new();
     for rep in 0..=args.reps {
         engine.truncate(sequence, args.n_depth);
@@ -209,7 +248,7 @@ fn prefill(engine: &mut Engine, sequence: SequenceId, args: &Args) -> Result<Vec
             engine.profile().clear();
         }
         let start = Instant::now();
-        engine.feed(&[Feed { sequence, tokens: &tokens, wanted: Wanted::Last(Logits::Every) }])?;
+        engine.feed(&[Feed { sequence, tokens: &tokens, wanted: Wanted::Last(sampler.wanted(&[])) }])?;
         // The first round takes the memory from the system.
         if rep > 0 {
             rates.push(tokens.len() as f64 / start.elapsed().as_secs_f64());
@@ -265,29 +304,34 @@ fn print(format: Format, rows: &[Measurement]) -> Result<()> {
         }
         Format::Csv => {
             "model,test,n_threads,n_batch,reps,tokens_per_second_mean,tokens_per_second_stddev,bytes_per_step,\
-             stream_read_gb_per_s,roofline_share,kernel\n"
+             stream_read_gb_per_s,roofline_share,kernel,live_up_rows,live_down_columns,open_head_rows,exact_head_rows\n"
         }
         Format::Md => {
-            "| model | test | threads | batch | kernel | tokens/s | stream read GB/s | roofline |\n\
-             | --- | --- | ---: | ---: | --- | ---: | ---: | ---: |\n"
+            "| model | test | threads | batch | kernel | tokens/s | stream read GB/s | roofline | up | down | head |\n\
+             | --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
         }
     });
     for row in rows {
         let Measurement { model, test, n_threads, n_batch, reps, bytes_per_step, kernel, .. } = row;
         let (mean, deviation) = (row.tokens_per_second_mean, row.tokens_per_second_stddev);
-        let (stream, share) = (row.stream_read_gb_per_s, row.roofline_share);
+        let (stream, share, read) = (row.stream_read_gb_per_s, row.roofline_share, &row.read);
+        let number = |x: Option<f64>, digits: usize| x.map(|x| format!("{x:.digits$}")).unwrap_or_default();
+        let percent = |x: Option<f64>| x.map(|x| format!("{:.0} %", 100.0 * x)).unwrap_or_default();
         if matches!(format, Format::Csv) {
-            let (model, share) =
-                (model.replace('"', "\"\""), share.map(|s| format!("{s:.3}")).unwrap_or_default());
+            let model = model.replace('"', "\"\"");
             write!(out, "\"{model}\",{test},{n_threads},{n_batch},{reps},{mean:.3},{deviation:.3},")?;
-            writeln!(out, "{bytes_per_step},{stream:.2},{share},{kernel}")?;
+            write!(out, "{bytes_per_step},{stream:.2},{},{kernel},", number(share, 3))?;
+            write!(out, "{},{},", number(read.live_up_rows, 3), number(read.live_down_columns, 3))?;
+            writeln!(out, "{},{}", number(read.open_head_rows, 0), number(read.exact_head_rows, 0))?;
         } else {
-            let share = share.map(|s| format!("{:.0} %", 100.0 * s)).unwrap_or_default();
             write!(
                 out,
                 "| {model} | {test} | {n_threads} | {n_batch} | {kernel} | {mean:.1} ± {deviation:.1} "
             )?;
-            writeln!(out, "| {stream:.1} | {share} |")?;
+            write!(out, "| {stream:.1} | {} | {} ", percent(share), percent(read.live_up_rows))?;
+            let (open, exact) = (number(read.open_head_rows, 0), number(read.exact_head_rows, 0));
+            let rows = if open.is_empty() { open } else { format!("{open} / {exact}") };
+            writeln!(out, "| {} | {rows} |", percent(read.live_down_columns))?;
         }
     }
     output::print(out.as_bytes())
