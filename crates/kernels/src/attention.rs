@@ -222,7 +222,7 @@ fn join_lanes<I: Isa>(isa: I, sums: I::F, own: f32, old: f32, first: bool, out: 
 }
 
 /// How far ahead of its use the cache is fetched.
-const AHEAD: usize = 2048;
+const AHEAD: usize = 4096;
 
 /// For 64 bytes read, so many are fetched: the rest is fetched between keys and values, while nothing is read, so that
 /// memory is never idle.

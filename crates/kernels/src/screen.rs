@@ -208,10 +208,10 @@ pub(crate) struct Probe {
     dithered: [f64; 2],
     /// Σ v h in 16 bits, with the dither of the finer codes.
     dithered_fine: f64,
-    /// What a row's step and norm are multiplied with in the bound: roots of the sums over both are what is exceeded rarely.
+    /// What step and norm are multiplied with in the part of the bound that is rarely exceeded, the root of both squares.
     by_step: f64,
     by_norm: f64,
-    /// What step and greatest weight are multiplied with in the part that is never exceeded.
+    /// What step and greatest weight are multiplied with in the part that never is.
     inexact: f64,
     by_weight: f64,
 }
