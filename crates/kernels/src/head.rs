@@ -101,9 +101,8 @@ impl HeadScratch {
             counts: HeadCounts::default(),
             counted: Counted::default(),
         };
-        let of = |desk: &Desk| {
-            taken(&desk.select) + taken(&desk.list) + taken(&desk.ranges) + taken(&desk.exact)
-        };
+        let of =
+            |desk: &Desk| taken(&desk.select) + taken(&desk.list) + taken(&desk.ranges) + taken(&desk.exact);
         let desks: usize = scratch.desks.iter().map(of).sum();
         let lists = taken(&scratch.tops) + desks + taken(&scratch.rows);
         scratch.counted = Counted::new(MemoryPart::Scratch, lists);
@@ -305,7 +304,8 @@ impl Compute {
                 let (tops, desk, out, settled) =
                     unsafe { (tops.row(t), &mut desks.row(worker)[0], outs.row(t), settled.row(t)) };
                 let (probe, choice) = (&probes[t], choices[t]);
-                settled[0] = self.best_logits(team, matrix, screen, x, probe, choice, tops, desk, &stored, out);
+                settled[0] =
+                    self.best_logits(team, matrix, screen, x, probe, choice, tops, desk, &stored, out);
             };
             match choices.len() {
                 1 => one(0, 0, Team::All(&self.pool)),

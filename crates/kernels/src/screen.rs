@@ -159,7 +159,9 @@ pub(crate) fn fill_part(
     let (coarse, rest) = part.split_at_mut(rows * bytes);
     let (fine, scales) = rest.split_at_mut(rows * bytes);
     let codes = coarse.chunks_exact_mut(bytes).zip(fine.chunks_exact_mut(bytes));
-    for (i, ((coarse, fine), scale)) in codes.zip(scales.as_chunks_mut::<{ RowScales::BYTES }>().0).enumerate() {
+    for (i, ((coarse, fine), scale)) in
+        codes.zip(scales.as_chunks_mut::<{ RowScales::BYTES }>().0).enumerate()
+    {
         let RowScales { min, step, norm, dithered } = match decode(i, &mut row) {
             true => screen_row(&row, &dither, coarse, fine),
             false => RowScales::NOT_FINITE,

@@ -114,7 +114,8 @@ impl Read {
 pub fn run(args: &Args) -> Result<()> {
     let compute = args.model.compute()?;
     let batch = args.batch as usize;
-    let context = args.n_depth.saturating_add(args.n_prompt.max(args.n_gen + 1));
+    // A step has no more rows than the context.
+    let context = args.n_depth.saturating_add(args.n_prompt.max(args.n_gen + 1)).max(batch);
     let wish = Wish {
         context: Some(u32::try_from(context).unwrap_or(u32::MAX)),
         sequences: batch,
@@ -204,7 +205,7 @@ fn profile(engine: &mut Engine, args: &Args, tokens: usize) {
 /// Bytes of weights that one decoded step reads where nothing is skipped: every ternary matrix and the head.
 pub fn bytes_per_step(model: &Model) -> usize {
     let weights = model.weights();
-    let ternary = weights.layers.iter().flat_map(bitnet::model::Layer::matrices).map(TernaryMatrix::byte_len);
+    let ternary = weights.layers.iter().flat_map(Layer::matrices).map(TernaryMatrix::byte_len);
     weights.head.matrix.byte_len() + ternary.sum::<usize>()
 }
 
