@@ -496,7 +496,7 @@ fn tile<I: Isa, const R: usize, const T: usize>(
     }
     let mut ahead = [std::ptr::null(); R];
     for r in 0..R {
-        ahead[r] = rows[r].as_ptr().wrapping_add(AHEAD);
+        ahead[r] = rows[r].as_ptr().wrapping_add(isa.ahead());
     }
     let sums = isa.nibble_dots::<R, T>(rows, ahead, codes);
     for t in 0..T {

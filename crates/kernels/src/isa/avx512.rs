@@ -309,10 +309,10 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
             if T == 1 {
                 // Row after row, so that memory is read as one stream.
                 for r in 0..R {
-                    [[sums[0][r]]] = nibbles::<VNNI, 1, 1>([w[r]], [ahead[r]], [q[0]], chunks);
+                    [[sums[0][r]]] = nibbles::<VNNI, 1, 1>(self.0, [w[r]], [ahead[r]], [q[0]], chunks);
                 }
             } else {
-                sums = nibbles::<VNNI, R, T>(w, ahead, q, chunks);
+                sums = nibbles::<VNNI, R, T>(self.0, w, ahead, q, chunks);
             }
             for t in 0..T {
                 dots[t] = sum_lanes(sums[t]);
@@ -377,6 +377,7 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
 /// Needs AVX-512 F and BW, VNNI where that is true, 64 `chunks` bytes in each `w` and 128 `chunks` codes in each `q`.
 #[inline(always)]
 unsafe fn nibbles<const VNNI: bool, const R: usize, const T: usize>(
+    ask: Ask,
     w: [&[u8]; R],
     ahead: [*const u8; R],
     q: [&[i8]; T],
@@ -396,7 +397,7 @@ unsafe fn nibbles<const VNNI: bool, const R: usize, const T: usize>(
                 let mut v = [zero; R];
                 for r in 0..R {
                     v[r] = _mm512_loadu_si512(w[r].as_ptr().add(64 * c).cast());
-                    _mm_prefetch::<_MM_HINT_T0>(ahead[r].wrapping_add(64 * c).cast());
+                    ask.line(ahead[r].wrapping_add(64 * c));
                 }
                 for half in 0..2 {
                     let mut codes = [zero; R];
