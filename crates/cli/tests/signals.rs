@@ -22,14 +22,15 @@ fn send(signal: &str, child: &Child) {
     assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
 }
 
-/// What a program does that is interrupted while it works. Nothing shows from outside when it begins to watch for signals (an
-/// emulator catches them all from its start), but one that did not yet is killed.
+/// What a program does that is ended while it works. Nothing shows from outside when it begins to watch for signals (an
+/// emulator catches them all from its start), but one that does not yet is killed; not by SIGINT, though, which what a shell
+/// started in the background ignores.
 fn interrupted(spawn: impl Fn() -> Child) -> Output {
     let mut wait = Duration::from_millis(20);
     loop {
         let child = spawn();
         sleep(wait);
-        send("-INT", &child);
+        send("-TERM", &child);
         let output = child.wait_with_output().unwrap();
         if output.status.signal().is_none() {
             return checked(output);
