@@ -128,11 +128,12 @@ fn company_changes_nothing() {
     let gguf = common::gguf("demo");
     // Width, rows of a step, full contexts that the cache holds.
     let ways = [(1, 1, 512, 1), (3, 8, 64, 2), (2, 3, 7, 3), (2, 16, 5, 16)];
-    for (cache_type, ways) in
-        [(KvType::F32, &ways[..]), (KvType::F16, &ways[1..2]), (KvType::Q8, &ways[2..3])]
+    // What a page of the cache holds has no part in who shares it: some requests show the other two.
+    for (cache_type, nth, ways) in
+        [(KvType::F32, 1, &ways[..]), (KvType::F16, 4, &ways[1..2]), (KvType::Q8, 4, &ways[2..3])]
     {
         let mut single = engine(&gguf, 1, 512, 1, cache_type);
-        let requests = requests(&single);
+        let requests: Vec<_> = requests(&single).into_iter().step_by(nth).collect();
         let expected: Vec<Told> = requests.iter().map(|request| alone(&mut single, request)).collect();
         let finishes = |want: fn(&FinishReason) -> bool| expected.iter().any(|(.., finish)| want(finish));
         assert!(finishes(|f| *f == FinishReason::Length) && finishes(|f| *f == FinishReason::ContextFull));

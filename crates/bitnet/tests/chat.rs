@@ -234,7 +234,7 @@ fn hostile_templates_end_in_a_clear_error() {
             "{error}"
         );
         assert!(!error.contains('\n') && error.len() < 500, "{error}");
-        assert!(start.elapsed().as_secs() < 10, "{source}");
+        assert!(start.elapsed().as_secs() < 60, "{source}");
     }
     // One long text many times, and a list whose halves are the same list, sixty times over.
     let nest =
@@ -251,7 +251,7 @@ fn hostile_templates_end_in_a_clear_error() {
                 jinja(&source).and_then(|template| template.encode(&TOKENIZER, &user("x"), true)).err();
             let clear = error.as_ref().is_some_and(|error| error.to_string().len() < 300);
             let empty = expression == "'x'[L]"; // no such character
-            assert!((clear || empty) && start.elapsed().as_secs() < 20, "{source}: {error:?}");
+            assert!((clear || empty) && start.elapsed().as_secs() < 60, "{source}: {error:?}");
         }
     }
     let nested = format!("{}x{}", "{% if true %}".repeat(5000), "{% endif %}".repeat(5000));

@@ -302,7 +302,8 @@ fn hostile_grammars_end() {
             "{what}: {took:?}: {:?}",
             result.as_ref().map(|g| (&g.finish, g.tokens.len())).map_err(ToString::to_string)
         );
-        assert!(took < Duration::from_secs(20), "{what}: {took:?}");
+        // Far longer than a fast machine takes: an emulated one may be busy too.
+        assert!(took < Duration::from_secs(120), "{what}: {took:?}");
     }
 }
 

@@ -56,7 +56,7 @@ pub(super) fn fill(
     compute.pool().run(parts.len() + 2, |task, _| {
         let task = match task {
             0 => return beside(),
-            1 => return planner.probe_layout().map_or_else(fail, |()| ()),
+            1 => return planner.probe_layout().unwrap_or_else(fail),
             part => part - 2,
         };
         let mut part = parts[task].lock().unwrap_or_else(PoisonError::into_inner);

@@ -5,12 +5,15 @@
 //! as in a panel, and rows of activations the first.
 
 use super::PANEL;
-use crate::ternary::tiles::{Dots, SIDE, TILE};
+use crate::ternary::tiles::{Dots, SIDE};
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::OnceLock;
+
+/// Bytes of a tile.
+const TILE: usize = 64 * SIDE;
 
 /// Tokens of a panel's product.
 pub(super) const TOKENS: usize = 32;

@@ -179,7 +179,7 @@ pub(crate) trait Isa: Copy {
 }
 
 /// Methods of [`Isa`] that are one intrinsic each, applied to all registers by the macro `$each`.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! lanes {
     ($each:ident: $($name:ident($($x:ident),+) = $op:expr;)+) => {$(
         #[inline(always)]
@@ -188,7 +188,7 @@ macro_rules! lanes {
         }
     )+};
 }
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use lanes;
 
 /// Checks the lengths that [`Isa::dot_rows`] relies on. Returns the number of 64-byte chunks of a row.

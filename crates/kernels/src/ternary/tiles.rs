@@ -11,9 +11,6 @@ use crate::isa::Isa;
 /// Rows and tokens of a tile.
 pub(crate) const SIDE: usize = 16;
 
-/// Bytes of a tile.
-pub(crate) const TILE: usize = 64 * SIDE;
-
 /// Least tokens for which tiles pay: fewer share what they read row by row, and leave out what none of them needs.
 pub(crate) const FEWEST: usize = 4;
 

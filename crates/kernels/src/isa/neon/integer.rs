@@ -221,37 +221,47 @@ pub(super) unsafe fn columns_sdot(
     // caller's.
     unsafe {
         let masks = [vdupq_n_u8(0x30), vdupq_n_u8(0x0c), vdupq_n_u8(0x03)];
-        let mut factors = [vdupq_n_s32(0); 2];
-        for quad in 0..2 {
-            factors[quad] = vdupq_n_s32(q.as_ptr().add(4 * quad).cast::<i32>().read_unaligned());
-        }
+        // A register for both: with one for each four the compiler runs out of them.
+        let factors = vcombine_s8(vld1_s8(q.as_ptr()), vdup_n_s8(0));
         for c in 0..chunks {
             for ahead in ahead {
                 ask(ahead.wrapping_add(64 * c));
             }
-            for lane in 0..4 {
-                // v[quad][x]: four outputs, the four columns of the quad side by side.
-                let mut v = [[masks[0]; 4]; 2];
+            // Two lanes at a time, so that neighbours are loaded and stored in pairs.
+            for pair in 0..2 {
+                // v[lane][quad][x]: four outputs, the four columns of the quad side by side.
+                let mut v = [[[masks[0]; 4]; 2]; 2];
                 for quad in 0..2 {
-                    let mut line = [masks[0]; 4];
+                    let mut lines = [[masks[0]; 4]; 2];
                     for i in 0..4 {
-                        line[i] = vld1q_u8(columns[4 * quad + i].as_ptr().add(64 * c + 16 * lane));
-                    }
-                    let low = zip_pairs(vzip1q_u8(line[0], line[1]), vzip1q_u8(line[2], line[3]));
-                    let high = zip_pairs(vzip2q_u8(line[0], line[1]), vzip2q_u8(line[2], line[3]));
-                    v[quad] = [low[0], low[1], high[0], high[1]];
-                }
-                for x in 0..4 {
-                    for field in 0..4 {
-                        let out = sums.as_mut_ptr().add(256 * c + 64 * field + 16 * x + 4 * lane);
-                        let mut sum = vld1q_s32(out);
-                        for quad in 0..2 {
-                            let codes = field_of(v[quad][x], field, masks);
-                            dot!("sdot", sum, codes, factors[quad]);
+                        for lane in 0..2 {
+                            let at = 64 * c + 32 * pair + 16 * lane;
+                            lines[lane][i] = vld1q_u8(columns[4 * quad + i].as_ptr().add(at));
                         }
-                        vst1q_s32(out, sum);
+                    }
+                    for lane in 0..2 {
+                        let [a, b, c, d] = lines[lane];
+                        let low = zip_pairs(vzip1q_u8(a, b), vzip1q_u8(c, d));
+                        let high = zip_pairs(vzip2q_u8(a, b), vzip2q_u8(c, d));
+                        v[lane][quad] = [low[0], low[1], high[0], high[1]];
                     }
                 }
+                macro_rules! outputs {
+                    ($($x:literal)+) => {$(
+                        for field in 0..4 {
+                            let out = sums.as_mut_ptr().add(256 * c + 64 * field + 16 * $x + 8 * pair);
+                            let mut sum = [vld1q_s32(out), vld1q_s32(out.add(4))];
+                            for lane in 0..2 {
+                                let [first, second] = v[lane];
+                                dot!("sdot", sum[lane], field_of(first[$x], field, masks), factors, 0);
+                                dot!("sdot", sum[lane], field_of(second[$x], field, masks), factors, 1);
+                            }
+                            vst1q_s32(out, sum[0]);
+                            vst1q_s32(out.add(4), sum[1]);
+                        }
+                    )+};
+                }
+                outputs!(0 1 2 3);
             }
         }
     }

@@ -6,7 +6,7 @@
 mod integer;
 mod panel;
 
-use super::{GROUP, Isa, PANEL, check_split, column_chunks, nibble_chunks, panel_quads, row_chunks};
+use super::{GROUP, Isa, PANEL, check_split, column_chunks, lanes, nibble_chunks, panel_quads, row_chunks};
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
 
@@ -36,7 +36,7 @@ impl<const LEVEL: u8> Neon<LEVEL> {
 
 /// Applies an intrinsic to all four registers.
 macro_rules! each {
-    ($op:ident($($x:expr),+)) => {{
+    ($op:expr, $($x:expr),+) => {{
         // SAFETY: every CPU of this target has NEON; the operation touches no memory.
         #[allow(unused_unsafe)]
         unsafe { [$op($($x[0]),+), $op($($x[1]),+), $op($($x[2]),+), $op($($x[3]),+)] }
@@ -173,47 +173,28 @@ impl<const LEVEL: u8> Isa for Neon<LEVEL> {
             vst1q_f32(p.add(12), v[3]);
         }
     }
-    #[inline(always)]
-    fn add(self, a: Self::F, b: Self::F) -> Self::F {
-        each!(vaddq_f32(a, b))
-    }
-    #[inline(always)]
-    fn sub(self, a: Self::F, b: Self::F) -> Self::F {
-        each!(vsubq_f32(a, b))
-    }
-    #[inline(always)]
-    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
-        each!(vmulq_f32(a, b))
-    }
-    #[inline(always)]
-    fn div(self, a: Self::F, b: Self::F) -> Self::F {
-        each!(vdivq_f32(a, b))
+    lanes! { each:
+        add(a, b) = vaddq_f32;
+        sub(a, b) = vsubq_f32;
+        mul(a, b) = vmulq_f32;
+        div(a, b) = vdivq_f32;
+        abs(a) = vabsq_f32;
+        round(a) = vrndnq_f32;
     }
     #[inline(always)]
     fn max(self, a: Self::F, b: Self::F) -> Self::F {
         // A comparison and a choice: `fmax` and `fmaxnm` treat NaN and the two zeros otherwise.
-        let greater = each!(vcgtq_f32(a, b));
-        each!(vbslq_f32(greater, a, b))
-    }
-    #[inline(always)]
-    fn abs(self, a: Self::F) -> Self::F {
-        each!(vabsq_f32(a))
-    }
-    #[inline(always)]
-    fn round(self, a: Self::F) -> Self::F {
-        each!(vrndnq_f32(a))
+        let greater = each!(vcgtq_f32, a, b);
+        each!(vbslq_f32, greater, a, b)
     }
     #[inline(always)]
     fn pow2(self, n: Self::F) -> Self::F {
-        let mut v = n;
-        for v in &mut v {
-            // SAFETY: every CPU of this target has NEON.
-            unsafe {
-                let exponent = vaddq_s32(vcvtq_s32_f32(*v), vdupq_n_s32(127));
-                *v = vreinterpretq_f32_s32(vshlq_n_s32::<23>(exponent));
-            }
-        }
-        v
+        // SAFETY: every CPU of this target has NEON.
+        let bias = unsafe { [vdupq_n_s32(127); 4] };
+        let n = each!(vcvtq_s32_f32, n);
+        let exponent = each!(vaddq_s32, n, bias);
+        let bits = each!(vshlq_n_s32::<23>, exponent);
+        each!(vreinterpretq_f32_s32, bits)
     }
     #[inline(always)]
     fn f16_lanes(self, x: &[u16; 16]) -> Self::F {
@@ -244,7 +225,7 @@ impl<const LEVEL: u8> Isa for Neon<LEVEL> {
         let v = self.max(v, self.splat(-128.0));
         // SAFETY: every CPU of this target has NEON; the store is the sixteen bytes of `out`.
         unsafe {
-            let v = each!(vcvtnq_s32_f32(v));
+            let v = each!(vcvtnq_s32_f32, v);
             let lo = vqmovn_high_s32(vqmovn_s32(v[0]), v[1]);
             let hi = vqmovn_high_s32(vqmovn_s32(v[2]), v[3]);
             vst1q_s8(out.as_mut_ptr(), vqmovn_high_s16(vqmovn_s16(lo), hi));
