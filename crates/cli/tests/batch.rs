@@ -151,6 +151,8 @@ fn rows_have_forms_of_their_own() {
         json!({ "prompt": once, "json_schema": "object" }),
         json!({ "prompt": once, "json_schema": schema, "regex": "a" }),
         json!({ "prompt": once, "json_schema": schema, "seed": 1 }),
+        json!({ "prompt": once, "json_schema": schema, "max_tokens": 0 }),
+        json!({ "prompt": once, "regex": "a*", "max_tokens": 0 }),
     ];
     place.write("in.jsonl", lines(&rows));
     place.batch(&["in.jsonl", "-o", "out.jsonl", "-n", "60"]);
@@ -172,6 +174,16 @@ fn rows_have_forms_of_their_own() {
         assert!(row["error"].as_str().unwrap().contains(expected), "{row}");
     }
     assert_eq!(out[8]["text"], out[1]["text"]);
+    // No text at all has the form or has it not.
+    for (row, form) in out[9..].iter().zip([["--json-schema", &schema], ["--regex", "a*"]]) {
+        let expected = place.run(&[&["-p", once, "-n", "0"], &form[..]].concat());
+        assert_eq!(
+            (&row["text"], &row["finish_reason"], &row["completion_tokens"]),
+            (&json!(""), &json!("length"), &json!(0))
+        );
+        assert_eq!(row.get("complete").is_none(), expected["complete"] == true, "{row}");
+        assert_eq!(expected["complete"], form[1] == "a*");
+    }
     // One for all that have none of their own, and what it was is part of what made the output.
     place.batch(&["in.jsonl", "-o", "all.jsonl", "-n", "60", "--regex", "[0-9]+", "-b", "1"]);
     let all = place.rows("all.jsonl");

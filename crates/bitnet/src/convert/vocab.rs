@@ -8,7 +8,7 @@ use serde_json::Value as Json;
 use super::ConvertError;
 use super::checkpoint::read_json;
 use super::config::{Family, HfConfig};
-use crate::text::{HfVocab, NUMERALS, Numerals, Split, Tokenizer};
+use crate::text::{AT_SPACES, HfVocab, NUMERALS, Numerals, PREFIX, Prefix, Split, Tokenizer};
 
 /// GGUF's type of a token that no text leads to.
 const UNUSED: i32 = 5;
@@ -38,7 +38,7 @@ impl HfTokenizer {
         } else {
             HfVocab::parse(&bytes).map_err(broken)?
         };
-        if !vocab.ignore_merges && vocab.scores.is_none() && vocab.split == Split::Llama3 {
+        if !vocab.ignore_merges && vocab.split == Split::Llama3 {
             let problem = "expected true: GGUF's pre-tokenizer \"llama-bpe\" implies it";
             return Err(ConvertError::checkpoint(&path, "key \"model.ignore_merges\"", problem));
         }
@@ -50,7 +50,9 @@ impl HfTokenizer {
         // Other programs take the length of the list for the number of the embedding's rows.
         vocab.tokens.extend((vocab.tokens.len()..size).map(|id| format!("[PAD{id}]")));
         vocab.token_types.resize(size, UNUSED);
-        vocab.scores.iter_mut().for_each(|scores| scores.resize(size, 0.0));
+        if matches!(vocab.split, Split::Sentence { .. }) {
+            vocab.scores.resize(size, 0.0);
+        }
         Tokenizer::new(&vocab.vocab()).map_err(broken)?;
 
         let settings_path = dir.join("tokenizer_config.json");
@@ -71,35 +73,40 @@ impl HfTokenizer {
 
     pub(super) fn write(&self, writer: &mut Writer) -> Result<(), ConvertError> {
         let HfVocab { tokens, token_types, merges, scores, split, .. } = &self.vocab;
-        writer.meta("tokenizer.ggml.model", Value::Str(if scores.is_some() { "llama" } else { "gpt2" }))?;
-        let pre = match *split {
-            _ if scores.is_some() => "default",
-            Split::Llama3 => "llama-bpe",
-            Split::Falcon { digits, .. } => {
-                if digits == 3 {
-                    "falcon"
-                } else {
-                    "falcon3"
+        let (model, pre) = match *split {
+            Split::Llama3 => ("gpt2", "llama-bpe"),
+            Split::Falcon { digits: 3, .. } => ("gpt2", "falcon"),
+            Split::Falcon { .. } => ("gpt2", "falcon3"),
+            Split::Sentence { .. } => ("llama", "default"),
+        };
+        writer.meta("tokenizer.ggml.model", Value::Str(model))?;
+        writer.meta("tokenizer.ggml.pre", Value::Str(pre))?;
+        match *split {
+            Split::Llama3 => {}
+            Split::Falcon { numerals, .. } => {
+                let numerals = match numerals {
+                    None => "none",
+                    Some(Numerals::Each) => "each",
+                    Some(Numerals::Runs) => "runs",
+                };
+                writer.meta(NUMERALS, Value::Str(numerals))?;
+            }
+            Split::Sentence { prefix, at_spaces } => {
+                writer.meta("tokenizer.ggml.add_space_prefix", Value::Bool(prefix != Prefix::Never))?;
+                if let Some(name) = prefix.name() {
+                    writer.meta(PREFIX, Value::Str(name))?;
+                    writer.meta(AT_SPACES, Value::Bool(at_spaces))?;
                 }
             }
-        };
-        writer.meta("tokenizer.ggml.pre", Value::Str(pre))?;
-        if let Split::Falcon { numerals, .. } = *split {
-            let numerals = match numerals {
-                None => "none",
-                Some(Numerals::Each) => "each",
-                Some(Numerals::Runs) => "runs",
-            };
-            writer.meta(NUMERALS, Value::Str(numerals))?;
         }
         writer.meta_array("tokenizer.ggml.tokens", ValueType::Str, tokens.iter().map(|t| Value::Str(t)))?;
         let types = token_types.iter().copied().map(Value::I32);
         writer.meta_array("tokenizer.ggml.token_type", ValueType::I32, types)?;
-        if let Some(scores) = scores {
+        if !scores.is_empty() {
             let scores = scores.iter().copied().map(Value::F32);
             writer.meta_array("tokenizer.ggml.scores", ValueType::F32, scores)?;
         }
-        if scores.is_none() || !merges.is_empty() {
+        if scores.is_empty() || !merges.is_empty() {
             let merges = merges.iter().map(|merge| Value::Str(merge));
             writer.meta_array("tokenizer.ggml.merges", ValueType::Str, merges)?;
         }

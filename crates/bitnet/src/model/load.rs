@@ -5,7 +5,8 @@ use super::rope::{angles, inverse_frequencies};
 use super::weights::WeightPlan;
 use super::{Config, Strategy, Weights, identity};
 use crate::text::{
-    ChatTemplate, NUMERALS, Numerals, Specials, Split, TemplateError, TemplateModel, Tokenizer, Vocab,
+    AT_SPACES, ChatTemplate, NUMERALS, Numerals, PREFIX, Prefix, Specials, Split, TemplateError,
+    TemplateModel, Tokenizer, Vocab,
 };
 use crate::{EngineOptions, Error, MemoryPlan};
 use bitnet_gguf::Gguf;
@@ -258,7 +259,16 @@ fn read_vocab<'a>(
     };
     let tokens = strings("tokenizer.ggml.tokens", tokens)?;
     let split = match gguf.get_str("tokenizer.ggml.pre")? {
-        _ if sentence => Split::Llama3,
+        _ if sentence => {
+            let name = gguf.get_str(PREFIX)?.map(|name| Prefix::named(name).ok_or(name));
+            let no_prefix = gguf.get_bool("tokenizer.ggml.add_space_prefix")? == Some(false);
+            let prefix = name.unwrap_or(Ok(if no_prefix { Prefix::Never } else { Prefix::Each }));
+            let prefix = prefix.map_err(|name| {
+                let problem = format!("expected \"always\", \"first\" or \"never\", found {name:?}");
+                keys.error(format!("key {PREFIX:?}"), problem)
+            })?;
+            Split::Sentence { prefix, at_spaces: gguf.get_bool(AT_SPACES)?.unwrap_or(false) }
+        }
         Some("llama-bpe" | "llama3" | "llama-v3") => Split::Llama3,
         Some(pre @ ("falcon" | "falcon3" | "falcon_e" | "falcon-e")) => {
             let digits = if pre == "falcon" { 3 } else { 1 };
@@ -303,12 +313,12 @@ fn read_vocab<'a>(
         None => vec![1; tokens.len()],
     };
     let scores = match gguf.get_array("tokenizer.ggml.scores")? {
-        _ if !sentence => None,
+        _ if !sentence => Vec::new(),
         scores => {
             let floats = scores.and_then(|scores| scores.f32s()).map(Iterator::collect);
-            Some(floats.ok_or_else(|| {
+            floats.ok_or_else(|| {
                 keys.error("key \"tokenizer.ggml.scores\"", "expected floats: SentencePiece needs its scores")
-            })?)
+            })?
         }
     };
     let merges = match gguf.get_array("tokenizer.ggml.merges")? {
