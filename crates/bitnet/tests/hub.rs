@@ -4,7 +4,7 @@
 
 mod hub_server;
 
-use bitnet::hub::{Hub, HubError, ModelName, Pulled};
+use bitnet::hub::{Cached, Content, Hub, HubError, ModelName, Pulled};
 use hub_server::{COMMIT, Manners, Server, noise, sha256};
 use std::fs;
 use std::path::Path;
@@ -284,7 +284,7 @@ fn a_checkpoint_comes_as_a_folder() {
             sha1::Sha1::new_with_prefix(format!("blob {}\0", bytes.len())).chain_update(bytes).finalize();
         hash.iter().map(|b| format!("{b:02x}")).collect::<String>()
     };
-    let config = b"{}".to_vec();
+    let config = br#"{"quantization_config":{"quant_method":"bitnet"}}"#.to_vec();
     let server = Server::new(
         &[("config.json", config.clone()), ("model.safetensors", config.clone()), ("README.md", vec![1])],
         Manners { etag: Some(git(&config)), ..Manners::default() },
@@ -296,7 +296,11 @@ fn a_checkpoint_comes_as_a_folder() {
     let folder = hub.pull(&name(), true, &|_| {}).unwrap().path;
     assert_eq!(fs::read(folder.join("config.json")).unwrap(), config);
     assert!(!folder.join("README.md").exists());
-    assert_eq!(hub.find(&name(), true).unwrap(), Some(folder));
+    assert_eq!(hub.find(&name(), true).unwrap(), Some(folder.clone()));
+    let repo = name().repo;
+    let checkpoint =
+        Cached { repo, content: Content::Checkpoint, size: 2 * config.len() as u64, path: folder };
+    assert_eq!(hub.list(), [checkpoint]);
     assert_eq!(hub.find(&name(), false).unwrap(), None);
 }
 

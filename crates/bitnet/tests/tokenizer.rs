@@ -328,7 +328,7 @@ fn tokenizer_json_of_another_kind_is_refused() {
     assert_eq!(refused(r#""use_regex":false"#, r#""use_regex":true"#), "pre_tokenizer");
     assert_eq!(refused(r#""normalizer":null"#, r#""normalizer":{"type":"NFC"}"#), "normalizer");
     assert_eq!(refused(r#""type":"BPE""#, r#""type":"Unigram""#), "model.type");
-    assert_eq!(refused(r#""byte_fallback":false"#, r#""byte_fallback":true"#), "normalizer");
+    assert_eq!(refused(r#""byte_fallback":false"#, r#""byte_fallback":true"#), "pre_tokenizer");
     assert_eq!(refused(r#""lstrip":false"#, r#""lstrip":true"#), "an added token");
     assert!(matches!(parse(r#""\"":1"#, r#""\"":4294967295"#), Err(TokenizerError::Ids { count: 4096, .. })));
     assert!(matches!(parse(r#""\"":1"#, r#""\"":2"#), Err(TokenizerError::Ids { count: 4096, .. })));

@@ -247,6 +247,7 @@ fn a_bad_row_costs_itself() {
         ("{\"prompt\": \"x\", \"stop\": \"\"}", "an empty stop string"),
         ("{\"prompt\": \"x\", \"stop\": 3}", "stop must be a string"),
         ("{\"prompt\": \"x\", \"logit_bias\": {\"99999999\": 1}}", "logit_bias has token 99999999"),
+        ("{\"messages\": []}", "no messages"),
         ("{\"messages\": [{\"role\": \"judge\", \"content\": \"x\"}]}", "unknown variant `judge`"),
         (&format!("{{\"id\": \"long\", \"prompt\": \"{long}\"}}"), "do not fit in the context of 64"),
     ];

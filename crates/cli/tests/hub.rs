@@ -94,6 +94,11 @@ fn without_network_a_line_says_what_was_tried_and_what_to_do() {
     for bad in ["hf:x", "model.gguf", "../a/b"] {
         assert!(bitnet(home.path(), "http://127.0.0.1:1", &["pull", bad], 1).1.contains("OWNER/"));
     }
+    // A word may be a file; where there is none, it was meant as a name.
+    for args in [&["run", "-p", "x", "-m", "falcon"][..], &["convert", "falcon", "x.gguf"]] {
+        let error = bitnet(home.path(), "http://127.0.0.1:1", args, 1).1;
+        assert!(error.contains("falcon: not the name") && error.contains("falcon3-7b"), "{error}");
+    }
 }
 
 #[test]

@@ -29,6 +29,7 @@ fn a_converted_model_writes_the_same_text() {
     for ty in ["tq1_0", "IQ2_BN", "i2_s"] {
         let out = path(&format!("{ty}.gguf"));
         let (stdout, stderr) = bitnet(&["convert", &from, &out, "--type", ty], 0);
+        assert_eq!(bitnet(&["convert", "-q", &from, &out, "--type", ty], 0), (stdout.clone(), String::new()));
         assert!(stderr.contains("verified") && stderr.contains(&ty.to_uppercase()), "{stderr}");
         hashes.push(stdout);
         assert_eq!(bitnet(&[&run[..], &["-m", &out]].concat(), 0).0, expected, "{ty}");

@@ -239,9 +239,8 @@ impl Batch {
     /// Lets requests in while there is room for them.
     fn admit(&mut self, news: &mut dyn FnMut(RequestId, Event<'_>)) {
         while self.running.len() < self.width
-            && let Some((id, request)) = self.queue.front()
+            && let Some((_, Request { prompt, stop, .. })) = self.queue.front()
         {
-            let (id, Request { prompt, stop, .. }) = (*id, request);
             let longest = prompt.len().saturating_add(stop.max_tokens.unwrap_or(usize::MAX));
             let pages = longest.min(self.engine.options().context).div_ceil(PAGE);
             let taken: usize = self.running.iter().map(|running| running.pages).sum();

@@ -310,12 +310,12 @@ impl Tokenizer {
                 ids.push(id);
             } else if self.is_sentence() {
                 let chars = piece.utf8_chunks().flat_map(|chunk| chunk.valid().split_inclusive(|_| true));
-                let ids_of = |c: &str| {
+                let symbols = chars.flat_map(|c| {
                     let whole = self.normal_id(c.as_bytes());
                     let bytes = if whole.is_some() { &[] } else { c.as_bytes() };
                     whole.into_iter().chain(bytes.iter().map(byte_id))
-                };
-                merger.encode(&self.merges, chars.flat_map(ids_of), ids);
+                });
+                merger.encode(&self.merges, symbols, ids);
             } else {
                 merger.encode(&self.merges, piece.iter().map(byte_id), ids);
             }
