@@ -23,12 +23,15 @@ pub(super) struct HfTokenizer {
 impl HfTokenizer {
     /// Reads the tokenizer of a checkpoint. None if it has none.
     pub(super) fn read(dir: &Path, config: &HfConfig) -> Result<Option<Self>, ConvertError> {
-        let sentence_path = dir.join("tokenizer.model");
-        let sentence = sentence_path.exists() && config.family != Family::BitNet;
-        let path = if sentence { sentence_path } else { dir.join("tokenizer.json") };
-        if !path.exists() {
-            return Ok(None);
+        // Both say the same, but for where spaces are added: 1bitLLM's own code goes by the one, Hugging Face's by the other.
+        let mut names = ["tokenizer.json", "tokenizer.model"];
+        if config.family == Family::OneBitLlm {
+            names.reverse();
         }
+        let Some(path) = names.map(|name| dir.join(name)).into_iter().find(|path| path.exists()) else {
+            return Ok(None);
+        };
+        let sentence = path.ends_with("tokenizer.model");
         let bytes = std::fs::read(&path).map_err(|e| ConvertError::io(&path, "read", e))?;
         let broken = |error| ConvertError::Tokenizer { file: path.display().to_string(), error };
         let mut vocab = if sentence {

@@ -30,21 +30,21 @@ pub const KNOWN: [Known; 11] = {
         Known { short, repo, about }
     }
     [
-        known("2b-4t", "microsoft/bitnet-b1.58-2B-4T-gguf", "ready to run, 1.2 GB"),
+        known("2b-4t", "microsoft/bitnet-b1.58-2B-4T-gguf", "1.2 GB"),
         known(
             "2b-4t-bf16",
             "microsoft/bitnet-b1.58-2B-4T-bf16",
-            "its master weights for `bitnet convert`, 4.8 GB",
+            "the same as a checkpoint for `bitnet convert`, 4.8 GB",
         ),
+        known("falcon-e-1b", "tiiuae/Falcon-E-1B-Instruct-GGUF", "0.7 GB"),
+        known("falcon-e-3b", "tiiuae/Falcon-E-3B-Instruct-GGUF", "1.0 GB"),
+        known("falcon3-1b", "tiiuae/Falcon3-1B-Instruct-1.58bit-GGUF", "1.4 GB"),
+        known("falcon3-3b", "tiiuae/Falcon3-3B-Instruct-1.58bit-GGUF", "2.2 GB"),
+        known("falcon3-7b", "tiiuae/Falcon3-7B-Instruct-1.58bit-GGUF", "7 billion weights"),
+        known("falcon3-10b", "tiiuae/Falcon3-10B-Instruct-1.58bit-GGUF", "10 billion weights"),
+        known("llama3-8b", "HF1BitLLM/Llama3-8B-1.58-100B-tokens", CHECKPOINT),
         known("large", "1bitLLM/bitnet_b1_58-large", CHECKPOINT),
         known("3b", "1bitLLM/bitnet_b1_58-3B", CHECKPOINT),
-        known("llama3-8b", "HF1BitLLM/Llama3-8B-1.58-100B-tokens", CHECKPOINT),
-        known("falcon3-1b", "tiiuae/Falcon3-1B-Instruct-1.58bit", CHECKPOINT),
-        known("falcon3-3b", "tiiuae/Falcon3-3B-Instruct-1.58bit", CHECKPOINT),
-        known("falcon3-7b", "tiiuae/Falcon3-7B-Instruct-1.58bit", CHECKPOINT),
-        known("falcon3-10b", "tiiuae/Falcon3-10B-Instruct-1.58bit", CHECKPOINT),
-        known("falcon-e-1b", "tiiuae/Falcon-E-1B-Instruct", CHECKPOINT),
-        known("falcon-e-3b", "tiiuae/Falcon-E-3B-Instruct", CHECKPOINT),
     ]
 };
 

@@ -16,7 +16,7 @@ use std::sync::atomic::Ordering;
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   bitnet convert ./bitnet-b1.58-2B-4T-bf16 model.gguf
-  bitnet convert falcon-e-1b model.gguf                 downloads it first
+  bitnet convert llama3-8b model.gguf                   downloads it first
   bitnet convert model.gguf small.gguf --type tq1_0 --head q6_k")]
 pub struct Args {
     /// The folder, a GGUF file, or the name of a model on the hub

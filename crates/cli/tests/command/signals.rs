@@ -1,8 +1,6 @@
 //! The `bitnet` command when a signal ends it.
-#![cfg(target_os = "linux")]
-#![allow(clippy::unwrap_used)] // in the helpers of tests too
 
-use assert_cmd::cargo::CommandCargoExt;
+use super::{command, text};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -12,9 +10,7 @@ use std::time::Duration;
 
 /// Slow enough not to be done before the signal comes.
 fn spawn(args: &[&str]) -> Child {
-    let mut command = Command::cargo_bin("bitnet").unwrap();
-    command.args(args).args(["--kernels", "scalar", "-t", "1"]);
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    command(args).args(["--kernels", "scalar", "-t", "1"]).stdin(Stdio::null()).spawn().unwrap()
 }
 
 fn send(signal: &str, child: &Child) {
@@ -37,10 +33,6 @@ fn ended(child: Child) -> Output {
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(130), "{}", String::from_utf8_lossy(&output.stderr));
     output
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
 }
 
 #[test]
@@ -75,9 +67,7 @@ fn an_interrupt_ends_a_chat_that_waits_for_its_pipe_and_keeps_its_cache() {
     let folder = tempfile::tempdir().unwrap();
     let cache = folder.path().join("cache");
     for signal in ["-INT", "-TERM"] {
-        let mut command = Command::cargo_bin("bitnet").unwrap();
-        command.args(["chat", "-n", "3", "--prompt-cache", text(&cache)]);
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child = command(&["chat", "-n", "3", "--prompt-cache", text(&cache)]).spawn().unwrap();
         let mut stdin = child.stdin.take().unwrap();
         stdin.write_all(b"Once upon a time\n").unwrap();
         let mut answer = String::new();
@@ -114,10 +104,8 @@ fn signals_leave_a_whole_prompt_cache_or_none() {
     let (prompt, cache) = (folder.path().join("prompt.txt"), folder.path().join("cache"));
     fs::write(&prompt, "once upon a time ".repeat(500)).unwrap();
     let run = |n: &str| {
-        let mut command = Command::cargo_bin("bitnet").unwrap();
-        command.args(["run", "-f", text(&prompt), "-c", "4096", "--ignore-eos", "-n", n, "--prompt-cache"]);
-        command.arg(&cache).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        command.spawn().unwrap()
+        let args = ["run", "-f", text(&prompt), "-c", "4096", "--ignore-eos", "-n", n, "--prompt-cache"];
+        command(&args).arg(&cache).stdin(Stdio::null()).spawn().unwrap()
     };
     let files = || fs::read_dir(folder.path()).unwrap().count();
     // While it generates: what was read of the prompt is kept.

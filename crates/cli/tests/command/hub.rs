@@ -1,29 +1,27 @@
 //! `pull`, `list`, `rm` and hub names against a server in the test.
-#![allow(clippy::unwrap_used)] // in the helpers of tests too
 
-#[path = "../../bitnet/tests/hub_server/mod.rs"]
+#[path = "../../../bitnet/tests/hub_server/mod.rs"]
 mod hub_server;
 
-use assert_cmd::cargo::CommandCargoExt;
+use super::DEMO;
 use hub_server::{Manners, Server, noise, sha256};
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-const DEMO: &[u8] = include_bytes!("../../../models/demo.gguf");
 const REPO: &str = "microsoft/bitnet-b1.58-2B-4T-gguf";
 
 /// The command with nothing of this machine's settings.
 fn command(home: &Path, endpoint: &str, args: &[&str]) -> Command {
-    let mut command = Command::cargo_bin("bitnet").unwrap();
+    let mut command = super::command(args);
     for (name, _) in std::env::vars() {
         let lower = name.to_lowercase();
         if lower.starts_with("hf_") || lower.contains("proxy") || lower == "xdg_cache_home" {
             command.env_remove(name);
         }
     }
-    command.args(args).env("HF_HOME", home).env("HF_ENDPOINT", endpoint).stdin(Stdio::null());
+    command.env("HF_HOME", home).env("HF_ENDPOINT", endpoint).stdin(Stdio::null());
     command
 }
 

@@ -1,12 +1,11 @@
 //! `bitnet batch` through the real binary: what it gives for a row, and that nothing that ends it costs or doubles one.
-#![allow(clippy::unwrap_used)] // in the helpers of tests too
 
-use assert_cmd::cargo::CommandCargoExt;
+use super::{command, ended};
 use serde_json::{Value as Json, json};
 use std::fs;
 use std::io::Write;
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command};
 use std::thread::sleep;
 use std::time::Duration;
 use tempfile::TempDir;
@@ -30,17 +29,12 @@ impl Place {
         self.read(name).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
     fn spawn(&self, args: &[&str]) -> Child {
-        let mut command = Command::cargo_bin("bitnet").unwrap();
-        command.current_dir(&self.0).args(args);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        command(args).current_dir(&self.0).spawn().unwrap()
     }
     fn output(&self, stdin: &[u8], args: &[&str]) -> (i32, String) {
-        let mut child = self.spawn(args);
-        child.stdin.take().unwrap().write_all(stdin).unwrap();
-        let Output { status, stdout, stderr } = child.wait_with_output().unwrap();
+        let (stdout, stderr, code) = ended(self.spawn(args), stdin);
         assert!(stdout.is_empty() || args[0] != "batch");
-        let text = if args[0] == "batch" { stderr } else { stdout };
-        (status.code().unwrap(), String::from_utf8(text).unwrap())
+        (code, if args[0] == "batch" { stderr } else { stdout })
     }
     /// What a run that must succeed says.
     fn batch(&self, args: &[&str]) -> String {
