@@ -8,7 +8,7 @@ use serde_json::Value as Json;
 use super::ConvertError;
 use super::checkpoint::read_json;
 use super::config::{Family, HfConfig};
-use crate::text::{AT_SPACES, HfVocab, NUMERALS, Numerals, PREFIX, Prefix, Split, Tokenizer};
+use crate::text::{AT_SPACES, HfVocab, Key, NUMERALS, PREFIX, Prefix, Split, Tokenizer};
 
 /// GGUF's type of a token that no text leads to.
 const UNUSED: i32 = 5;
@@ -86,20 +86,11 @@ impl HfTokenizer {
         writer.meta("tokenizer.ggml.pre", Value::Str(pre))?;
         match *split {
             Split::Llama3 => {}
-            Split::Falcon { numerals, .. } => {
-                let numerals = match numerals {
-                    None => "none",
-                    Some(Numerals::Each) => "each",
-                    Some(Numerals::Runs) => "runs",
-                };
-                writer.meta(NUMERALS, Value::Str(numerals))?;
-            }
+            Split::Falcon { numerals, .. } => write_key(writer, &NUMERALS, numerals)?,
             Split::Sentence { prefix, at_spaces } => {
                 writer.meta("tokenizer.ggml.add_space_prefix", Value::Bool(prefix != Prefix::Never))?;
-                if let Some(name) = prefix.name() {
-                    writer.meta(PREFIX, Value::Str(name))?;
-                    writer.meta(AT_SPACES, Value::Bool(at_spaces))?;
-                }
+                write_key(writer, &PREFIX, prefix)?;
+                writer.meta(AT_SPACES, Value::Bool(at_spaces))?;
             }
         }
         writer.meta_array("tokenizer.ggml.tokens", ValueType::Str, tokens.iter().map(|t| Value::Str(t)))?;
@@ -122,6 +113,14 @@ impl HfTokenizer {
         }
         Ok(())
     }
+}
+
+/// Writes what a key of our own says, if that has a name.
+fn write_key<T: PartialEq>(writer: &mut Writer, (key, names): &Key<T>, value: T) -> Result<(), ConvertError> {
+    if let Some((name, _)) = names.iter().find(|known| known.1 == value) {
+        writer.meta(key, Value::Str(name))?;
+    }
+    Ok(())
 }
 
 /// A template, or the one called "default" of a list of them.

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::split::{Numerals, PATTERN, Prefix, Split};
+use super::split::{Numerals, PATTERN, PREFIX, Prefix, Split};
 use super::tokenizer::{TokenizerError, Vocab, byte_of, shortened};
 
 /// The vocabulary of a `tokenizer.json` or `tokenizer.model`, in the form of GGUF's `tokenizer.ggml` arrays.
@@ -110,7 +110,8 @@ fn sentence_split(normalizer: &Value, pre_tokenizer: &Value) -> Option<Split> {
     }
     let known = pre_tokenizer["type"] == "Metaspace" && pre_tokenizer["replacement"] == "\u{2581}";
     let old = pre_tokenizer["add_prefix_space"].as_bool().map(|adds| if adds { "always" } else { "never" });
-    let prefix = Prefix::named(pre_tokenizer["prepend_scheme"].as_str().or(old).unwrap_or("always"))?;
+    let name = pre_tokenizer["prepend_scheme"].as_str().or(old).unwrap_or("always");
+    let (_, prefix) = PREFIX.1.into_iter().find(|known| known.0 == name)?;
     let at_spaces = pre_tokenizer["split"].as_bool().unwrap_or(true);
     (known && normalizer.is_null()).then_some(Split::Sentence { prefix, at_spaces })
 }

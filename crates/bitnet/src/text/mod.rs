@@ -12,7 +12,7 @@ mod template;
 mod tokenizer;
 
 pub use hf::HfVocab;
-pub(crate) use split::{AT_SPACES, NUMERALS, PREFIX};
+pub(crate) use split::{AT_SPACES, Key, NUMERALS, PREFIX};
 pub use split::{Numerals, Prefix, Split};
 pub use stream::{StopStrings, Stopped, TextStream};
 pub use template::{ChatTemplate, Message, Role, TemplateError, TemplateModel};

@@ -41,18 +41,6 @@ pub enum Prefix {
 }
 
 impl Prefix {
-    /// Those that `tokenizer.json` has names for.
-    const NAMED: [(&str, Self); 3] =
-        [("always", Self::Always), ("first", Self::First), ("never", Self::Never)];
-
-    pub(crate) fn named(name: &str) -> Option<Self> {
-        Self::NAMED.iter().find(|(known, _)| *known == name).map(|named| named.1)
-    }
-
-    pub(crate) fn name(self) -> Option<&'static str> {
-        Self::NAMED.iter().find(|(_, prefix)| *prefix == self).map(|named| named.0)
-    }
-
     /// Whether there is one before `part`, with which a text begins or not.
     pub(super) fn adds(self, part: &str, begins: bool) -> bool {
         let lacks = !part.starts_with([' ', SPACE_MARK]);
@@ -102,12 +90,19 @@ impl Split {
     }
 }
 
-// Keys of our own in GGUF, for which llama.cpp's names have no room.
-/// [`Numerals`]: "none", "each" or "runs".
-pub(crate) const NUMERALS: &str = "bitnet.tokenizer.numerals";
-/// A [`Prefix`] by its name.
-pub(crate) const PREFIX: &str = "bitnet.tokenizer.prefix";
-/// Whether text is cut before spaces.
+/// A key of our own in GGUF, for which llama.cpp's names have no room, and what it may say.
+pub(crate) type Key<T> = (&'static str, [(&'static str, T); 3]);
+
+pub(crate) const NUMERALS: Key<Option<Numerals>> = (
+    "bitnet.tokenizer.numerals",
+    [("none", None), ("each", Some(Numerals::Each)), ("runs", Some(Numerals::Runs))],
+);
+/// The names are those of `tokenizer.json`.
+pub(crate) const PREFIX: Key<Prefix> = (
+    "bitnet.tokenizer.prefix",
+    [("always", Prefix::Always), ("first", Prefix::First), ("never", Prefix::Never)],
+);
+/// Another one: whether text is cut before spaces.
 pub(crate) const AT_SPACES: &str = "bitnet.tokenizer.split_at_spaces";
 
 /// The pattern that [`pieces`] follows, as `tokenizer.json` spells it.
