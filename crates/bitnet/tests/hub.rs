@@ -262,8 +262,9 @@ fn one_of_several_files_is_taken_where_the_name_says_which() {
     assert!(matches!(hub.pull(&missing, false, &|_| {}), Err(HubError::Status { status: 404, .. })));
 
     let list = hub.list();
-    let files: Vec<_> = list.iter().map(|c| (c.repo.as_str(), c.file.as_deref().unwrap(), c.size)).collect();
-    assert_eq!(files, [("owner/model", "a-i2_s.gguf", 10), ("owner/model", "sub/a-tq1_0.gguf", 10)]);
+    let files: Vec<_> = list.iter().map(|c| (c.repo.as_str(), c.content.clone(), c.size)).collect();
+    let gguf = |name: &str| ("owner/model", Content::Gguf(name.into()), 10);
+    assert_eq!(files, [gguf("a-i2_s.gguf"), gguf("sub/a-tq1_0.gguf")]);
     assert_eq!(hub.remove(&named).unwrap(), Some(10));
     assert_eq!(hub.remove(&named).unwrap(), None);
     assert_eq!(hub.list().len(), 1);
