@@ -116,7 +116,11 @@ impl HfTokenizer {
 }
 
 /// Writes what a key of our own says, if that has a name.
-fn write_key<T: PartialEq>(writer: &mut Writer, (key, names): &Key<T>, value: T) -> Result<(), ConvertError> {
+fn write_key<T: Copy + PartialEq>(
+    writer: &mut Writer,
+    (key, names): &Key<T>,
+    value: T,
+) -> Result<(), ConvertError> {
     if let Some((name, _)) = names.iter().find(|known| known.1 == value) {
         writer.meta(key, Value::Str(name))?;
     }
