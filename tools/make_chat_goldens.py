@@ -8,7 +8,8 @@ The tokenizer is the demo model's with the control tokens of the other families 
 
     tokens          the added control tokens, from the first free id on
     templates       Jinja by name; `bitnet` writes what bitnet-b1.58-2B-4T was trained with, `llama3`, `falcon3` and
-                    `chatml` (Falcon-E) what their families were; the others use much of the language
+                    `chatml` (Falcon-E) what their families were; the others use much of the language,
+                    and `generation` the block of that name
     conversations   lists of messages
     cases           template, index of the conversation, whether an answer begins at the end, text, ids
 
@@ -81,6 +82,24 @@ TEMPLATES = {
 {%- endif -%}
 {%- if loop.index > 6 %}{% break %}{% endif -%}
 {% endfor %}{{ '<|assistant|>' if add_generation_prompt and messages[-1].role != 'assistant' else eos_token }}""",
+    "generation": """{%- set said = '' %}
+{%- for m in messages %}
+    {%- if m.role == 'assistant' %}
+        {{- '<|assistant|>\\n' }}
+        {%- generation %}
+            {%- set said = m.content %}
+{{ m.content + said + eos_token }}
+        {% endgeneration %}[{{ said }}]
+    {%- else %}
+<|{{ m.role }}|>
+{% generation %}{{ m.content }}{% endgeneration -%}
+    {%- endif %}
+{%- endfor %}
+{{- '(' + said + ')' }}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>\\n' }}
+{%- endif %}
+""",
 }
 
 CONVERSATIONS = [

@@ -6,6 +6,7 @@
     sentencepiece.model   a small model with the settings of LLaMA-2's, trained on TEXT (fixtures/models/demo/tale.txt)
     sentencepiece.json    [text, ids] for many texts
     sentencepiece-tokenizer.json   the same vocabulary as Hugging Face's tokenizer.json, which gives the same ids
+    metaspace-cases.json   its newer pre-tokenizers, and [text, ids, ids with special tokens recognised] for some of the texts
 
 needs: sentencepiece (0.2.3 wrote the committed files), tokenizers (0.23)
 """
@@ -62,3 +63,19 @@ text = json.dumps(tokenizer, separators=(",", ":"))
 reference = Tokenizer.from_str(text)
 reference.encode_special_tokens = True
 assert all(reference.encode(text, add_special_tokens=False).ids == model.encode(text) for text in texts)
+
+texts += ["<s>a b</s>b c", " <s> a</s>", "▁a<s>▁b", "</s>", "a</s>"]
+variants = []
+for n, (scheme, split) in enumerate((scheme, split) for scheme in ("always", "first", "never") for split in (False, True)):
+    tokenizer |= {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}}
+    reference, cases = Tokenizer.from_str(json.dumps(tokenizer)), []
+    for text in texts[n % 3 : -5 : 3] + texts[-5:]:
+        case = [text]
+        for as_text in (True, False):
+            reference.encode_special_tokens = as_text
+            case.append(reference.encode(text, add_special_tokens=False).ids)
+        cases.append(case)
+    variants.append({"pre_tokenizer": tokenizer["pre_tokenizer"], "cases": cases})
+with open(out / "metaspace-cases.json", "w", encoding="utf-8") as file:
+    json.dump(variants, file, ensure_ascii=False, separators=(",", ":"))
+    file.write("\n")

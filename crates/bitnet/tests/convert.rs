@@ -536,7 +536,13 @@ fn tokenizers_of_other_families_come_along() {
     };
     let mut demo = fixture("demo-tokenizer.json");
     demo["model"]["ignore_merges"] = false.into();
-    let mut files = vec![(fixture("sentencepiece-tokenizer.json"), 600, "llama", "default")];
+    let mut sentence = fixture("sentencepiece-tokenizer.json");
+    let mut files = vec![(sentence.clone(), 600, "llama", "default")];
+    sentence["normalizer"] = Value::Null;
+    for variant in fixture("metaspace-cases.json").as_array().unwrap() {
+        sentence["pre_tokenizer"] = variant["pre_tokenizer"].clone();
+        files.push((sentence.clone(), 600, "llama", "default"));
+    }
     let variants = fixture("falcon-cases.json");
     for (variant, pre) in variants.as_array().unwrap().iter().zip(["falcon", "falcon3", "falcon3", "falcon"])
     {
@@ -556,6 +562,9 @@ fn tokenizers_of_other_families_come_along() {
         assert_eq!((name("tokenizer.ggml.model"), name("tokenizer.ggml.pre")), (Some(model), Some(pre)));
         let loaded = ModelInfo::new(&gguf, Strategy::Sparse).unwrap().tokenizer().unwrap();
         let direct = Tokenizer::from_hf_json(file.to_string().as_bytes()).unwrap();
+        for text in ["a </s> b", " a", "  a   b"] {
+            assert_eq!(loaded.encode(text, Specials::Parse), direct.encode(text, Specials::Parse), "{text}");
+        }
         let text = "  It's 12345 für <b>\u{e9}\u{4f60}\u{1f44b}</b>,\n\tHe SAID: \"x-1.5\"...  ";
         assert_eq!(loaded.encode(text, Specials::AsText), direct.encode(text, Specials::AsText), "{pre}");
         if pre != "falcon3" {

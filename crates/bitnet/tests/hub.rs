@@ -4,7 +4,7 @@
 
 mod hub_server;
 
-use bitnet::hub::{Hub, HubError, ModelName, Pulled};
+use bitnet::hub::{Cached, Content, Hub, HubError, ModelName, Pulled};
 use hub_server::{COMMIT, Manners, Server, noise, sha256};
 use std::fs;
 use std::path::Path;
@@ -262,8 +262,9 @@ fn one_of_several_files_is_taken_where_the_name_says_which() {
     assert!(matches!(hub.pull(&missing, false, &|_| {}), Err(HubError::Status { status: 404, .. })));
 
     let list = hub.list();
-    let files: Vec<_> = list.iter().map(|c| (c.repo.as_str(), c.file.as_deref().unwrap(), c.size)).collect();
-    assert_eq!(files, [("owner/model", "a-i2_s.gguf", 10), ("owner/model", "sub/a-tq1_0.gguf", 10)]);
+    let files: Vec<_> = list.iter().map(|c| (c.repo.as_str(), c.content.clone(), c.size)).collect();
+    let gguf = |name: &str| ("owner/model", Content::Gguf(name.into()), 10);
+    assert_eq!(files, [gguf("a-i2_s.gguf"), gguf("sub/a-tq1_0.gguf")]);
     assert_eq!(hub.remove(&named).unwrap(), Some(10));
     assert_eq!(hub.remove(&named).unwrap(), None);
     assert_eq!(hub.list().len(), 1);
@@ -284,7 +285,7 @@ fn a_checkpoint_comes_as_a_folder() {
             sha1::Sha1::new_with_prefix(format!("blob {}\0", bytes.len())).chain_update(bytes).finalize();
         hash.iter().map(|b| format!("{b:02x}")).collect::<String>()
     };
-    let config = b"{}".to_vec();
+    let config = br#"{"quantization_config":{"quant_method":"bitnet"}}"#.to_vec();
     let server = Server::new(
         &[("config.json", config.clone()), ("model.safetensors", config.clone()), ("README.md", vec![1])],
         Manners { etag: Some(git(&config)), ..Manners::default() },
@@ -296,7 +297,11 @@ fn a_checkpoint_comes_as_a_folder() {
     let folder = hub.pull(&name(), true, &|_| {}).unwrap().path;
     assert_eq!(fs::read(folder.join("config.json")).unwrap(), config);
     assert!(!folder.join("README.md").exists());
-    assert_eq!(hub.find(&name(), true).unwrap(), Some(folder));
+    assert_eq!(hub.find(&name(), true).unwrap(), Some(folder.clone()));
+    let repo = name().repo;
+    let checkpoint =
+        Cached { repo, content: Content::Checkpoint, size: 2 * config.len() as u64, path: folder };
+    assert_eq!(hub.list(), [checkpoint]);
     assert_eq!(hub.find(&name(), false).unwrap(), None);
 }
 

@@ -4,10 +4,11 @@
 use std::sync::LazyLock;
 
 use bitnet::text::{
-    HfVocab, Numerals, Specials, Split, StopStrings, TextStream, Tokenizer, TokenizerError, Vocab,
+    HfVocab, Numerals, Prefix, Specials, Split, StopStrings, TextStream, Tokenizer, TokenizerError, Vocab,
 };
 use proptest::prelude::*;
 use serde::Deserialize;
+use serde_json::{Value, json};
 
 const DEMO_JSON: &[u8] = include_bytes!("fixtures/tokenizer/demo-tokenizer.json");
 
@@ -71,7 +72,7 @@ fn llama3_extract_equals_reference() {
         token_types,
         merges,
         ignore_merges: true,
-        scores: None,
+        scores: Vec::new(),
         split: Split::Llama3,
     })
     .unwrap();
@@ -113,6 +114,7 @@ fn sentencepiece_agrees_with_its_library() {
         let back = tokenizer.decode(&ids, false).unwrap();
         assert_eq!(String::from_utf8(back).unwrap(), text.replace('▁', " "));
     }
+    assert_eq!(other.split, vocab.split);
     // Each part between control tokens begins with a space of its own, as in llama.cpp.
     let [a, b, end] = [&["a"][..], &["b"], &["</s>"]].map(|t| tokenizer.token_id(t[0]).unwrap());
     assert_eq!(tokenizer.encode("a</s>b", Specials::Parse)[1], end);
@@ -120,6 +122,59 @@ fn sentencepiece_agrees_with_its_library() {
     for cut in 0..model.len() {
         let _ = HfVocab::parse_sentencepiece(&model[..cut]);
     }
+}
+
+#[test]
+fn metaspace_equals_the_reference() {
+    #[derive(Deserialize)]
+    struct Variant {
+        pre_tokenizer: Value,
+        cases: Vec<(String, Vec<u32>, Vec<u32>)>,
+    }
+    let variants: Vec<Variant> =
+        serde_json::from_str(include_str!("fixtures/tokenizer/metaspace-cases.json")).unwrap();
+    let mut file: Value =
+        serde_json::from_str(include_str!("fixtures/tokenizer/sentencepiece-tokenizer.json")).unwrap();
+    let normalizer = file["normalizer"].take();
+    let parse = |file: &Value| HfVocab::parse(file.to_string().as_bytes());
+    let mut splits = Vec::new();
+    for Variant { pre_tokenizer, cases } in variants {
+        file["pre_tokenizer"] = pre_tokenizer;
+        let vocab = parse(&file).unwrap();
+        let tokenizer = Tokenizer::new(&vocab.vocab()).unwrap();
+        assert!(cases.len() > 40);
+        for (text, ids, parsed) in cases {
+            assert_eq!(tokenizer.encode(&text, Specials::AsText), ids, "{text:?} with {:?}", vocab.split);
+            assert_eq!(tokenizer.encode(&text, Specials::Parse), parsed, "{text:?} with {:?}", vocab.split);
+        }
+        let plain = tokenizer.encode("a", Specials::AsText);
+        assert_eq!(tokenizer.decode(&plain, false).unwrap(), b"a");
+        splits.push(vocab.split);
+    }
+    let expected = [Prefix::Always, Prefix::First, Prefix::Never]
+        .map(|prefix| [false, true].map(|at_spaces| Split::Sentence { prefix, at_spaces }));
+    assert_eq!(splits, expected.concat());
+    // Older files, and what is left out.
+    for (fields, split) in [
+        (json!({}), expected[0][1]),
+        (json!({"add_prefix_space": true}), expected[0][1]),
+        (json!({"add_prefix_space": false, "split": false}), expected[2][0]),
+    ] {
+        file["pre_tokenizer"] = json!({"type": "Metaspace", "replacement": "\u{2581}"});
+        file["pre_tokenizer"].as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        assert_eq!(parse(&file).unwrap().split, split);
+    }
+    file["model"]["ignore_merges"] = true.into();
+    let refused = |file: &Value| match parse(file) {
+        Err(TokenizerError::Unsupported { what, .. }) => what,
+        _ => "",
+    };
+    assert_eq!(refused(&file), "model.ignore_merges");
+    file["pre_tokenizer"]["prepend_scheme"] = "last".into();
+    assert_eq!(refused(&file), "pre_tokenizer");
+    file["pre_tokenizer"]["prepend_scheme"] = "first".into();
+    file["normalizer"] = normalizer;
+    assert_eq!(refused(&file), "pre_tokenizer");
 }
 
 #[test]
@@ -144,7 +199,7 @@ fn build(tokens: &[(&str, i32)], merges: &[&str], ignore_merges: bool) -> Result
         token_types,
         merges: merges.to_vec(),
         ignore_merges,
-        scores: None,
+        scores: Vec::new(),
         split: Split::Llama3,
     })
 }
@@ -208,7 +263,7 @@ fn hostile_vocabularies_are_refused() {
         token_types: vec![],
         merges: vec![],
         ignore_merges: true,
-        scores: None,
+        scores: Vec::new(),
         split: Split::Llama3,
     };
     assert!(matches!(Tokenizer::new(&short), Err(E::Lengths { tokens: 1, types: 0 })));
@@ -217,7 +272,7 @@ fn hostile_vocabularies_are_refused() {
         token_types: vec![1],
         merges: vec![],
         ignore_merges: true,
-        scores: None,
+        scores: Vec::new(),
         split: Split::Llama3,
     };
     assert!(matches!(Tokenizer::new(&no_bytes), Err(E::MissingByte { byte: 0 })));
@@ -227,12 +282,12 @@ fn hostile_vocabularies_are_refused() {
 fn falcon_splits_equal_the_reference() {
     #[derive(Deserialize)]
     struct Variant {
-        pre_tokenizer: serde_json::Value,
+        pre_tokenizer: Value,
         cases: Vec<(String, Vec<u32>)>,
     }
     let variants: Vec<Variant> =
         serde_json::from_str(include_str!("fixtures/tokenizer/falcon-cases.json")).unwrap();
-    let mut demo: serde_json::Value = serde_json::from_slice(DEMO_JSON).unwrap();
+    let mut demo: Value = serde_json::from_slice(DEMO_JSON).unwrap();
     demo["model"]["ignore_merges"] = false.into();
     let mut splits = Vec::new();
     for Variant { pre_tokenizer, cases } in variants {
@@ -273,7 +328,7 @@ fn tokenizer_json_of_another_kind_is_refused() {
     assert_eq!(refused(r#""use_regex":false"#, r#""use_regex":true"#), "pre_tokenizer");
     assert_eq!(refused(r#""normalizer":null"#, r#""normalizer":{"type":"NFC"}"#), "normalizer");
     assert_eq!(refused(r#""type":"BPE""#, r#""type":"Unigram""#), "model.type");
-    assert_eq!(refused(r#""byte_fallback":false"#, r#""byte_fallback":true"#), "normalizer");
+    assert_eq!(refused(r#""byte_fallback":false"#, r#""byte_fallback":true"#), "pre_tokenizer");
     assert_eq!(refused(r#""lstrip":false"#, r#""lstrip":true"#), "an added token");
     assert!(matches!(parse(r#""\"":1"#, r#""\"":4294967295"#), Err(TokenizerError::Ids { count: 4096, .. })));
     assert!(matches!(parse(r#""\"":1"#, r#""\"":2"#), Err(TokenizerError::Ids { count: 4096, .. })));

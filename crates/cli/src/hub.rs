@@ -2,9 +2,9 @@
 
 use crate::output::{self, notice};
 use anyhow::Context;
-use bitnet::hub::{Hub, HubError, ModelName, Pulled};
+use bitnet::hub::{Hub, HubError, KNOWN, ModelName, Pulled};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The settings that Hugging Face's programs have in this environment.
@@ -13,11 +13,24 @@ pub fn settings() -> anyhow::Result<Hub> {
         .context("no place for the model cache: set HF_HOME to a folder")
 }
 
-/// What is wrong with a name that is none.
-pub fn no_name(text: &str) -> String {
-    format!(
-        "{text}: not the name of a model on the hub: expected OWNER/REPO, hf:OWNER/REPO:FILE or a short name"
-    )
+/// A name on the hub; anything else is an error that says what would be one.
+pub fn name(text: &str) -> anyhow::Result<ModelName> {
+    ModelName::parse(text)?.with_context(|| {
+        let short = KNOWN.map(|known| known.short).join(", ");
+        format!("{text}: not the name of a model on the hub: expected OWNER/REPO, hf:OWNER/REPO:FILE or one of {short}")
+    })
+}
+
+/// The name on the hub that is meant where a file or a folder could be; None where it is one of these. A word that is
+/// neither is taken for a wrong name.
+pub fn name_unless_path(text: &str) -> anyhow::Result<Option<ModelName>> {
+    if Path::new(text).exists() {
+        return Ok(None);
+    }
+    match ModelName::parse(text)? {
+        None if !text.contains(['/', '\\', '.']) => name(text).context("no such file").map(Some),
+        name => Ok(name),
+    }
 }
 
 /// The file that a hub name means: from the cache without network, else downloaded with a notice.
@@ -31,11 +44,16 @@ pub fn model_file(name: &ModelName, quiet: bool) -> anyhow::Result<PathBuf> {
     Ok(pull(name, false, quiet)?.path)
 }
 
+/// A bar that is drawn only where stderr is a terminal.
+pub fn bar(quiet: bool) -> ProgressBar {
+    let target = if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+    ProgressBar::with_draw_target(None, target)
+}
+
 /// Downloads what is missing, with a bar where stderr is a terminal.
 pub fn pull(name: &ModelName, checkpoints: bool, quiet: bool) -> anyhow::Result<Pulled> {
     let hub = settings()?;
-    let target = if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
-    let bar = ProgressBar::with_draw_target(None, target);
+    let bar = bar(quiet);
     bar.set_style(ProgressStyle::with_template(
         "{bar:30} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left  {wide_msg}",
     )?);

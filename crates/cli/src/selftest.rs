@@ -49,9 +49,26 @@ pub fn passes(kernels: &'static Kernels) -> bool {
     }
 }
 
+/// `wanted`, or the best others where these do not pass.
+pub fn sound(wanted: &'static Kernels, passes: impl Fn(&'static Kernels) -> bool) -> &'static Kernels {
+    let others = supported().into_iter().rev();
+    std::iter::once(wanted).chain(others).find(|kernels| passes(kernels)).unwrap_or(wanted)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bitnet::kernels::best;
+
+    #[test]
+    fn wrong_kernels_give_way_to_the_next_best() {
+        let names: Vec<_> = supported().iter().map(|kernels| kernels.name()).collect();
+        for (count, name) in names.iter().enumerate() {
+            let passes = |kernels: &'static Kernels| names[..=count].contains(&kernels.name());
+            assert_eq!(sound(best(), passes).name(), *name);
+            assert_eq!(sound(supported()[0], passes).name(), "scalar");
+        }
+    }
 
     #[test]
     fn all_kernels_pass_and_the_test_sees_something() {

@@ -6,7 +6,6 @@ use crate::output::notice;
 use crate::selftest;
 use anyhow::{Context, bail, ensure};
 use bitnet::gguf::Gguf;
-use bitnet::hub::ModelName;
 use bitnet::kernels::{Compute, Kernels, MemoryPart, PartBytes, allowed_threads, best, supported};
 use bitnet::model::{Config, Model, ModelInfo, Repair, Strategy};
 use bitnet::text::Tokenizer;
@@ -80,9 +79,7 @@ pub fn open(model: Option<&str>, quiet: bool) -> anyhow::Result<Gguf> {
     if path.is_dir() {
         bail!("{name}: this is a folder; `bitnet convert {name} OUT.gguf` makes a model file of it");
     }
-    if !path.exists()
-        && let Some(name) = ModelName::parse(name)?
-    {
+    if let Some(name) = hub::name_unless_path(name)? {
         return Ok(Gguf::open(&hub::model_file(&name, quiet)?)?);
     }
     Ok(Gguf::open(path)?)
@@ -117,15 +114,20 @@ impl ModelArgs {
             self.file
                 .note(format_args!("{asked} threads are more than this process may use; {allowed} it is"));
         }
-        let mut kernels = self.kernels.unwrap_or_else(best);
-        if !selftest::passes(kernels) {
-            let name = kernels.name();
+        let wanted = self.kernels.unwrap_or_else(best);
+        let kernels = selftest::sound(wanted, selftest::passes);
+        if kernels.name() != wanted.name() {
+            let [wrong, right] = [wanted, kernels].map(Kernels::name);
             self.file.note(format_args!(
-                "the kernels {name} compute wrong results on this machine; the scalar ones are used"
+                "the kernels {wrong} compute wrong results on this machine; {right} is used"
             ));
-            kernels = supported()[0];
         }
         Ok(Compute::new(kernels, asked.min(allowed)))
+    }
+
+    /// Whether the user chose the kernels.
+    pub fn asks_for_kernels(&self) -> bool {
+        self.kernels.is_some()
     }
 
     /// The model as it was named.

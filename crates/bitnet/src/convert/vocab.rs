@@ -8,7 +8,7 @@ use serde_json::Value as Json;
 use super::ConvertError;
 use super::checkpoint::read_json;
 use super::config::{Family, HfConfig};
-use crate::text::{HfVocab, NUMERALS, Numerals, Split, Tokenizer};
+use crate::text::{AT_SPACES, HfVocab, Key, NUMERALS, PREFIX, Prefix, Split, Tokenizer};
 
 /// GGUF's type of a token that no text leads to.
 const UNUSED: i32 = 5;
@@ -23,12 +23,15 @@ pub(super) struct HfTokenizer {
 impl HfTokenizer {
     /// Reads the tokenizer of a checkpoint. None if it has none.
     pub(super) fn read(dir: &Path, config: &HfConfig) -> Result<Option<Self>, ConvertError> {
-        let sentence_path = dir.join("tokenizer.model");
-        let sentence = sentence_path.exists() && config.family != Family::BitNet;
-        let path = if sentence { sentence_path } else { dir.join("tokenizer.json") };
-        if !path.exists() {
-            return Ok(None);
+        // Both say the same, but for where spaces are added: 1bitLLM's own code goes by the one, Hugging Face's by the other.
+        let mut names = ["tokenizer.json", "tokenizer.model"];
+        if config.family == Family::OneBitLlm {
+            names.reverse();
         }
+        let Some(path) = names.map(|name| dir.join(name)).into_iter().find(|path| path.exists()) else {
+            return Ok(None);
+        };
+        let sentence = path.ends_with("tokenizer.model");
         let bytes = std::fs::read(&path).map_err(|e| ConvertError::io(&path, "read", e))?;
         let broken = |error| ConvertError::Tokenizer { file: path.display().to_string(), error };
         let mut vocab = if sentence {
@@ -38,7 +41,7 @@ impl HfTokenizer {
         } else {
             HfVocab::parse(&bytes).map_err(broken)?
         };
-        if !vocab.ignore_merges && vocab.scores.is_none() && vocab.split == Split::Llama3 {
+        if !vocab.ignore_merges && vocab.split == Split::Llama3 {
             let problem = "expected true: GGUF's pre-tokenizer \"llama-bpe\" implies it";
             return Err(ConvertError::checkpoint(&path, "key \"model.ignore_merges\"", problem));
         }
@@ -50,7 +53,9 @@ impl HfTokenizer {
         // Other programs take the length of the list for the number of the embedding's rows.
         vocab.tokens.extend((vocab.tokens.len()..size).map(|id| format!("[PAD{id}]")));
         vocab.token_types.resize(size, UNUSED);
-        vocab.scores.iter_mut().for_each(|scores| scores.resize(size, 0.0));
+        if matches!(vocab.split, Split::Sentence { .. }) {
+            vocab.scores.resize(size, 0.0);
+        }
         Tokenizer::new(&vocab.vocab()).map_err(broken)?;
 
         let settings_path = dir.join("tokenizer_config.json");
@@ -71,35 +76,31 @@ impl HfTokenizer {
 
     pub(super) fn write(&self, writer: &mut Writer) -> Result<(), ConvertError> {
         let HfVocab { tokens, token_types, merges, scores, split, .. } = &self.vocab;
-        writer.meta("tokenizer.ggml.model", Value::Str(if scores.is_some() { "llama" } else { "gpt2" }))?;
-        let pre = match *split {
-            _ if scores.is_some() => "default",
-            Split::Llama3 => "llama-bpe",
-            Split::Falcon { digits, .. } => {
-                if digits == 3 {
-                    "falcon"
-                } else {
-                    "falcon3"
-                }
-            }
+        let (model, pre) = match *split {
+            Split::Llama3 => ("gpt2", "llama-bpe"),
+            Split::Falcon { digits: 3, .. } => ("gpt2", "falcon"),
+            Split::Falcon { .. } => ("gpt2", "falcon3"),
+            Split::Sentence { .. } => ("llama", "default"),
         };
+        writer.meta("tokenizer.ggml.model", Value::Str(model))?;
         writer.meta("tokenizer.ggml.pre", Value::Str(pre))?;
-        if let Split::Falcon { numerals, .. } = *split {
-            let numerals = match numerals {
-                None => "none",
-                Some(Numerals::Each) => "each",
-                Some(Numerals::Runs) => "runs",
-            };
-            writer.meta(NUMERALS, Value::Str(numerals))?;
+        match *split {
+            Split::Llama3 => {}
+            Split::Falcon { numerals, .. } => write_key(writer, &NUMERALS, &numerals)?,
+            Split::Sentence { prefix, at_spaces } => {
+                writer.meta("tokenizer.ggml.add_space_prefix", Value::Bool(prefix != Prefix::Never))?;
+                write_key(writer, &PREFIX, &prefix)?;
+                writer.meta(AT_SPACES, Value::Bool(at_spaces))?;
+            }
         }
         writer.meta_array("tokenizer.ggml.tokens", ValueType::Str, tokens.iter().map(|t| Value::Str(t)))?;
         let types = token_types.iter().copied().map(Value::I32);
         writer.meta_array("tokenizer.ggml.token_type", ValueType::I32, types)?;
-        if let Some(scores) = scores {
+        if !scores.is_empty() {
             let scores = scores.iter().copied().map(Value::F32);
             writer.meta_array("tokenizer.ggml.scores", ValueType::F32, scores)?;
         }
-        if scores.is_none() || !merges.is_empty() {
+        if scores.is_empty() || !merges.is_empty() {
             let merges = merges.iter().map(|merge| Value::Str(merge));
             writer.meta_array("tokenizer.ggml.merges", ValueType::Str, merges)?;
         }
@@ -112,6 +113,18 @@ impl HfTokenizer {
         }
         Ok(())
     }
+}
+
+/// Writes what a key of our own says, if that has a name.
+fn write_key<T: PartialEq>(
+    writer: &mut Writer,
+    (key, names): &Key<T>,
+    value: &T,
+) -> Result<(), ConvertError> {
+    if let Some((name, _)) = names.iter().find(|known| known.1 == *value) {
+        writer.meta(key, Value::Str(name))?;
+    }
+    Ok(())
 }
 
 /// A template, or the one called "default" of a list of them.

@@ -239,21 +239,8 @@ impl Batch {
     /// Lets requests in while there is room for them.
     fn admit(&mut self, news: &mut dyn FnMut(RequestId, Event<'_>)) {
         while self.running.len() < self.width
-            && let Some((id, request)) = self.queue.front()
+            && let Some((_, Request { prompt, stop, .. })) = self.queue.front()
         {
-            let (id, Request { prompt, stop, .. }) = (*id, request);
-            if stop.max_tokens == Some(0) {
-                let nothing = Ended {
-                    finish: FinishReason::Length,
-                    tokens: Vec::new(),
-                    prompt_tokens: prompt.len(),
-                    shared_tokens: 0,
-                    complete: stop.constraint.is_none(),
-                };
-                self.queue.pop_front();
-                news(id, Event::Ended(Ok(nothing)));
-                continue;
-            }
             let longest = prompt.len().saturating_add(stop.max_tokens.unwrap_or(usize::MAX));
             let pages = longest.min(self.engine.options().context).div_ceil(PAGE);
             let taken: usize = self.running.iter().map(|running| running.pages).sum();
@@ -283,7 +270,8 @@ impl Batch {
                 _ => (self.engine.open(), 0),
             };
             let Some((id, Request { prompt, sampler, stop })) = self.queue.pop_front() else { break };
-            let computed = prompt.len() - shared;
+            // A text of no tokens does not need its prompt.
+            let computed = if stop.max_tokens == Some(0) { 0 } else { prompt.len() - shared };
             match Generation::new(&self.engine, sequence, prompt, stop) {
                 Ok(text) => {
                     self.counts.shared_tokens += shared;

@@ -2,20 +2,31 @@
 
 use super::HubError;
 use std::fs::{self, File, TryLockError};
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-/// A GGUF file of the cache, or what has arrived of a file.
+/// A model in the cache, or what has arrived of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cached {
     /// `owner/name`.
     pub repo: String,
-    /// Its path in the repository; None for a download that is not complete.
-    pub file: Option<String>,
+    /// What it is.
+    pub content: Content,
     /// Bytes that are here.
     pub size: u64,
     /// Where they are.
     pub path: PathBuf,
+}
+
+/// What the cache may hold of a repository.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Content {
+    /// A part of a file.
+    Partial,
+    /// The folder of a BitNet's checkpoint.
+    Checkpoint,
+    /// A GGUF file, by its path in the repository.
+    Gguf(String),
 }
 
 /// The folder of one repository.
@@ -145,7 +156,7 @@ impl Repo {
     }
 }
 
-/// All GGUF files of the cache and all unfinished downloads.
+/// All GGUF files and checkpoints of the cache, and all unfinished downloads.
 pub(super) fn list(cache: &Path) -> Vec<Cached> {
     let mut all = Vec::new();
     for folder in entries(cache) {
@@ -153,22 +164,36 @@ pub(super) fn list(cache: &Path) -> Vec<Cached> {
         let Some(repo) = name.strip_prefix("models--").map(|name| name.replacen("--", "/", 1)) else {
             continue;
         };
-        let snapshots = entries(&folder.join("snapshots"));
-        for (snapshot, file) in snapshots.iter().flat_map(|s| files_below(s).into_iter().map(move |f| (s, f)))
-        {
-            let path = snapshot.join(&file);
-            if file.to_lowercase().ends_with(".gguf") && path.is_file() {
-                all.push(Cached { repo: repo.clone(), file: Some(file), size: size(&path), path });
+        let mut push = |content, size, path| all.push(Cached { repo: repo.clone(), content, size, path });
+        for snapshot in entries(&folder.join("snapshots")) {
+            let files = files_below(&snapshot);
+            if files.iter().any(|file| file.ends_with(".safetensors")) && is_bitnet(&snapshot) {
+                let size = files.iter().map(|file| size(&snapshot.join(file))).sum();
+                push(Content::Checkpoint, size, snapshot.clone());
+            }
+            for file in files {
+                let path = snapshot.join(&file);
+                if file.to_lowercase().ends_with(".gguf") && path.is_file() {
+                    push(Content::Gguf(file), size(&path), path);
+                }
             }
         }
         for path in entries(&folder.join("blobs")) {
             if path.extension().is_some_and(|e| e == "incomplete") {
-                all.push(Cached { repo: repo.clone(), file: None, size: size(&path), path });
+                push(Content::Partial, size(&path), path);
             }
         }
     }
-    all.sort_by(|a, b| (&a.repo, &a.file).cmp(&(&b.repo, &b.file)));
+    all.sort_by(|a, b| (&a.repo, &a.content).cmp(&(&b.repo, &b.content)));
     all
+}
+
+/// Whether the configuration of a checkpoint speaks of BitNet: the cache has other programs' models too.
+fn is_bitnet(snapshot: &Path) -> bool {
+    let mut config = String::new();
+    let file = File::open(snapshot.join("config.json"));
+    file.and_then(|file| file.take(1 << 20).read_to_string(&mut config)).is_ok()
+        && config.to_lowercase().contains("bitnet")
 }
 
 /// The files below a folder, a few levels deep, as paths with slashes; sorted.

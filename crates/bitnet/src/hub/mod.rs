@@ -13,7 +13,7 @@ mod client;
 mod download;
 mod name;
 
-pub use cache::Cached;
+pub use cache::{Cached, Content};
 pub use name::{KNOWN, Known, ModelName};
 
 use cache::Repo;
@@ -251,7 +251,7 @@ impl Hub {
         Ok(cached)
     }
 
-    /// Everything in the cache that is a GGUF file or part of one.
+    /// The GGUF files and the checkpoints of BitNets in the cache, and what downloads left unfinished.
     pub fn list(&self) -> Vec<Cached> {
         cache::list(&self.cache)
     }
@@ -286,9 +286,9 @@ fn wanted(
     let parts: Vec<_> = all.into_iter().filter(|file| is_checkpoint(file)).collect();
     let problem = match (parts.iter().any(|file| file.ends_with(".safetensors")), checkpoints) {
         (true, true) => return Ok((sha, parts, true)),
-        (true, false) => format!(
-            "no GGUF file but a checkpoint: `bitnet pull {name}`, then `bitnet convert` makes a model of it"
-        ),
+        (true, false) => {
+            format!("no GGUF file but a checkpoint: `bitnet convert {name} OUT.gguf` makes a model of it")
+        }
         _ => "the repository has no GGUF file and no checkpoint".to_owned(),
     };
     Err(HubError::repo(name, problem))
@@ -314,9 +314,10 @@ fn choose_gguf<'a>(
 
 /// Whether `bitnet convert` reads a file of this name.
 fn is_checkpoint(file: &str) -> bool {
-    const NAMES: [&str; 5] = [
+    const NAMES: [&str; 6] = [
         "config.json",
         "tokenizer.json",
+        "tokenizer.model",
         "tokenizer_config.json",
         "chat_template.jinja",
         "model.safetensors.index.json",

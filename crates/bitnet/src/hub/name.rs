@@ -24,18 +24,29 @@ pub struct Known {
 }
 
 /// Models with short names.
-pub const KNOWN: [Known; 2] = [
-    Known {
-        short: "2b-4t",
-        repo: "microsoft/bitnet-b1.58-2B-4T-gguf",
-        about: "BitNet b1.58 2B4T, ready to run, 1.2 GB",
-    },
-    Known {
-        short: "2b-4t-bf16",
-        repo: "microsoft/bitnet-b1.58-2B-4T-bf16",
-        about: "the same, as the master weights that `bitnet convert` reads, 4.8 GB",
-    },
-];
+pub const KNOWN: [Known; 11] = {
+    const CHECKPOINT: &str = "a checkpoint for `bitnet convert`";
+    const fn known(short: &'static str, repo: &'static str, about: &'static str) -> Known {
+        Known { short, repo, about }
+    }
+    [
+        known("2b-4t", "microsoft/bitnet-b1.58-2B-4T-gguf", "1.2 GB"),
+        known(
+            "2b-4t-bf16",
+            "microsoft/bitnet-b1.58-2B-4T-bf16",
+            "the same as a checkpoint for `bitnet convert`, 4.8 GB",
+        ),
+        known("falcon-e-1b", "tiiuae/Falcon-E-1B-Instruct-GGUF", "0.7 GB"),
+        known("falcon-e-3b", "tiiuae/Falcon-E-3B-Instruct-GGUF", "1.0 GB"),
+        known("falcon3-1b", "tiiuae/Falcon3-1B-Instruct-1.58bit-GGUF", "1.4 GB"),
+        known("falcon3-3b", "tiiuae/Falcon3-3B-Instruct-1.58bit-GGUF", "2.2 GB"),
+        known("falcon3-7b", "tiiuae/Falcon3-7B-Instruct-1.58bit-GGUF", "7 billion weights"),
+        known("falcon3-10b", "tiiuae/Falcon3-10B-Instruct-1.58bit-GGUF", "10 billion weights"),
+        known("llama3-8b", "HF1BitLLM/Llama3-8B-1.58-100B-tokens", CHECKPOINT),
+        known("large", "1bitLLM/bitnet_b1_58-large", CHECKPOINT),
+        known("3b", "1bitLLM/bitnet_b1_58-3B", CHECKPOINT),
+    ]
+};
 
 impl ModelName {
     /// Reads `hf:owner/name[:file]`, `owner/name[:file]` or a short name. None for what looks like none of them, such as

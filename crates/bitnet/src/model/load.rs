@@ -5,7 +5,8 @@ use super::rope::{angles, inverse_frequencies};
 use super::weights::WeightPlan;
 use super::{Config, Strategy, Weights, identity};
 use crate::text::{
-    ChatTemplate, NUMERALS, Numerals, Specials, Split, TemplateError, TemplateModel, Tokenizer, Vocab,
+    AT_SPACES, ChatTemplate, Key, NUMERALS, PREFIX, Prefix, Specials, Split, TemplateError, TemplateModel,
+    Tokenizer, Vocab,
 };
 use crate::{EngineOptions, Error, MemoryPlan};
 use bitnet_gguf::Gguf;
@@ -258,20 +259,19 @@ fn read_vocab<'a>(
     };
     let tokens = strings("tokenizer.ggml.tokens", tokens)?;
     let split = match gguf.get_str("tokenizer.ggml.pre")? {
-        _ if sentence => Split::Llama3,
+        _ if sentence => {
+            let no_prefix = gguf.get_bool("tokenizer.ggml.add_space_prefix")? == Some(false);
+            let simple = if no_prefix { Prefix::Never } else { Prefix::Each };
+            let prefix = read_key(keys, &PREFIX)?.unwrap_or(simple);
+            Split::Sentence { prefix, at_spaces: gguf.get_bool(AT_SPACES)?.unwrap_or(false) }
+        }
         Some("llama-bpe" | "llama3" | "llama-v3") => Split::Llama3,
         Some(pre @ ("falcon" | "falcon3" | "falcon_e" | "falcon-e")) => {
             let digits = if pre == "falcon" { 3 } else { 1 };
-            match gguf.get_str(NUMERALS)? {
-                Some("each") => Split::Falcon { digits, numerals: Some(Numerals::Each) },
-                Some("runs") => Split::Falcon { digits, numerals: Some(Numerals::Runs) },
+            match read_key(keys, &NUMERALS)? {
                 // llama.cpp and bitnet.cpp mean different things by the newer names; no cut between digits leads to this token.
                 None if digits == 1 && tokens.contains(&"10") => Split::Llama3,
-                None | Some("none") => Split::Falcon { digits, numerals: None },
-                Some(other) => {
-                    let problem = format!("expected \"none\", \"each\" or \"runs\", found {other:?}");
-                    return Err(keys.error(format!("key {NUMERALS:?}"), problem));
-                }
+                numerals => Split::Falcon { digits, numerals: numerals.flatten() },
             }
         }
         Some(other) => {
@@ -303,12 +303,12 @@ fn read_vocab<'a>(
         None => vec![1; tokens.len()],
     };
     let scores = match gguf.get_array("tokenizer.ggml.scores")? {
-        _ if !sentence => None,
+        _ if !sentence => Vec::new(),
         scores => {
             let floats = scores.and_then(|scores| scores.f32s()).map(Iterator::collect);
-            Some(floats.ok_or_else(|| {
+            floats.ok_or_else(|| {
                 keys.error("key \"tokenizer.ggml.scores\"", "expected floats: SentencePiece needs its scores")
-            })?)
+            })?
         }
     };
     let merges = match gguf.get_array("tokenizer.ggml.merges")? {
@@ -322,6 +322,16 @@ fn read_vocab<'a>(
     };
     let ignore_merges = split == Split::Llama3;
     Ok(Some(Vocab { tokens, token_types, merges, ignore_merges, scores, split }))
+}
+
+/// What a key of our own says.
+fn read_key<T: Copy>(keys: &Keys<'_>, (key, names): &Key<T>) -> Result<Option<T>, Error> {
+    let Some(found) = keys.gguf.get_str(key)? else { return Ok(None) };
+    let known = names.iter().find(|known| known.0 == found);
+    known.map(|known| Some(known.1)).ok_or_else(|| {
+        let all = names.each_ref().map(|known| known.0).join(", ");
+        keys.error(format!("key {key:?}"), format!("expected one of {all}, found {found:?}"))
+    })
 }
 
 fn read_special(

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::split::{Numerals, PATTERN, Split};
+use super::split::{Numerals, PATTERN, PREFIX, Prefix, Split};
 use super::tokenizer::{TokenizerError, Vocab, byte_of, shortened};
 
 /// The vocabulary of a `tokenizer.json` or `tokenizer.model`, in the form of GGUF's `tokenizer.ggml` arrays.
@@ -19,34 +19,32 @@ pub struct HfVocab {
     pub merges: Vec<String>,
     /// Whether a piece that is a token is that token, even where the merges would not lead to it.
     pub ignore_merges: bool,
-    /// SentencePiece's scores, one a token; `merges` may then be left out.
-    pub scores: Option<Vec<f32>>,
-    /// How byte-level BPE cuts a text.
+    /// SentencePiece's scores, one a token, with which `merges` may be left out; none for byte-level BPE.
+    pub scores: Vec<f32>,
+    /// How a text is cut.
     pub split: Split,
 }
 
 impl HfVocab {
     /// Reads a `tokenizer.json`; refuses all but byte-level BPE with the splits of LLaMA-3 and Falcon, and SentencePiece's BPE
-    /// in the form that LLaMA-2 has it.
+    /// in the forms that LLaMA-2 has it.
     /// The arrays are checked only when a tokenizer is made of them.
     pub fn parse(json: &[u8]) -> Result<Self, TokenizerError> {
         let file: File = serde_json::from_slice(json)?;
         let File { added_tokens, model, normalizer, pre_tokenizer } = &file;
         let not_null = |value: &Value| !value.is_null() && value != "";
         let sentence = model.byte_fallback == true;
-        let split = if sentence { None } else { split(pre_tokenizer) };
+        let split = if sentence { sentence_split(normalizer, pre_tokenizer) } else { split(pre_tokenizer) };
+        let ignore_merges = Value::Bool(model.ignore_merges);
         let refusals = [
             (
                 "model.type",
                 &model.model_type,
                 model.model_type != "BPE" && (!sentence || not_null(&model.model_type)),
             ),
-            ("normalizer", normalizer, if sentence { *normalizer != spaces() } else { not_null(normalizer) }),
-            (
-                "pre_tokenizer",
-                pre_tokenizer,
-                if sentence { not_null(pre_tokenizer) } else { split.is_none() },
-            ),
+            ("normalizer", normalizer, not_null(normalizer) && !(sentence && *normalizer == spaces())),
+            ("pre_tokenizer", pre_tokenizer, split.is_none()),
+            ("model.ignore_merges", &ignore_merges, sentence && ignore_merges == true),
             ("model.dropout", &model.dropout, not_null(&model.dropout)),
             ("model.continuing_subword_prefix", &model.prefix, not_null(&model.prefix)),
             ("model.end_of_word_suffix", &model.suffix, not_null(&model.suffix)),
@@ -74,12 +72,11 @@ impl HfVocab {
         let token_types = entries.iter().map(|entry| entry.1.1).collect();
         let merges: Vec<_> = file.model.merges.into_iter().map(Merge::into_text).collect();
         // For programs that go by the scores alone: what is merged first has the highest.
-        let scores = sentence.then(|| {
-            let results =
-                merges.iter().enumerate().rev().map(|(rank, merge)| (merge.replacen(' ', "", 1), rank));
-            let ranks: HashMap<String, usize> = results.collect();
-            tokens.iter().map(|token| ranks.get(token).map_or(-1e9, |rank| -(*rank as f32))).collect()
-        });
+        let scored = if sentence { &tokens[..] } else { &[] };
+        let results = merges.iter().enumerate().rev().map(|(rank, merge)| (merge.replacen(' ', "", 1), rank));
+        let ranks: HashMap<String, usize> = results.filter(|_| sentence).collect();
+        let score = |token| ranks.get(token).map_or(-1e9, |rank| -(*rank as f32));
+        let scores = scored.iter().map(score).collect();
         let ignore_merges = file.model.ignore_merges;
         Ok(Self { tokens, token_types, merges, ignore_merges, scores, split: split.unwrap_or_default() })
     }
@@ -103,6 +100,20 @@ fn spaces() -> Value {
         { "type": "Prepend", "prepend": "\u{2581}" },
         { "type": "Replace", "pattern": { "String": " " }, "content": "\u{2581}" },
     ] })
+}
+
+/// How a tokenizer like SentencePiece's makes spaces visible: by the normalizer, or by the step "Metaspace".
+fn sentence_split(normalizer: &Value, pre_tokenizer: &Value) -> Option<Split> {
+    if pre_tokenizer.is_null() {
+        return (*normalizer == spaces())
+            .then_some(Split::Sentence { prefix: Prefix::Each, at_spaces: false });
+    }
+    let known = pre_tokenizer["type"] == "Metaspace" && pre_tokenizer["replacement"] == "\u{2581}";
+    let old = pre_tokenizer["add_prefix_space"].as_bool().map(|adds| if adds { "always" } else { "never" });
+    let name = pre_tokenizer["prepend_scheme"].as_str().or(old).unwrap_or("always");
+    let (_, prefix) = PREFIX.1.into_iter().find(|known| known.0 == name)?;
+    let at_spaces = pre_tokenizer["split"].as_bool().unwrap_or(true);
+    (known && normalizer.is_null()).then_some(Split::Sentence { prefix, at_spaces })
 }
 
 /// The split that a pre-tokenizer of byte-level BPE describes, if it is a known one.

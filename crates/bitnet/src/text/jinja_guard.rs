@@ -3,40 +3,54 @@
 //! `a ~ b` and `a in b` turn a list into text without a bound on its length, and a list may hold a long text many times at no
 //! cost. So each operand of `~` and each left operand of `in` in a template is put into a call of [`PLAIN`], a function that
 //! lets pass all but lists and maps.
+//!
+//! Hugging Face's block `generation` says which text is the model's, for those who train it; here it is a block like any other.
 
 /// The function's name. Templates may call it too; it does no harm.
 pub(super) const PLAIN: &str = "plain_value";
+const CALL: &str = "plain_value(";
 
 /// The template with the calls put in. What is not Jinja comes out as it went in, as far as it was understood.
 pub(super) fn guard_operators(source: &str) -> String {
-    let mut marks: Vec<(usize, bool)> = Vec::new();
+    let mut edits = Vec::new();
     let mut at = 0;
     while let Some(start) = source[at..].find('{').map(|found| at + found) {
         at = start + 1;
         match source.as_bytes().get(at) {
             Some(b'#') => at = source[at..].find("#}").map_or(source.len(), |end| at + end + 2),
-            Some(b'{' | b'%') => {
+            Some(kind @ (b'{' | b'%')) => {
                 let tokens = tokens(source, at + 1);
                 at = tokens.last().map_or(source.len(), |last| last.end);
-                if tokens.first().is_some_and(|first| first.text(source) == "raw") {
-                    at = source[at..].find("endraw").map_or(source.len(), |end| at + end);
-                }
-                mark(source, &tokens, &mut marks);
+                let signed = tokens.first().is_some_and(|first| ["-", "+"].contains(&first.text(source)));
+                let name = tokens.get(usize::from(signed)).filter(|_| *kind == b'%');
+                let block = match name.map_or("", |name| name.text(source)) {
+                    "raw" => {
+                        at = source[at..].find("endraw").map_or(source.len(), |end| at + end);
+                        None
+                    }
+                    "generation" => Some("with"),
+                    "endgeneration" => Some("endwith"),
+                    _ => None,
+                };
+                edits.extend(name.zip(block).map(|(name, block)| (name.start, name.end, block)));
+                guard(source, &tokens, &mut edits);
             }
             _ => {}
         }
     }
     // Operands that end somewhere end before those that begin there.
-    marks.sort_unstable();
-    let (mut out, mut from) = (String::with_capacity(source.len() + 16 * marks.len()), 0);
-    for (at, opens) in marks {
-        out.push_str(&source[from..at]);
-        out.push_str(if opens { PLAIN } else { ")" });
-        out.push_str(if opens { "(" } else { "" });
-        from = at;
+    edits.sort_unstable();
+    let (mut out, mut from) = (String::with_capacity(source.len() + 16 * edits.len()), 0);
+    for (start, end, text) in edits {
+        out.push_str(&source[from..start]);
+        out.push_str(text);
+        from = end;
     }
     out + &source[from..]
 }
+
+/// Text in place of what is between two places of a template. Of two calls in one place `)` sorts first.
+type Edit = (usize, usize, &'static str);
 
 struct Token {
     start: usize,
@@ -88,8 +102,8 @@ fn tokens(source: &str, mut at: usize) -> Vec<Token> {
     tokens
 }
 
-/// Finds the operands: `marks` gets where they begin (true) and end (false).
-fn mark(source: &str, tokens: &[Token], marks: &mut Vec<(usize, bool)>) {
+/// Puts the operands of a tag into calls.
+fn guard(source: &str, tokens: &[Token], edits: &mut Vec<Edit>) {
     let text = |index: usize| tokens.get(index).map_or("", |token| token.text(source));
     let mut loop_in = text(usize::from(text(0) == "-" || text(0) == "+")) == "for";
     for (at, token) in tokens.iter().enumerate() {
@@ -110,8 +124,8 @@ fn mark(source: &str, tokens: &[Token], marks: &mut Vec<(usize, bool)>) {
         let right = (at + 1..tokens.len()).take_while(inside).last().filter(|_| concat);
         let operands = [left.map(|first| first..end), right.map(|last| at + 1..last + 1)];
         for operand in operands.into_iter().flatten() {
-            marks.push((tokens[operand.start].start, true));
-            marks.push((tokens[operand.end - 1].end, false));
+            let (start, end) = (tokens[operand.start].start, tokens[operand.end - 1].end);
+            edits.extend([(start, start, CALL), (end, end, ")")]);
         }
     }
 }
@@ -155,6 +169,14 @@ mod tests {
             (
                 "{# a ~ b #}~{% raw %}{{ a ~ b }}{% endraw %}{{ a ~ b",
                 "{# a ~ b #}~{% raw %}{{ a ~ b }}{% endraw %}{{ <a> ~ <b>",
+            ),
+            (
+                "{%- raw -%}{{ a ~ b }}{% endraw %}{{ raw }}{{ a ~ b }}",
+                "{%- raw -%}{{ a ~ b }}{% endraw %}{{ raw }}{{ <a> ~ <b> }}",
+            ),
+            (
+                "{%- generation %}{{ generation }}{% endgeneration -%}",
+                "{%- with %}{{ generation }}{% endwith -%}",
             ),
             ("{'a' ~ b} ~ {{ \"\\\"~\" ~ é }}", "{'a' ~ b} ~ {{ <\"\\\"~\"> ~ <é> }}"),
         ] {

@@ -12,8 +12,8 @@ mod template;
 mod tokenizer;
 
 pub use hf::HfVocab;
-pub(crate) use split::NUMERALS;
-pub use split::{Numerals, Split};
+pub(crate) use split::{AT_SPACES, Key, NUMERALS, PREFIX};
+pub use split::{Numerals, Prefix, Split};
 pub use stream::{StopStrings, Stopped, TextStream};
 pub use template::{ChatTemplate, Message, Role, TemplateError, TemplateModel};
 pub use tokenizer::{Specials, Tokenizer, TokenizerError, Vocab};

@@ -4,7 +4,7 @@
 //! (float32) and 3 type, whose numbers are those of GGUF, 1 where it is left out.
 
 use super::hf::HfVocab;
-use super::split::Split;
+use super::split::{Prefix, Split};
 
 impl HfVocab {
     /// Reads the pieces of a `tokenizer.model`; None where it is none, or of another algorithm than BPE.
@@ -15,8 +15,8 @@ impl HfVocab {
             token_types: Vec::new(),
             merges: Vec::new(),
             ignore_merges: false,
-            scores: Some(Vec::new()),
-            split: Split::default(),
+            scores: Vec::new(),
+            split: Split::Sentence { prefix: Prefix::Each, at_spaces: false },
         };
         let mut algorithm = 0;
         fields(model, |number, value| match (number, value) {
@@ -33,7 +33,7 @@ impl HfVocab {
                 })?;
                 vocab.tokens.push(text?);
                 vocab.token_types.push(kind);
-                vocab.scores.get_or_insert_default().push(score);
+                vocab.scores.push(score);
                 Some(())
             }
             // What the model was trained with: field 3 is the algorithm.

@@ -1,4 +1,4 @@
-//! Text into the pieces that byte-pair encoding never merges across: as LLaMA-3 does, and as Falcon does.
+//! Text into the pieces that byte-pair encoding never merges across: as LLaMA-3, Falcon and SentencePiece do.
 //!
 //! Written by hand because a regex engine with lookahead is slower by a factor and must be compiled at start.
 
@@ -18,7 +18,44 @@ pub enum Split {
         /// byte alphabet, so six bytes that parts of other characters have are among them.
         numerals: Option<Numerals>,
     },
+    /// SentencePiece's: not at all.
+    Sentence {
+        /// Where a space is put before it.
+        prefix: Prefix,
+        /// Whether it is cut before each space after all.
+        at_spaces: bool,
+    },
 }
+
+/// Where SentencePiece's tokenizers add a space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Prefix {
+    /// Before each part of a text between special tokens, as SentencePiece itself and llama.cpp.
+    Each,
+    /// Before each part that begins with none.
+    Always,
+    /// Before a text that begins with none.
+    First,
+    /// Nowhere.
+    Never,
+}
+
+impl Prefix {
+    /// Whether there is one before `part`, with which a text begins or not.
+    pub(super) fn adds(self, part: &str, begins: bool) -> bool {
+        let lacks = !part.starts_with([' ', SPACE_MARK]);
+        !part.is_empty()
+            && match self {
+                Self::Each => true,
+                Self::Always => lacks,
+                Self::First => lacks && begins,
+                Self::Never => false,
+            }
+    }
+}
+
+/// What SentencePiece writes for a space.
+pub(super) const SPACE_MARK: char = '\u{2581}';
 
 /// The step "Digits" of a `tokenizer.json`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +71,13 @@ impl Split {
     pub(super) fn pieces(self, text: &str, mut take: impl FnMut(&[u8])) {
         match self {
             Self::Llama3 => pieces(text, piece_len).for_each(|piece| take(piece.as_bytes())),
+            Self::Sentence { at_spaces: false, .. } => take(text.as_bytes()),
+            Self::Sentence { at_spaces: true, .. } => {
+                let next =
+                    |text: &str| text.char_indices().skip(1).find(|(_, c)| *c == ' ').map(|(at, _)| at);
+                pieces(text, |text| next(text).unwrap_or(text.len()))
+                    .for_each(|piece| take(piece.as_bytes()));
+            }
             Self::Falcon { digits, numerals } => {
                 for run in pieces(text, |text| run_end_by(text, is_punctuation)) {
                     let len = if run.starts_with(is_punctuation) { str::len } else { gpt2_len };
@@ -46,8 +90,20 @@ impl Split {
     }
 }
 
-/// A key of our own in GGUF, for which llama.cpp's names have no room: [`Numerals`], "none", "each" or "runs".
-pub(crate) const NUMERALS: &str = "bitnet.tokenizer.numerals";
+/// A key of our own in GGUF, for which llama.cpp's names have no room, and what it may say.
+pub(crate) type Key<T> = (&'static str, [(&'static str, T); 3]);
+
+pub(crate) const NUMERALS: Key<Option<Numerals>> = (
+    "bitnet.tokenizer.numerals",
+    [("none", None), ("each", Some(Numerals::Each)), ("runs", Some(Numerals::Runs))],
+);
+/// The names are those of `tokenizer.json`.
+pub(crate) const PREFIX: Key<Prefix> = (
+    "bitnet.tokenizer.prefix",
+    [("always", Prefix::Always), ("first", Prefix::First), ("never", Prefix::Never)],
+);
+/// Another one: whether text is cut before spaces.
+pub(crate) const AT_SPACES: &str = "bitnet.tokenizer.split_at_spaces";
 
 /// The pattern that [`pieces`] follows, as `tokenizer.json` spells it.
 pub(super) const PATTERN: &str = concat!(

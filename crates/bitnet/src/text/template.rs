@@ -418,7 +418,7 @@ fn encode_marked(text: &str, tokenizer: &Tokenizer, mark: char, ids: &mut Vec<u3
     loop {
         let special = tokenizer.find_special(rest);
         let plain = rest[..special.map_or(rest.len(), |(at, _)| at)].replace(mark, "");
-        ids.extend(tokenizer.encode(&plain, Specials::AsText));
+        tokenizer.encode_after(ids, &plain, Specials::AsText);
         let Some((at, id)) = special else { return };
         ids.push(id);
         rest = &rest[at + tokenizer.token_bytes(id).map_or(0, <[u8]>::len)..];

@@ -1,9 +1,10 @@
 //! Byte-level BPE, and SentencePiece's BPE.
 //!
-//! SentencePiece cuts no text into pieces: with a space before it, it is one. Its tokens have scores; of two neighbours that
+//! SentencePiece itself cuts no text into pieces: with a space before it, it is one. Its tokens have scores; of two neighbours that
 //! together are a token, those that give the highest score are merged first. So each way to make a token of two others is a
 //! merge, ordered by the score of the result, unless the vocabulary lists its merges. Characters that are no token become bytes.
 
+use std::borrow::Cow;
 use std::hash::BuildHasher;
 
 use bitnet_kernels::{Counted, MemoryPart};
@@ -12,7 +13,7 @@ use hashbrown::{DefaultHashBuilder, HashTable};
 
 use super::bpe::{Merge, Merger, Merges};
 use super::hf::HfVocab;
-use super::split::Split;
+use super::split::{Prefix, SPACE_MARK, Split};
 
 /// What a tokenizer is made of, in the form of GGUF's `tokenizer.ggml` arrays.
 pub struct Vocab<'a> {
@@ -24,9 +25,9 @@ pub struct Vocab<'a> {
     pub merges: Vec<&'a str>,
     /// Whether a piece that is a token is that token, even where the merges would not lead to it.
     pub ignore_merges: bool,
-    /// SentencePiece's scores, one a token; `merges` may then be left out.
-    pub scores: Option<Vec<f32>>,
-    /// How byte-level BPE cuts a text.
+    /// SentencePiece's scores, one a token, with which `merges` may be left out; none for byte-level BPE.
+    pub scores: Vec<f32>,
+    /// How a text is cut.
     pub split: Split,
 }
 
@@ -115,8 +116,6 @@ pub struct Tokenizer {
     merges: Merges,
     ignore_merges: bool,
     split: Split,
-    /// Whether it is SentencePiece's.
-    sentence: bool,
     user_defined: SpecialSet,
     /// Control and user-defined tokens.
     specials: SpecialSet,
@@ -133,9 +132,6 @@ enum Kind {
     Byte,
 }
 
-/// What SentencePiece writes for a space.
-const SPACE: char = '\u{2581}';
-
 /// The byte that a token such as `<0x0A>` stands for.
 pub(super) fn byte_of(token: &str) -> Option<u8> {
     let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
@@ -146,9 +142,8 @@ impl Tokenizer {
     /// Builds a tokenizer. Nothing in `vocab` is trusted.
     pub fn new(vocab: &Vocab<'_>) -> Result<Self, TokenizerError> {
         let n_vocab = vocab.tokens.len();
-        let sentence = vocab.scores.is_some();
-        let scores = vocab.scores.as_deref().unwrap_or_default();
-        if let Some(types) = [vocab.token_types.len(), if sentence { scores.len() } else { n_vocab }]
+        let sentence = matches!(vocab.split, Split::Sentence { .. });
+        if let Some(types) = [vocab.token_types.len(), if sentence { vocab.scores.len() } else { n_vocab }]
             .into_iter()
             .find(|n| *n != n_vocab)
         {
@@ -181,7 +176,7 @@ impl Tokenizer {
                 texts.bytes.push(byte);
                 byte_ids[usize::from(byte)] = id as u32;
             } else if sentence {
-                texts.bytes.extend(token.replace(SPACE, " ").as_bytes());
+                texts.bytes.extend(token.replace(SPACE_MARK, " ").as_bytes());
             } else if kind == Kind::Normal {
                 push_decoded(token, &mut texts.bytes)
                     .map_err(|found| TokenizerError::TokenAlphabet { id, found })?;
@@ -224,10 +219,9 @@ impl Tokenizer {
             merges,
             ignore_merges: vocab.ignore_merges,
             split: vocab.split,
-            sentence,
         };
         if sentence && vocab.merges.is_empty() {
-            tokenizer.push_scored(scores)?;
+            tokenizer.push_scored(&vocab.scores)?;
         } else {
             tokenizer.push_merges(&vocab.merges)?;
         }
@@ -247,8 +241,8 @@ impl Tokenizer {
             let (left, right) = text.split_once(' ').ok_or_else(form)?;
             pair.clear();
             let decode = |part: &str, pair: &mut Vec<u8>| {
-                if self.sentence {
-                    pair.extend(part.replace(SPACE, " ").as_bytes());
+                if self.is_sentence() {
+                    pair.extend(part.replace(SPACE_MARK, " ").as_bytes());
                     return Ok(());
                 }
                 push_decoded(part, pair).map_err(|_| form())
@@ -302,44 +296,52 @@ impl Tokenizer {
         Ok(())
     }
 
-    /// The tokens of a text without special ones.
-    fn encode_plain(&self, plain: &str, merger: &mut Merger, ids: &mut Vec<u32>) {
-        if self.sentence {
-            let start = if plain.is_empty() { None } else { self.normal_id(b" ") };
-            let chars = plain.char_indices().flat_map(|(at, c)| {
-                let bytes = if c == SPACE { b" " } else { &plain.as_bytes()[at..at + c.len_utf8()] };
-                let whole = self.normal_id(bytes);
-                let bytes = if whole.is_some() { &[] } else { bytes };
-                whole.into_iter().chain(bytes.iter().map(|&byte| self.byte_ids[usize::from(byte)]))
-            });
-            return merger.encode(&self.merges, start.into_iter().chain(chars), ids);
+    /// The tokens of a part of a text without special ones; the text may begin with it.
+    fn encode_plain(&self, plain: &str, begins: bool, merger: &mut Merger, ids: &mut Vec<u32>) {
+        let mut text = Cow::Borrowed(plain);
+        if let Split::Sentence { prefix, .. } = self.split {
+            let space = if prefix.adds(plain, begins) { " " } else { "" };
+            text = Cow::Owned(format!("{space}{}", plain.replace(SPACE_MARK, " ")));
         }
-        self.split.pieces(plain, |piece| {
+        let byte_id = |&byte: &u8| self.byte_ids[usize::from(byte)];
+        self.split.pieces(&text, |piece| {
             let whole = if self.ignore_merges { self.normal_id(piece) } else { None };
-            match whole {
-                Some(id) => ids.push(id),
-                None => {
-                    let bytes = piece.iter().map(|&byte| self.byte_ids[usize::from(byte)]);
-                    merger.encode(&self.merges, bytes, ids);
-                }
+            if let Some(id) = whole {
+                ids.push(id);
+            } else if self.is_sentence() {
+                let chars = piece.utf8_chunks().flat_map(|chunk| chunk.valid().split_inclusive(|_| true));
+                let symbols = chars.flat_map(|c| {
+                    let whole = self.normal_id(c.as_bytes());
+                    let bytes = if whole.is_some() { &[] } else { c.as_bytes() };
+                    whole.into_iter().chain(bytes.iter().map(byte_id))
+                });
+                merger.encode(&self.merges, symbols, ids);
+            } else {
+                merger.encode(&self.merges, piece.iter().map(byte_id), ids);
             }
         });
     }
 
     /// The tokens of a text. Adds no begin-of-text token. User-defined tokens are always recognised.
     pub fn encode(&self, text: &str, specials: Specials) -> Vec<u32> {
+        let mut ids = Vec::with_capacity(text.len() / 4);
+        self.encode_after(&mut ids, text, specials);
+        ids
+    }
+
+    /// Appends the tokens of a text to those of what it goes on after, if there are any.
+    pub(super) fn encode_after(&self, ids: &mut Vec<u32>, text: &str, specials: Specials) {
         let set = match specials {
             Specials::AsText => &self.user_defined,
             Specials::Parse => &self.specials,
         };
-        let mut ids = Vec::with_capacity(text.len() / 4);
         let mut merger = Merger::default();
         let mut rest = text;
         loop {
             let special = set.find(&self.texts, rest.as_bytes());
             let plain = &rest[..special.map_or(rest.len(), |(at, _)| at)];
-            self.encode_plain(plain, &mut merger, &mut ids);
-            let Some((at, id)) = special else { return ids };
+            self.encode_plain(plain, ids.is_empty(), &mut merger, ids);
+            let Some((at, id)) = special else { return };
             ids.push(id);
             rest = &rest[at + self.texts.get(id).len()..];
         }
@@ -357,7 +359,8 @@ impl Tokenizer {
                 bytes.extend(token);
             }
         }
-        if self.sentence && bytes.first() == Some(&b' ') {
+        let prefix = matches!(self.split, Split::Sentence { prefix, .. } if prefix != Prefix::Never);
+        if prefix && bytes.first() == Some(&b' ') {
             bytes.remove(0);
         }
         Ok(bytes)
@@ -393,8 +396,12 @@ impl Tokenizer {
         self.kinds.len()
     }
 
+    fn is_sentence(&self) -> bool {
+        matches!(self.split, Split::Sentence { .. })
+    }
+
     fn normal_id(&self, bytes: &[u8]) -> Option<u32> {
-        if let (&[byte], true) = (bytes, !self.sentence) {
+        if let (&[byte], false) = (bytes, self.is_sentence()) {
             return Some(self.byte_ids[usize::from(byte)]).filter(|&id| id != u32::MAX);
         }
         self.index.find(self.hasher.hash_one(bytes), |&id| self.texts.get(id) == bytes).copied()

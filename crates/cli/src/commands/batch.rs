@@ -416,8 +416,9 @@ impl Run {
         let had =
             if before.rows == 0 { String::new() } else { format!(" after {} that were there", before.rows) };
         notice(format_args!(
-            "{} rows{had}{}\nprompts    {:>6} tokens computed, {} shared\ngenerated  {:>6} tokens in {} steps, {:.2} tokens/s in all",
+            "{} row{}{had}{}\nprompts    {:>6} tokens computed, {} shared\ngenerated  {:>6} tokens in {} steps, {:.2} tokens/s in all",
             self.new.rows,
+            if self.new.rows == 1 { "" } else { "s" },
             errors(before.errors + self.new.errors),
             counts.prompt_tokens,
             counts.shared_tokens,

@@ -2,9 +2,8 @@ use crate::hub;
 use crate::output::{self, notice};
 use anyhow::bail;
 use bitnet::convert::{HeadType, Options, TernaryType, convert};
-use bitnet::hub::ModelName;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::ProgressStyle;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
@@ -15,8 +14,10 @@ use std::sync::atomic::Ordering;
 /// The ternary weights stay the same in every type; the file is read again before it appears, and the hash of all its
 /// weights is printed.
 #[derive(clap::Args)]
-#[command(after_help = "Example:
-  bitnet convert ./bitnet-b1.58-2B-4T-bf16 model.gguf")]
+#[command(after_help = "Examples:
+  bitnet convert ./bitnet-b1.58-2B-4T-bf16 model.gguf
+  bitnet convert llama3-8b model.gguf                   downloads it first
+  bitnet convert model.gguf small.gguf --type tq1_0 --head q6_k")]
 pub struct Args {
     /// The folder, a GGUF file, or the name of a model on the hub
     input: String,
@@ -30,6 +31,9 @@ pub struct Args {
     /// holds every value exactly
     #[arg(long, value_parser = names(HeadType::ALL, HeadType::name), ignore_case = true, default_value = "auto")]
     head: HeadType,
+    /// No progress and notices on stderr
+    #[arg(short = 'q', long)]
+    quiet: bool,
 }
 
 /// One of `all` by its name.
@@ -45,12 +49,10 @@ fn names<T: Copy + Send + Sync + 'static, const N: usize>(
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let options = Options { ternary: args.ternary, head: args.head };
     let mut input = PathBuf::from(&args.input);
-    if !input.exists()
-        && let Some(name) = ModelName::parse(&args.input)?
-    {
+    if let Some(name) = hub::name_unless_path(&args.input)? {
         input = match hub::settings()?.find(&name, true)? {
             Some(path) => path,
-            None => hub::pull(&name, true, false)?.path,
+            None => hub::pull(&name, true, args.quiet)?.path,
         };
     }
     if let (Ok(from), Ok(to)) = (input.canonicalize(), args.output.canonicalize())
@@ -58,8 +60,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     {
         bail!("{}: this is the input; give another name to write", args.output.display());
     }
-    // Drawn only where stderr is a terminal.
-    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    let bar = hub::bar(args.quiet);
     bar.set_style(ProgressStyle::with_template("{bar:40} {bytes} of {total_bytes} {eta} {wide_msg}")?);
     let interrupted = output::interrupt_flag()?;
     let report = convert(&input, &args.output, options, &mut |progress| {
@@ -72,18 +73,20 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     });
     bar.finish_and_clear();
     let report = report?;
-    for line in &report.notices {
-        notice(format_args!("note: {line}"));
+    if !args.quiet {
+        for line in &report.notices {
+            notice(format_args!("note: {line}"));
+        }
+        let zeros = 100.0 * report.zero_weights as f64 / report.ternary_weights.max(1) as f64;
+        notice(format_args!(
+            "{}: {}, {} tensors, {} ternary weights in {} ({zeros:.1} % zero), embedding {}, verified",
+            args.output.display(),
+            report.architecture,
+            report.tensors,
+            report.ternary_weights,
+            options.ternary.tensor_type(),
+            report.embedding
+        ));
     }
-    let zeros = 100.0 * report.zero_weights as f64 / report.ternary_weights.max(1) as f64;
-    notice(format_args!(
-        "{}: {}, {} tensors, {} ternary weights in {} ({zeros:.1} % zero), embedding {}, verified",
-        args.output.display(),
-        report.architecture,
-        report.tensors,
-        report.ternary_weights,
-        options.ternary.tensor_type(),
-        report.embedding
-    ));
     output::print(format!("trits {}\n", report.trits).as_bytes())
 }

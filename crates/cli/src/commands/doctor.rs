@@ -71,14 +71,18 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     streams.sort_by(f64::total_cmp);
     let stream = streams[2];
     say("bandwidth", format!("{:.1} GB/s, read by {threads} threads", stream / 1e9))?;
-    let products = products(args)?;
+    let products = products(args, Compute::new(compute.kernels(), threads))?;
     say(
         "arithmetic",
         format!("{:.0} billion products of a weight and an activation a second", products / 1e9),
     )?;
 
     let all: Vec<_> = supported().iter().map(|kernels| kernels.name()).collect();
-    let why = if all.last() == Some(&kernels) { "the best that this CPU can run" } else { "as asked for" };
+    let why = match all.last() == Some(&kernels) {
+        true => "the best that this CPU can run",
+        false if args.model.asks_for_kernels() => "as asked for",
+        false => "the best of those that compute right results here",
+    };
     say("kernel", format!("{kernels}: {why} (of {})", all.join(", ")))?;
     if kernels == "scalar" {
         advice.push("the scalar kernels are slow: they are a definition, not made for speed".into());
@@ -125,8 +129,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 /// Products a second, of two layers of a known shape that process a prompt.
-fn products(args: &Args) -> anyhow::Result<f64> {
-    let compute = args.model.compute()?;
+fn products(args: &Args, compute: Compute) -> anyhow::Result<f64> {
     let config = Config { n_layers: 2, vocab_size: 256, ..Config::bitnet_2b_4t() };
     let done = weights(&config) * ROWS as f64;
     let model = Model::random(config, &compute, args.model.strategy())?;

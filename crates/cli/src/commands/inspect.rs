@@ -41,8 +41,12 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     info.map(|_| ()).map_err(Into::into)
 }
 
-/// What `bitnet run` takes, or why it does not run.
-fn plan(info: &ModelInfo<'_>, args: &Args, file: &str) -> anyhow::Result<(EngineOptions, MemoryPlan)> {
+/// What `bitnet run` takes, and what gave way to the budget; or why it does not run.
+fn plan(
+    info: &ModelInfo<'_>,
+    args: &Args,
+    file: &str,
+) -> anyhow::Result<(EngineOptions, MemoryPlan, Option<String>)> {
     let context = source::context(args.ctx_size, &info.config);
     let options = EngineOptions {
         context,
@@ -50,8 +54,8 @@ fn plan(info: &ModelInfo<'_>, args: &Args, file: &str) -> anyhow::Result<(Engine
         ..EngineOptions::for_model(&info.config)
     };
     let plan = |options: &EngineOptions| info.memory(options, allowed_threads());
-    let (options, _) = args.memory.fit(file, options, args.ctx_size.is_none(), plan)?;
-    Ok((options, plan(&options)))
+    let (options, shrunk) = args.memory.fit(file, options, args.ctx_size.is_none(), plan)?;
+    Ok((options, plan(&options), shrunk))
 }
 
 /// Tensor type, number of tensors, bytes; in the order of their first use.
@@ -111,7 +115,12 @@ fn as_text(args: &Args, gguf: &Gguf, info: Option<&ModelInfo<'_>>) -> String {
                 line("repair", &format!("{}: {}", repair.name, repair.message));
             }
             match plan(info, args, gguf.name()) {
-                Ok((options, plan)) => line("memory", &memory::sum(&plan, &options)),
+                Ok((options, plan, shrunk)) => {
+                    line("memory", &memory::sum(&plan, &options));
+                    if let Some(shrunk) = shrunk {
+                        line("budget", &shrunk);
+                    }
+                }
                 Err(error) => line("memory", &error.to_string()),
             }
         }
@@ -174,7 +183,7 @@ fn as_json(args: &Args, gguf: &Gguf, info: Result<&ModelInfo<'_>, &bitnet::Error
     let repairs = info.repairs.iter().map(|r| json!({ "name": r.name, "message": r.message }));
     all["repairs"] = repairs.collect();
     all["memory"] = match plan(info, args, gguf.name()) {
-        Ok((options, plan)) => json!({
+        Ok((options, plan, _)) => json!({
             "context": options.context,
             "cache_type": options.cache_type.name(),
             "weights_bytes": plan.of(MemoryPart::Weights),

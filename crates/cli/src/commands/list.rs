@@ -1,9 +1,9 @@
 use crate::{hub, output};
 use bitnet::gguf::Gguf;
-use bitnet::hub::Cached;
+use bitnet::hub::{Cached, Content};
 use serde_json::json;
 
-/// Lists the GGUF models in the cache of the Hugging Face hub. Each name is one that `-m` takes.
+/// Lists the models in the cache of the Hugging Face hub: GGUF files, with names that `-m` takes, and checkpoints.
 #[derive(clap::Args)]
 pub struct Args {
     /// Print JSON
@@ -17,7 +17,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     if args.json {
         let rows = list.iter().map(|cached| {
             json!({
-                "name": name(cached), "size": cached.size, "path": cached.path, "complete": cached.file.is_some(),
+                "name": name(cached), "size": cached.size, "path": cached.path, "complete": cached.content != Content::Partial,
                 "architecture": architecture(cached),
             })
         });
@@ -31,10 +31,12 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     }
     let width = list.iter().map(|cached| name(cached).len()).max().unwrap_or(0);
     for cached in &list {
-        let about = match (&cached.file, architecture(cached)) {
-            (None, _) => "not complete; `bitnet pull` goes on".to_owned(),
-            (_, Some(architecture)) => architecture,
-            (_, None) => "not a GGUF file that can be read".to_owned(),
+        let about = match &cached.content {
+            Content::Partial => "not complete; `bitnet pull` goes on".to_owned(),
+            Content::Checkpoint => "a checkpoint; `bitnet convert` makes a model of it".to_owned(),
+            Content::Gguf(_) => {
+                architecture(cached).unwrap_or_else(|| "not a GGUF file that can be read".to_owned())
+            }
         };
         let line = format!("{:<width$}  {:>10}  {about}\n", name(cached), output::bytes(cached.size));
         output::print(line.as_bytes())?;
@@ -43,14 +45,14 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 fn name(cached: &Cached) -> String {
-    match &cached.file {
-        Some(file) => format!("hf:{}:{}", cached.repo, file.escape_debug()),
-        None => cached.repo.clone(),
+    match &cached.content {
+        Content::Gguf(file) => format!("hf:{}:{}", cached.repo, file.escape_debug()),
+        Content::Partial | Content::Checkpoint => cached.repo.clone(),
     }
 }
 
 fn architecture(cached: &Cached) -> Option<String> {
-    let gguf = Gguf::open(&cached.path).ok().filter(|_| cached.file.is_some())?;
+    let gguf = Gguf::open(&cached.path).ok().filter(|_| matches!(cached.content, Content::Gguf(_)))?;
     let architecture = gguf.get_str("general.architecture").ok()??;
     Some(architecture.chars().take(40).collect::<String>().escape_debug().to_string())
 }

@@ -1,6 +1,5 @@
 use crate::{hub, output};
-use anyhow::Context;
-use bitnet::hub::{KNOWN, ModelName};
+use bitnet::hub::KNOWN;
 use serde_json::json;
 
 /// Downloads a model from the Hugging Face hub into its cache, or goes on with a download that broke off.
@@ -30,8 +29,7 @@ fn known() -> String {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let name = ModelName::parse(&args.name)?;
-    let name = name.with_context(|| hub::no_name(&args.name))?;
+    let name = hub::name(&args.name)?;
     let pulled = hub::pull(&name, true, args.quiet)?;
     if pulled.path.is_dir() && !args.quiet {
         let path = pulled.path.display();

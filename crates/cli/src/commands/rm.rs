@@ -1,6 +1,5 @@
 use crate::{hub, output};
-use anyhow::{Context, bail};
-use bitnet::hub::ModelName;
+use anyhow::bail;
 
 /// Removes a model from the cache of the Hugging Face hub.
 #[derive(clap::Args)]
@@ -13,7 +12,7 @@ pub struct Args {
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let hub = hub::settings()?;
     for text in &args.names {
-        let name = ModelName::parse(text)?.with_context(|| hub::no_name(text))?;
+        let name = hub::name(text)?;
         match hub.remove(&name)? {
             Some(freed) => {
                 output::notice(format_args!("{name}: removed, {} freed", output::bytes(freed)));

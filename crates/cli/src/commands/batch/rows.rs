@@ -310,7 +310,8 @@ impl Row {
                 ensure!(forms.next().is_none(), "more than one of json_schema, grammar and regex");
                 match (fields.prompt, fields.messages) {
                     (Some(text), None) => Prompt::Text(text),
-                    (None, Some(messages)) => Prompt::Messages(messages),
+                    (None, Some(messages)) if !messages.is_empty() => Prompt::Messages(messages),
+                    (None, Some(_)) => bail!("there are no messages"),
                     _ => bail!("expected either \"prompt\" or \"messages\""),
                 }
             }

@@ -1,21 +1,16 @@
 //! The `bitnet` command when a signal ends it.
-#![cfg(target_os = "linux")]
-#![allow(clippy::unwrap_used)] // in the helpers of tests too
 
-use assert_cmd::cargo::CommandCargoExt;
+use super::{command, text};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
 /// Slow enough not to be done before the signal comes.
 fn spawn(args: &[&str]) -> Child {
-    let mut command = Command::cargo_bin("bitnet").unwrap();
-    command.args(args).args(["--kernels", "scalar", "-t", "1"]);
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    command(args).args(["--kernels", "scalar", "-t", "1"]).stdin(Stdio::null()).spawn().unwrap()
 }
 
 fn send(signal: &str, child: &Child) {
@@ -48,10 +43,6 @@ fn checked(output: Output) -> Output {
     output
 }
 
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
-
 #[test]
 fn an_interrupt_ends_the_text() {
     let mut child = spawn(&["run", "-p", "Once", "-n", "-1", "--ignore-eos"]);
@@ -82,9 +73,7 @@ fn an_interrupt_ends_a_chat_that_waits_for_its_pipe_and_keeps_its_cache() {
     let folder = tempfile::tempdir().unwrap();
     let cache = folder.path().join("cache");
     for signal in ["-INT", "-TERM"] {
-        let mut command = Command::cargo_bin("bitnet").unwrap();
-        command.args(["chat", "-n", "3", "--prompt-cache", text(&cache)]);
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child = command(&["chat", "-n", "3", "--prompt-cache", text(&cache)]).spawn().unwrap();
         let mut stdin = child.stdin.take().unwrap();
         stdin.write_all(b"Once upon a time\n").unwrap();
         let mut answer = String::new();
@@ -121,10 +110,8 @@ fn signals_leave_a_whole_prompt_cache_or_none() {
     let (prompt, cache) = (folder.path().join("prompt.txt"), folder.path().join("cache"));
     fs::write(&prompt, "once upon a time ".repeat(500)).unwrap();
     let run = |n: &str| {
-        let mut command = Command::cargo_bin("bitnet").unwrap();
-        command.args(["run", "-f", text(&prompt), "-c", "4096", "--ignore-eos", "-n", n, "--prompt-cache"]);
-        command.arg(&cache).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        command.spawn().unwrap()
+        let args = ["run", "-f", text(&prompt), "-c", "4096", "--ignore-eos", "-n", n, "--prompt-cache"];
+        command(&args).arg(&cache).stdin(Stdio::null()).spawn().unwrap()
     };
     let files = || fs::read_dir(folder.path()).unwrap().count();
     // While it generates: what was read of the prompt is kept.

@@ -1,23 +1,7 @@
 //! Memory budgets and saved prompts, as a user of the real binary meets them.
-#![allow(clippy::unwrap_used)]
 
-use assert_cmd::Command;
-use serde_json::Value as Json;
+use super::{DEMO, bitnet, coded, json, text};
 use std::fs;
-use std::path::Path;
-
-/// stdout, stderr and exit code of `bitnet`.
-fn bitnet(stdin: &str, args: &[&str]) -> (String, String, i32) {
-    let output = Command::cargo_bin("bitnet").unwrap().args(args).write_stdin(stdin).output().unwrap();
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    (text(output.stdout), text(output.stderr), output.status.code().unwrap())
-}
-
-fn json(args: &[&str]) -> Json {
-    let (stdout, stderr, code) = bitnet("", args);
-    assert_eq!(code, 0, "{stderr}");
-    serde_json::from_str(&stdout).unwrap()
-}
 
 /// The one line of a command that must fail.
 fn refused(args: &[&str]) -> String {
@@ -27,10 +11,6 @@ fn refused(args: &[&str]) -> String {
         "{args:?} {code}: {stdout}{stderr}"
     );
     stderr
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
 }
 
 #[test]
@@ -54,6 +34,7 @@ fn a_budget_is_kept_or_refused() {
     let note = stderr.lines().next().unwrap();
     assert!(note.starts_with("note: --max-memory allows") && note.contains("steps of 128"), "{note}");
     let fitting = |size: &str| json(&["inspect", "--json", "--max-memory", size])["memory"].clone();
+    assert!(coded(&["inspect", "--max-memory", &least], 0).0.contains("steps of 128"));
     let few_rows = fitting(&least)["total_bytes"].as_u64().unwrap();
     let tight = format!("{}", few_rows - bytes("kv_cache_bytes") / 4);
     let shrunk = fitting(&tight);
@@ -130,7 +111,7 @@ fn the_system_counts_what_was_planned() {
     // The demo made larger by copies of its layers.
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("large.gguf");
-    let demo = bitnet::gguf::Gguf::from_static("demo", include_bytes!("../../../models/demo.gguf")).unwrap();
+    let demo = bitnet::gguf::Gguf::from_static("demo", DEMO).unwrap();
     const TIMES: u64 = 40;
     let layers = demo.get_u64("bitnet-b1.58.block_count").unwrap().unwrap();
     let mut writer = Writer::new(&path);
@@ -212,7 +193,7 @@ fn a_prompt_cache_changes_nothing_but_the_time() {
     fails(&["--cache-type", "q8"], "take --cache-type f32");
     // Another model: the same with another name.
     let other = folder.path().join("other.gguf");
-    let mut bytes = include_bytes!("../../../models/demo.gguf").to_vec();
+    let mut bytes = DEMO.to_vec();
     let at = bytes.len() - 5; // a scale
     bytes[at] ^= 1;
     let name = bytes.windows(12).position(|w| w == b"general.name").unwrap() + 12 + 4 + 8;

@@ -1,12 +1,11 @@
 //! `bitnet batch` through the real binary: what it gives for a row, and that nothing that ends it costs or doubles one.
-#![allow(clippy::unwrap_used)] // in the helpers of tests too
 
-use assert_cmd::cargo::CommandCargoExt;
+use super::{command, ended};
 use serde_json::{Value as Json, json};
 use std::fs;
 use std::io::Write;
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command};
 use std::thread::sleep;
 use std::time::Duration;
 use tempfile::TempDir;
@@ -30,17 +29,12 @@ impl Place {
         self.read(name).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
     fn spawn(&self, args: &[&str]) -> Child {
-        let mut command = Command::cargo_bin("bitnet").unwrap();
-        command.current_dir(&self.0).args(args);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        command(args).current_dir(&self.0).spawn().unwrap()
     }
     fn output(&self, stdin: &[u8], args: &[&str]) -> (i32, String) {
-        let mut child = self.spawn(args);
-        child.stdin.take().unwrap().write_all(stdin).unwrap();
-        let Output { status, stdout, stderr } = child.wait_with_output().unwrap();
+        let (stdout, stderr, code) = ended(self.spawn(args), stdin);
         assert!(stdout.is_empty() || args[0] != "batch");
-        let text = if args[0] == "batch" { stderr } else { stdout };
-        (status.code().unwrap(), String::from_utf8(text).unwrap())
+        (code, if args[0] == "batch" { stderr } else { stdout })
     }
     /// What a run that must succeed says.
     fn batch(&self, args: &[&str]) -> String {
@@ -151,6 +145,8 @@ fn rows_have_forms_of_their_own() {
         json!({ "prompt": once, "json_schema": "object" }),
         json!({ "prompt": once, "json_schema": schema, "regex": "a" }),
         json!({ "prompt": once, "json_schema": schema, "seed": 1 }),
+        json!({ "prompt": once, "json_schema": schema, "max_tokens": 0 }),
+        json!({ "prompt": once, "regex": "a*", "max_tokens": 0 }),
     ];
     place.write("in.jsonl", lines(&rows));
     place.batch(&["in.jsonl", "-o", "out.jsonl", "-n", "60"]);
@@ -172,6 +168,16 @@ fn rows_have_forms_of_their_own() {
         assert!(row["error"].as_str().unwrap().contains(expected), "{row}");
     }
     assert_eq!(out[8]["text"], out[1]["text"]);
+    // No text at all has the form or has it not.
+    for (row, form) in out[9..].iter().zip([["--json-schema", &schema], ["--regex", "a*"]]) {
+        let expected = place.run(&[&["-p", once, "-n", "0"], &form[..]].concat());
+        assert_eq!(
+            (&row["text"], &row["finish_reason"], &row["completion_tokens"]),
+            (&json!(""), &json!("length"), &json!(0))
+        );
+        assert_eq!(row.get("complete").is_none(), expected["complete"] == true, "{row}");
+        assert_eq!(expected["complete"], form[1] == "a*");
+    }
     // One for all that have none of their own, and what it was is part of what made the output.
     place.batch(&["in.jsonl", "-o", "all.jsonl", "-n", "60", "--regex", "[0-9]+", "-b", "1"]);
     let all = place.rows("all.jsonl");
@@ -235,6 +241,7 @@ fn a_bad_row_costs_itself() {
         ("{\"prompt\": \"x\", \"stop\": \"\"}", "an empty stop string"),
         ("{\"prompt\": \"x\", \"stop\": 3}", "stop must be a string"),
         ("{\"prompt\": \"x\", \"logit_bias\": {\"99999999\": 1}}", "logit_bias has token 99999999"),
+        ("{\"messages\": []}", "no messages"),
         ("{\"messages\": [{\"role\": \"judge\", \"content\": \"x\"}]}", "unknown variant `judge`"),
         (&format!("{{\"id\": \"long\", \"prompt\": \"{long}\"}}"), "do not fit in the context of 64"),
     ];
@@ -245,19 +252,19 @@ fn a_bad_row_costs_itself() {
     input.extend(b"{\"prompt\": \"\xff\"}\n\xff\xfe\n");
     place.write("in.jsonl", input);
     let stderr = place.batch(&["in.jsonl", "-o", "out.jsonl", "-n", "3", "-c", "64"]);
-    assert!(stderr.starts_with("30 rows, 16 of them with an error\n"), "{stderr}");
+    assert!(stderr.starts_with("32 rows, 17 of them with an error\n"), "{stderr}");
     let rows = place.rows("out.jsonl");
     for (pair, (row, expected)) in rows.chunks(2).zip(bad) {
         assert!(pair[0]["error"].as_str().unwrap().contains(expected), "{row}: {}", pair[0]);
         assert!(pair[0].as_object().unwrap().len() == 3);
         assert_eq!(pair[1]["completion_tokens"], 3);
     }
-    assert!(rows[28..].iter().all(|row| row["error"].as_str().unwrap().contains("not UTF-8")));
-    let ids: Vec<_> = [0, 6, 8, 26].map(|i: usize| rows[i]["id"].clone()).into();
+    assert!(rows[30..].iter().all(|row| row["error"].as_str().unwrap().contains("not UTF-8")));
+    let ids: Vec<_> = [0, 6, 8, 28].map(|i: usize| rows[i]["id"].clone()).into();
     assert_eq!(json!(ids), json!([1, 5, 6, "long"]));
     // Errors are rows that are done, too.
     let stderr = place.batch(&["in.jsonl", "-o", "out.jsonl", "-n", "3", "-c", "64"]);
-    assert_eq!(stderr, "note: all 30 rows are there, 16 of them with an error\n");
+    assert_eq!(stderr, "note: all 32 rows are there, 17 of them with an error\n");
     assert_eq!(place.rows("out.jsonl"), rows);
 }
 

@@ -1,29 +1,27 @@
 //! `pull`, `list`, `rm` and hub names against a server in the test.
-#![allow(clippy::unwrap_used)] // in the helpers of tests too
 
-#[path = "../../bitnet/tests/hub_server/mod.rs"]
+#[path = "../../../bitnet/tests/hub_server/mod.rs"]
 mod hub_server;
 
-use assert_cmd::cargo::CommandCargoExt;
+use super::DEMO;
 use hub_server::{Manners, Server, noise, sha256};
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-const DEMO: &[u8] = include_bytes!("../../../models/demo.gguf");
 const REPO: &str = "microsoft/bitnet-b1.58-2B-4T-gguf";
 
 /// The command with nothing of this machine's settings.
 fn command(home: &Path, endpoint: &str, args: &[&str]) -> Command {
-    let mut command = Command::cargo_bin("bitnet").unwrap();
+    let mut command = super::command(args);
     for (name, _) in std::env::vars() {
         let lower = name.to_lowercase();
         if lower.starts_with("hf_") || lower.contains("proxy") || lower == "xdg_cache_home" {
             command.env_remove(name);
         }
     }
-    command.args(args).env("HF_HOME", home).env("HF_ENDPOINT", endpoint).stdin(Stdio::null());
+    command.env("HF_HOME", home).env("HF_ENDPOINT", endpoint).stdin(Stdio::null());
     command
 }
 
@@ -93,6 +91,11 @@ fn without_network_a_line_says_what_was_tried_and_what_to_do() {
     assert!(stderr.contains("HF_HUB_OFFLINE"), "{stderr}");
     for bad in ["hf:x", "model.gguf", "../a/b"] {
         assert!(bitnet(home.path(), "http://127.0.0.1:1", &["pull", bad], 1).1.contains("OWNER/"));
+    }
+    // A word may be a file; where there is none, it was meant as a name.
+    for args in [&["run", "-p", "x", "-m", "falcon"][..], &["convert", "falcon", "x.gguf"]] {
+        let error = bitnet(home.path(), "http://127.0.0.1:1", args, 1).1;
+        assert!(error.contains("falcon: not the name") && error.contains("falcon3-7b"), "{error}");
     }
 }
 

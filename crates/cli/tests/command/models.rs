@@ -1,18 +1,7 @@
 //! `convert`, `verify` and `doctor` as a user runs them.
-#![allow(clippy::unwrap_used)] // in the helpers of tests too
 
-use assert_cmd::cargo::CommandCargoExt;
+use super::coded;
 use std::fs;
-use std::process::{Command, Output};
-
-/// stdout and stderr of a command that must end with this code.
-fn bitnet(args: &[&str], code: i32) -> (String, String) {
-    let Output { status, stdout, stderr } =
-        Command::cargo_bin("bitnet").unwrap().args(args).output().unwrap();
-    let (stdout, stderr) = (String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap());
-    assert_eq!(status.code(), Some(code), "{args:?}: {stderr}");
-    (stdout, stderr)
-}
 
 fn demo() -> String {
     format!("{}/../../models/demo.gguf", env!("CARGO_MANIFEST_DIR"))
@@ -23,29 +12,30 @@ fn a_converted_model_writes_the_same_text() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let run = ["run", "-q", "-p", "Once upon a time", "-n", "16", "--seed", "7"];
-    let expected = bitnet(&run, 0).0;
+    let expected = coded(&run, 0).0;
     let mut hashes = Vec::new();
     let mut from = demo();
     for ty in ["tq1_0", "IQ2_BN", "i2_s"] {
         let out = path(&format!("{ty}.gguf"));
-        let (stdout, stderr) = bitnet(&["convert", &from, &out, "--type", ty], 0);
+        let (stdout, stderr) = coded(&["convert", &from, &out, "--type", ty], 0);
+        assert_eq!(coded(&["convert", "-q", &from, &out, "--type", ty], 0), (stdout.clone(), String::new()));
         assert!(stderr.contains("verified") && stderr.contains(&ty.to_uppercase()), "{stderr}");
         hashes.push(stdout);
-        assert_eq!(bitnet(&[&run[..], &["-m", &out]].concat(), 0).0, expected, "{ty}");
+        assert_eq!(coded(&[&run[..], &["-m", &out]].concat(), 0).0, expected, "{ty}");
         from = out;
     }
     assert!(hashes[0].starts_with("trits ") && hashes.iter().all(|hash| *hash == hashes[0]), "{hashes:?}");
-    let (verified, _) = bitnet(&["verify", &from], 0);
+    let (verified, _) = coded(&["verify", &from], 0);
     assert!(verified.contains(hashes[0].trim_end().trim_start_matches("trits ")), "{verified}");
-    let refused = bitnet(&["convert", &from, &from], 1).1;
+    let refused = coded(&["convert", &from, &from], 1).1;
     assert!(refused.contains("this is the input"), "{refused}");
-    bitnet(&["convert", &from, &path("x.gguf"), "--type", "q4_0"], 2);
+    coded(&["convert", &from, &path("x.gguf"), "--type", "q4_0"], 2);
 }
 
 #[test]
 fn verify_tells_sound_from_damaged() {
     let folder = tempfile::tempdir().unwrap();
-    let (found, _) = bitnet(&["verify"], 0);
+    let (found, _) = coded(&["verify"], 0);
     for word in
         ["structure", "weights", "scales", "trits", "generation", "Once upon a time", "the model is sound"]
     {
@@ -55,21 +45,21 @@ fn verify_tells_sound_from_damaged() {
     let bytes = fs::read(demo()).unwrap();
     let wrong = folder.path().join("0".repeat(64));
     fs::write(&wrong, &bytes).unwrap();
-    assert!(bitnet(&["verify", wrong.to_str().unwrap()], 1).1.contains("SHA-256"));
+    assert!(coded(&["verify", wrong.to_str().unwrap()], 1).1.contains("SHA-256"));
     let cut = folder.path().join("cut.gguf");
     fs::write(&cut, &bytes[..bytes.len() - 100]).unwrap();
-    assert!(bitnet(&["verify", cut.to_str().unwrap()], 1).1.contains("truncated"));
+    assert!(coded(&["verify", cut.to_str().unwrap()], 1).1.contains("truncated"));
 }
 
 #[test]
 fn doctor_says_what_there_is_and_proves_the_kernels() {
-    let (found, _) = bitnet(&["doctor"], 0);
+    let (found, _) = coded(&["doctor"], 0);
     let words = "cpu features cores bandwidth GB/s arithmetic kernel speed tokens/s limit proof";
     for word in words.split(' ') {
         assert!(found.lines().any(|line| line.contains(word)), "{word}: {found}");
     }
     assert!(found.lines().count() <= 24 && found.contains("2B-4T"), "{found}");
-    let named = bitnet(&["doctor", "-m", &demo(), "--kernels", "scalar", "-t", "1"], 0).0;
+    let named = coded(&["doctor", "-m", &demo(), "--kernels", "scalar", "-t", "1"], 0).0;
     assert!(named.contains("as asked for") || named.contains("scalar: the best"), "{named}");
     assert!(!named.contains("2B-4T"), "{named}");
 }

@@ -1,17 +1,8 @@
-//! `bitnet chat` as a person and as a script meet it: the real binary on a pseudo-terminal and on pipes, with the built-in demo.
+//! `bitnet chat` as a person and as a script meet it: on a pseudo-terminal and on pipes.
 
-#![allow(clippy::unwrap_used)]
-
-use assert_cmd::Command;
+use super::bitnet;
 use std::fs;
 use std::path::Path;
-
-/// stdout, stderr and exit code of `bitnet` with this input.
-fn bitnet(stdin: &[u8], args: &[&str]) -> (String, String, i32) {
-    let output = Command::cargo_bin("bitnet").unwrap().args(args).write_stdin(stdin).output().unwrap();
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    (text(output.stdout), text(output.stderr), output.status.code().unwrap())
-}
 
 #[test]
 fn each_line_of_a_pipe_is_a_turn() {

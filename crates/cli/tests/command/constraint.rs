@@ -1,20 +1,12 @@
-//! Output of a given form, through the real binary on the built-in demo.
-#![allow(clippy::unwrap_used)]
+//! Output of a given form.
 
-use assert_cmd::Command;
+use super::{bitnet, json};
 use serde_json::Value;
 use std::fs;
 
 const SCHEMA: &str = r#"{"type":"object","properties":{"name":{"type":"string","maxLength":8},"n":{"enum":[1,22]}},
     "required":["name","n"],"additionalProperties":false}"#;
 const ONCE: [&str; 5] = ["run", "-q", "-p", "Once upon a time", "--seed=5"];
-
-/// Exit code, stdout and stderr.
-fn bitnet(stdin: &str, args: &[&str]) -> (i32, String, String) {
-    let output = Command::cargo_bin("bitnet").unwrap().args(args).write_stdin(stdin).output().unwrap();
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
-}
 
 fn check(json: &str) {
     let value: Value = serde_json::from_str(json).unwrap_or_else(|error| panic!("{json}: {error}"));
@@ -30,7 +22,7 @@ fn a_schema_from_a_file_stdin_or_the_command_line() {
     let file = folder.path().join("schema.json");
     fs::write(&file, SCHEMA).unwrap();
     let of = |stdin: &str, schema: &str| {
-        let (code, stdout, stderr) = bitnet(stdin, &[&ONCE[..], &["--json-schema", schema]].concat());
+        let (stdout, stderr, code) = bitnet(stdin, &[&ONCE[..], &["--json-schema", schema]].concat());
         assert_eq!((code, &*stderr), (0, ""));
         check(&stdout);
         stdout
@@ -39,14 +31,14 @@ fn a_schema_from_a_file_stdin_or_the_command_line() {
     assert_eq!(text, of(SCHEMA, "-"));
     assert_eq!(text, of("", SCHEMA));
     let mut all = [&ONCE[..], &["--json", "--json-schema", SCHEMA]].concat();
-    let object: Value = serde_json::from_str(&bitnet("", &all).1).unwrap();
+    let object = json(&all);
     assert!(object["finish"] == "complete" && object["complete"] == true);
     assert_eq!(object["text"].as_str().unwrap(), text.trim_end());
     // Too few tokens.
     all.extend(["-n", "4"]);
-    let object: Value = serde_json::from_str(&bitnet("", &all).1).unwrap();
+    let object = json(&all);
     assert!(object["finish"] == "length" && object["complete"] == false);
-    let (code, _, stderr) = bitnet("", &["run", "-p", "x", "-n", "4", "--json-schema", SCHEMA]);
+    let (_, stderr, code) = bitnet("", &["run", "-p", "x", "-n", "4", "--json-schema", SCHEMA]);
     assert!(code == 0 && stderr.contains("note: the output is incomplete"), "{stderr}");
 }
 
@@ -55,11 +47,11 @@ fn grammars_and_regular_expressions() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("yes.lark");
     fs::write(&file, "start: answer \"!\"\nanswer: \"yes\" | \"no\"\n").unwrap();
-    let (_, stdout, _) = bitnet("", &[&ONCE[..], &["--grammar", file.to_str().unwrap()]].concat());
+    let (stdout, ..) = bitnet("", &[&ONCE[..], &["--grammar", file.to_str().unwrap()]].concat());
     assert!(["yes!\n", "no!\n"].contains(&&*stdout), "{stdout}");
-    let (_, stdout, _) = bitnet("", &[&ONCE[..], &["--regex", "[0-9]{3}-[0-9]{2}"]].concat());
+    let (stdout, ..) = bitnet("", &[&ONCE[..], &["--regex", "[0-9]{3}-[0-9]{2}"]].concat());
     assert!(stdout.len() == 7 && stdout.as_bytes()[3] == b'-', "{stdout}");
-    let (code, stdout, stderr) = bitnet("Hi\nAnd you?\n", &["chat", "-q", "--json-schema", SCHEMA]);
+    let (stdout, stderr, code) = bitnet("Hi\nAnd you?\n", &["chat", "-q", "--json-schema", SCHEMA]);
     assert_eq!((code, &*stderr), (0, ""));
     // White space between the parts is the model's to choose, and with it where the lines end.
     let answers = serde_json::Deserializer::from_str(&stdout).into_iter::<Value>();
@@ -81,7 +73,7 @@ fn wrong_ones_are_2_and_one_line() {
         (["--regex", "(a"], "--regex: "),
     ] {
         for command in [&["run", "-p", "x"][..], &["chat"]] {
-            let (code, stdout, stderr) = bitnet("", &[command, &args].concat());
+            let (stdout, stderr, code) = bitnet("", &[command, &args].concat());
             assert!(
                 code == 2 && stdout.is_empty() && stderr.lines().count() == 1,
                 "{code} {stdout} {stderr}"
@@ -90,8 +82,8 @@ fn wrong_ones_are_2_and_one_line() {
         }
     }
     for command in [&["run"][..], &["chat"], &["batch", "-", "-o", "x"]] {
-        assert_eq!(bitnet("", &[command, &["--json-schema", "-"]].concat()).0, 2);
+        assert_eq!(bitnet("", &[command, &["--json-schema", "-"]].concat()).2, 2);
     }
-    assert_eq!(bitnet("", &["run", "-p", "x", "--regex", "a", "--grammar", file]).0, 2);
-    assert_eq!(bitnet("", &["run", "-p", "x", "--json-schema", "/no/such"]).0, 1);
+    assert_eq!(bitnet("", &["run", "-p", "x", "--regex", "a", "--grammar", file]).2, 2);
+    assert_eq!(bitnet("", &["run", "-p", "x", "--json-schema", "/no/such"]).2, 1);
 }

@@ -1,28 +1,23 @@
 //! The `bitnet` command as scripts see it: stdout, stderr and exit codes of the real binary on the built-in demo.
 
-#![allow(clippy::unwrap_used)] // in the helpers of tests too
-
-use assert_cmd::Command;
-use assert_cmd::cargo::CommandCargoExt;
+use super::{DEMO, coded, json, text};
 use bitnet::gguf::{Gguf, TensorType, Value, Writer};
 use bitnet::kernels::supported;
 use serde_json::Value as Json;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const DEMO: &[u8] = include_bytes!("../../../models/demo.gguf");
 const ONCE: [&str; 7] = ["run", "-p", "Once upon a time", "-n", "24", "--seed", "7"];
 
 struct Outcome {
     code: i32,
-    stdout: Vec<u8>,
+    stdout: String,
     stderr: String,
 }
 
 fn bitnet_with(stdin: &[u8], args: &[&str]) -> Outcome {
-    let output = Command::cargo_bin("bitnet").unwrap().args(args).write_stdin(stdin).output().unwrap();
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    Outcome { code: output.status.code().unwrap(), stdout: output.stdout, stderr }
+    let (stdout, stderr, code) = super::bitnet(stdin, args);
+    Outcome { code, stdout, stderr }
 }
 
 fn bitnet(args: &[&str]) -> Outcome {
@@ -31,9 +26,7 @@ fn bitnet(args: &[&str]) -> Outcome {
 
 /// stdout of a command that must succeed.
 fn stdout(args: &[&str]) -> String {
-    let Outcome { code, stdout, stderr } = bitnet(args);
-    assert_eq!(code, 0, "{args:?}: {stderr}");
-    String::from_utf8(stdout).unwrap()
+    coded(args, 0).0
 }
 
 /// The one line on stderr of a command that must fail, with nothing on stdout.
@@ -42,14 +35,6 @@ fn error(outcome: &Outcome) -> &str {
     let lines: Vec<_> = stderr.lines().filter(|line| !line.starts_with("note: ")).collect();
     assert!(*code == 1 && lines.len() == 1 && stdout.is_empty(), "{code}: {stderr}");
     lines[0].strip_prefix("error: ").unwrap()
-}
-
-fn json(args: &[&str]) -> Json {
-    serde_json::from_str(&stdout(args)).unwrap()
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
 }
 
 /// The demo with other keys and tensors: `edit` gives None for what is left out.
@@ -83,7 +68,7 @@ fn run_prints_the_continuation_and_statistics() {
     let greedy = ["run", "-p", "Once upon a time", "-n", "24", "--temp", "0"];
     let first = bitnet(&greedy);
     assert_eq!(first.code, 0);
-    let story = String::from_utf8(first.stdout.clone()).unwrap();
+    let story = first.stdout.as_str();
     assert!(story.ends_with('\n') && !story.contains("Once upon a time"), "{story:?}");
     for word in ["prompt", "generated", "tokens/s", "accepted", "seed", "threads", "first token"] {
         assert!(first.stderr.contains(word), "{}", first.stderr);
@@ -91,7 +76,7 @@ fn run_prints_the_continuation_and_statistics() {
     assert_eq!(bitnet(&greedy).stdout, first.stdout);
     assert_eq!(bitnet(&[&greedy[..], &["--no-speculation"]].concat()).stdout, first.stdout);
     let quiet = bitnet(&[&greedy[..], &["--quiet"]].concat());
-    assert_eq!((quiet.stdout, quiet.stderr.as_str()), (first.stdout, ""));
+    assert_eq!((&quiet.stdout, quiet.stderr.as_str()), (&first.stdout, ""));
     let object = json(&[&greedy[..], &["--json"]].concat());
     assert_eq!(object["text"].as_str().unwrap().trim_end(), story.trim_end());
     assert_eq!(
@@ -119,7 +104,7 @@ fn prompts_come_from_file_and_stdin() {
     let expected = stdout(&ONCE);
     assert_eq!(stdout(&["run", "-f", text(&file), "-n", "24", "--seed", "7"]), expected);
     let piped = bitnet_with(b"Once upon a time\n", &["run", "-n", "24", "--seed", "7"]);
-    assert_eq!(piped.stdout, expected.as_bytes());
+    assert_eq!(piped.stdout, expected);
 }
 
 #[test]
@@ -147,7 +132,7 @@ fn text_survives_tokens_and_back() {
     }
     let object = json(&["tokenize", "--json", "--special", "--no-bos", "a<|eot_id|>"]);
     assert_eq!(object["pieces"].as_array().unwrap().last().unwrap(), "<|eot_id|>");
-    assert_eq!(bitnet_with(b"Once", &["tokenize"]).stdout, stdout(&["tokenize", "Once"]).as_bytes());
+    assert_eq!(bitnet_with(b"Once", &["tokenize"]).stdout, stdout(&["tokenize", "Once"]));
 }
 
 #[test]
@@ -204,11 +189,11 @@ fn inspect_shows_sound_and_refused_files() {
     );
     let refused = bitnet(&["inspect", text(&path), "--json"]);
     assert_eq!(refused.code, 1);
-    let object: Json = serde_json::from_slice(&refused.stdout).unwrap();
+    let object: Json = serde_json::from_str(&refused.stdout).unwrap();
     assert!(object["error"].as_str().unwrap().contains("output_norm.weight"), "{}", object["error"]);
     assert!(refused.stderr.contains("output_norm.weight"));
     let refused = bitnet(&["inspect", text(&path)]);
-    assert!(String::from_utf8(refused.stdout).unwrap().contains("general.architecture"));
+    assert!(refused.stdout.contains("general.architecture"));
 }
 
 #[test]
@@ -353,17 +338,12 @@ fn outputs_that_cannot_be_written_fail() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_full_disk_fails_and_a_reader_that_leaves_does_not() {
-    use std::process::{Command, Stdio};
-    let command = || {
-        let mut command = Command::cargo_bin("bitnet").unwrap();
-        command.args(["run", "-p", "Once", "-n", "500", "--ignore-eos"]).stderr(Stdio::piped());
-        command
-    };
+    let command = || super::command(&["run", "-p", "Once", "-n", "500", "--ignore-eos"]);
     let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
     let output = command().stdout(full).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stderr).contains("error: cannot write to stdout"));
-    let mut child = command().stdout(Stdio::piped()).spawn().unwrap();
+    let mut child = command().spawn().unwrap();
     drop(child.stdout.take());
     let output = child.wait_with_output().unwrap();
     assert_eq!((output.status.code(), String::from_utf8_lossy(&output.stderr).as_ref()), (Some(0), ""));
