@@ -59,7 +59,7 @@ fn takes_what_was_planned(
 fn an_engine_takes_what_it_says_and_a_decoded_token_nothing() {
     let threads = 2;
     for cache_type in [KvType::Q8, KvType::F16, KvType::F32] {
-        for strategy in [Strategy::Dense, Strategy::Sparse] {
+        for strategy in [Strategy::DENSE, Strategy::SPARSE] {
             for (model, max_rows) in [("demo", 512), ("gqa", 7), ("ragged", 128)] {
                 takes_what_was_planned(model, strategy, threads, cache_type, max_rows);
             }
@@ -69,7 +69,7 @@ fn an_engine_takes_what_it_says_and_a_decoded_token_nothing() {
 
     let compute = Compute::new(best(), threads);
     let gguf = common::gguf("demo");
-    let model = ModelInfo::new(&gguf, Strategy::Sparse).unwrap().load(&gguf, &compute).unwrap();
+    let model = ModelInfo::new(&gguf, Strategy::SPARSE).unwrap().load(&gguf, &compute).unwrap();
     let options = EngineOptions { context: 640, ..EngineOptions::for_model(model.config()) };
     let planned = options.bytes(model.config(), threads)[MemoryPart::Scratch as usize];
     let before = BYTES.load(Ordering::Relaxed);

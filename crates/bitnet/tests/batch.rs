@@ -22,7 +22,7 @@ const CONTEXT: usize = 150;
 
 fn engine(gguf: &Arc<Gguf>, threads: usize, max_rows: usize, sequences: usize, cache_type: KvType) -> Engine {
     let compute = Compute::new(best(), threads);
-    let model = Model::load(gguf, &compute, Strategy::Sparse).unwrap();
+    let model = Model::load(gguf, &compute, Strategy::SPARSE).unwrap();
     Engine::new(
         model,
         compute,

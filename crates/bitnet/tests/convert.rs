@@ -560,7 +560,7 @@ fn tokenizers_of_other_families_come_along() {
         let (_, gguf) = convert(&dir, HeadType::Auto).unwrap();
         let name = |key| gguf.get_str(key).unwrap();
         assert_eq!((name("tokenizer.ggml.model"), name("tokenizer.ggml.pre")), (Some(model), Some(pre)));
-        let loaded = ModelInfo::new(&gguf, Strategy::Sparse).unwrap().tokenizer().unwrap();
+        let loaded = ModelInfo::new(&gguf, Strategy::SPARSE).unwrap().tokenizer().unwrap();
         let direct = Tokenizer::from_hf_json(file.to_string().as_bytes()).unwrap();
         for text in ["a </s> b", " a", "  a   b"] {
             assert_eq!(loaded.encode(text, Specials::Parse), direct.encode(text, Specials::Parse), "{text}");
@@ -582,7 +582,7 @@ fn tokenizers_of_other_families_come_along() {
         patch(b"\x02\0\0\0\0\0\0\x0018", b"\x02\0\0\0\0\0\0\x0010");
         patch(b"\x03\0\0\0\0\0\0\x001 8", b"\x03\0\0\0\0\0\0\x001 0");
         let other = Gguf::from_vec("other", bytes).unwrap();
-        let other = ModelInfo::new(&other, Strategy::Sparse).unwrap().tokenizer().unwrap();
+        let other = ModelInfo::new(&other, Strategy::SPARSE).unwrap().tokenizer().unwrap();
         assert_eq!(other.encode("10", Specials::AsText).len(), 1);
         assert_eq!(loaded.encode("18", Specials::AsText).len(), 2);
     }

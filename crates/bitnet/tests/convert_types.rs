@@ -6,6 +6,7 @@ mod common;
 use bitnet::convert::{ConvertError, HeadType, Options, Report, TernaryType, Trits, convert};
 use bitnet::gguf::{Gguf, TensorType, Value, ValueType, Writer};
 use bitnet::kernels::half::f32_to_f16;
+use bitnet::kernels::ternary::Layout;
 use bitnet::kernels::ternary::pack::{pack_i2s, tail, unpack_i2s};
 use bitnet::kernels::{Compute, Logits, best};
 use bitnet::model::{Model, Strategy};
@@ -25,11 +26,11 @@ fn random(state: &mut u64) -> u32 {
 
 /// A model of one layer with rows of 512 and 256 weights, in one matrix all of them zero.
 fn model(path: &Path) {
-    model_of(path, "bitnet-b1.58", None);
+    model_of(path, "bitnet-b1.58", None, 256);
 }
 
-/// Of an architecture. With a `factor` the scales are so much smaller, and tensors beside the weights make up for it.
-fn model_of(path: &Path, architecture: &str, factor: Option<f32>) {
+/// Of an architecture and a width. With a `factor` the scales are so much smaller, and tensors beside the weights make up for it.
+fn model_of(path: &Path, architecture: &str, factor: Option<f32>, hidden: u64) {
     let mut state = 1;
     let mut writer = Writer::new(path);
     writer.meta("general.architecture", Value::Str(architecture)).unwrap();
@@ -38,9 +39,9 @@ fn model_of(path: &Path, architecture: &str, factor: Option<f32>) {
     writer.meta_array("list", ValueType::U32, [1, 2].map(Value::U32)).unwrap();
     for (key, value) in [
         ("context_length", 64),
-        ("embedding_length", 256),
+        ("embedding_length", hidden as u32),
         ("block_count", 1),
-        ("feed_forward_length", 512),
+        ("feed_forward_length", 2 * hidden as u32),
         ("attention.head_count", 4),
         ("attention.head_count_kv", 2),
     ] {
@@ -48,19 +49,23 @@ fn model_of(path: &Path, architecture: &str, factor: Option<f32>) {
     }
     writer.meta(&format!("{architecture}.attention.layer_norm_rms_epsilon"), Value::F32(1e-5)).unwrap();
     let ternary = [
-        ("attn_q", 256, 256),
-        ("attn_k", 256, 128),
-        ("attn_v", 256, 128),
-        ("attn_output", 256, 256),
-        ("ffn_gate", 256, 512),
-        ("ffn_up", 256, 512),
-        ("ffn_down", 512, 256),
+        ("attn_q", hidden, hidden),
+        ("attn_k", hidden, hidden / 2),
+        ("attn_v", hidden, hidden / 2),
+        ("attn_output", hidden, hidden),
+        ("ffn_gate", hidden, 2 * hidden),
+        ("ffn_up", hidden, 2 * hidden),
+        ("ffn_down", 2 * hidden, hidden),
     ];
-    let mut norms =
-        vec![("attn_norm", 256), ("attn_sub_norm", 256), ("ffn_norm", 256), ("ffn_sub_norm", 512)];
+    let mut norms = vec![
+        ("attn_norm", hidden),
+        ("attn_sub_norm", hidden),
+        ("ffn_norm", hidden),
+        ("ffn_sub_norm", 2 * hidden),
+    ];
     norms.retain(|(norm, _)| architecture != "llama" || !norm.contains("sub"));
     let name = |part: &str| format!("blk.0.{part}.weight");
-    writer.tensor("token_embd.weight", &[256, 40], TensorType::F16).unwrap();
+    writer.tensor("token_embd.weight", &[hidden, 40], TensorType::F16).unwrap();
     for (part, columns, rows) in ternary {
         writer.tensor(&name(part), &[columns, rows], TensorType::I2S).unwrap();
     }
@@ -70,9 +75,9 @@ fn model_of(path: &Path, architecture: &str, factor: Option<f32>) {
     for &(part, width) in &norms {
         writer.tensor(&name(part), &[width], TensorType::F32).unwrap();
     }
-    writer.tensor("output_norm.weight", &[256], TensorType::F32).unwrap();
+    writer.tensor("output_norm.weight", &[hidden], TensorType::F32).unwrap();
     let mut data = writer.create().unwrap();
-    let head = (0..256 * 40)
+    let head = (0..hidden * 40)
         .flat_map(|_| f32_to_f16((random(&mut state) % 2001) as f32 / 1000.0 - 1.0).to_le_bytes());
     data.tensor("token_embd.weight", &head.collect::<Vec<u8>>()).unwrap();
     for (i, (part, columns, rows)) in ternary.into_iter().enumerate() {
@@ -95,7 +100,7 @@ fn model_of(path: &Path, architecture: &str, factor: Option<f32>) {
     for (part, width) in norms {
         data.tensor(&name(part), &ones(width)).unwrap();
     }
-    data.tensor("output_norm.weight", &ones(256)).unwrap();
+    data.tensor("output_norm.weight", &ones(hidden)).unwrap();
     data.finish().unwrap();
 }
 
@@ -324,8 +329,12 @@ fn packed_checkpoints_keep_their_weights_and_scales() {
 
 /// The logits of a few tokens.
 fn logits(path: &Path) -> Vec<u32> {
+    logits_as(path, Strategy::default())
+}
+
+fn logits_as(path: &Path, strategy: Strategy) -> Vec<u32> {
     let options = EngineOptions { context: 64, max_rows: 64, ..OPTIONS };
-    let mut engine = build(&Arc::new(Gguf::open(path).unwrap()), Strategy::default(), best(), 2, options);
+    let mut engine = build(&Arc::new(Gguf::open(path).unwrap()), strategy, best(), 2, options);
     let feed =
         Feed { sequence: engine.open(), tokens: &[1, 5, 9, 33, 7], wanted: Wanted::All(Logits::Every) };
     engine.feed(&[feed]).unwrap().iter().map(|x| x.to_bits()).collect()
@@ -354,7 +363,7 @@ fn a_model_gives_the_same_bits_in_every_type() {
         assert!(logits(&path("out.gguf")) == logits(&demo), "{ternary:?}");
     }
     // Rows in another order on the way to memory.
-    model_of(&path("llama.gguf"), "llama", None);
+    model_of(&path("llama.gguf"), "llama", None, 256);
     let llama = logits(&path("llama.gguf"));
     for ternary in TernaryType::ALL {
         to(&path("llama.gguf"), &path("out.gguf"), ternary, HeadType::Auto).unwrap();
@@ -363,11 +372,35 @@ fn a_model_gives_the_same_bits_in_every_type() {
 }
 
 #[test]
+fn rows_in_base_3_give_the_same_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let base3 = [true, false].map(|sparse| Strategy { sparse, rows: Layout::Base3, listed: 0.4 });
+    // A block and a chunk; the second architecture has its rows in another order.
+    for architecture in ["bitnet-b1.58", "llama"] {
+        model_of(&path("in.gguf"), architecture, None, 1536);
+        to(&path("in.gguf"), &path("tq1_0.gguf"), TernaryType::TQ1_0, HeadType::Auto).unwrap();
+        let expected = logits(&path("in.gguf"));
+        for (file, strategy) in ["in.gguf", "tq1_0.gguf"].into_iter().flat_map(|f| base3.map(|s| (f, s))) {
+            assert!(logits_as(&path(file), strategy) == expected, "{architecture} {file} {strategy:?}");
+        }
+    }
+    let gguf = Gguf::open(&path("in.gguf")).unwrap();
+    let at = gguf.tensor("blk.0.ffn_up.weight").unwrap().offset as usize + 2000;
+    drop(gguf);
+    let mut bytes = fs::read(path("in.gguf")).unwrap();
+    bytes[at] = 0x1b;
+    let gguf = Arc::new(Gguf::from_vec("damaged", bytes).unwrap());
+    let error = Model::load(&gguf, &Compute::new(best(), 2), base3[0]).err().unwrap().to_string();
+    assert!(error.contains("ffn_up.weight") && error.contains("code 3 near stored byte 2000"), "{error}");
+}
+
+#[test]
 fn a_scale_beside_the_weights_is_multiplied() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
-    model_of(&path("plain.gguf"), "bitnet", None);
-    model_of(&path("scaled.gguf"), "bitnet", Some(0.25));
+    model_of(&path("plain.gguf"), "bitnet", None, 256);
+    model_of(&path("scaled.gguf"), "bitnet", Some(0.25), 256);
     assert!(logits(&path("scaled.gguf")) == logits(&path("plain.gguf")));
     to(&path("scaled.gguf"), &path("out.gguf"), TernaryType::IQ1_BN, HeadType::Auto).unwrap();
     assert!(logits(&path("out.gguf")) == logits(&path("plain.gguf")));

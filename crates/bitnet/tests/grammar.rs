@@ -312,7 +312,7 @@ fn an_answer_keeps_its_form_when_old_messages_go() {
     let (_, vocabulary) = engine();
     let options = bitnet::EngineOptions { context: 128, ..common::OPTIONS };
     let mut engine =
-        common::build(&common::gguf("demo"), bitnet::model::Strategy::Sparse, best(), 2, options);
+        common::build(&common::gguf("demo"), bitnet::model::Strategy::SPARSE, best(), 2, options);
     let template = engine.model().chat_template(None).unwrap();
     let mut chat = Chat::new(&mut engine, template);
     let grammar = Grammar::json_schema(

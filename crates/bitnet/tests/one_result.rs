@@ -60,7 +60,7 @@ fn sparse_and_dense() {
         // Enough for every way in which a matrix is multiplied.
         let tokens = &tokens[..24];
         let reference = {
-            let mut engine = engine_as(&gguf, Strategy::Dense, supported()[0], 1, 512, 1);
+            let mut engine = engine_as(&gguf, Strategy::DENSE, supported()[0], 1, 512, 1);
             let sequence = engine.open();
             feed(&mut engine, sequence, tokens)
         };
@@ -73,7 +73,8 @@ fn sparse_and_dense() {
         };
         let floors: Vec<f32> = reference.chunks(vocab).map(floor).collect();
         for kernels in supported() {
-            for strategy in [Strategy::Sparse, Strategy::Dense] {
+            for strategy in [Strategy::SPARSE, Strategy { listed: 0.3, ..Strategy::SPARSE }, Strategy::DENSE]
+            {
                 let mut engine = engine_as(&gguf, strategy, kernels, 2, 512, 1);
                 let sequence = engine.open();
                 for chunk in [1, 3, 512] {

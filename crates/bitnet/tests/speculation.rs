@@ -19,7 +19,7 @@ const PLAIN: &str = "Once upon a time";
 
 fn engine(context: usize, max_rows: usize) -> Engine {
     let options = EngineOptions { context, max_rows, ..OPTIONS };
-    build(&common::gguf("demo"), Strategy::Sparse, best(), 1, options)
+    build(&common::gguf("demo"), Strategy::SPARSE, best(), 1, options)
 }
 
 /// All that a caller can see: the pieces of text, how it ended, the cache, and what the sampler would draw next. `pieces` is

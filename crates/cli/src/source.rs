@@ -6,6 +6,7 @@ use crate::output::notice;
 use crate::selftest;
 use anyhow::{Context, bail, ensure};
 use bitnet::gguf::Gguf;
+use bitnet::kernels::ternary::Layout;
 use bitnet::kernels::{Compute, Kernels, MemoryPart, PartBytes, allowed_threads, best, supported};
 use bitnet::model::{Config, Model, ModelInfo, Repair, Strategy};
 use bitnet::text::Tokenizer;
@@ -42,9 +43,23 @@ pub struct ModelArgs {
     /// Read every weight for every token, instead of only those that can matter; the result is the same
     #[arg(long)]
     dense: bool,
+    /// How rows of weights are kept in memory; the result is the same [auto: what a measurement at the start finds faster]
+    #[arg(long, value_name = "LAYOUT", default_value = "auto", hide_default_value = true)]
+    layout: RowLayout,
     /// Tell what memory is taken for
     #[arg(long, conflicts_with = "quiet")]
     verbose: bool,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum RowLayout {
+    /// Measure
+    Auto,
+    /// Two bits a weight
+    #[value(name = "2bit")]
+    TwoBits,
+    /// Five weights in a byte
+    Base3,
 }
 
 /// What a command needs of its engine.
@@ -135,9 +150,24 @@ impl ModelArgs {
         self.file.model.as_deref()
     }
 
-    /// What a decoded token reads.
-    pub fn strategy(&self) -> Strategy {
-        if self.dense { Strategy::Dense } else { Strategy::Sparse }
+    /// How the weights are kept and what a decoded token reads of them, where the file has so many bytes.
+    pub fn strategy(&self, compute: &Compute, bytes: u64) -> Strategy {
+        // Caches hold what is smaller, and there fewer bits gain nothing.
+        const LARGE: u64 = 256 << 20;
+        let mut strategy = Strategy { sparse: !self.dense, ..Strategy::SPARSE };
+        if bytes >= LARGE {
+            let race = compute.race_rows();
+            if self.verbose {
+                notice(format_args!("{race}"));
+            }
+            (strategy.rows, strategy.listed) = (race.layout, race.listed);
+        }
+        match self.layout {
+            RowLayout::Auto => {}
+            RowLayout::TwoBits => strategy.rows = Layout::Rows,
+            RowLayout::Base3 => strategy.rows = Layout::Base3,
+        }
+        strategy
     }
 
     /// Plans the memory and then loads the model; tells what was repaired and what gave way.
@@ -165,7 +195,7 @@ impl ModelArgs {
         wish: &Wish,
         beside: impl Fn(&Arc<Tokenizer>) + Sync,
     ) -> anyhow::Result<(Model, EngineOptions)> {
-        let info = ModelInfo::new(gguf, self.strategy())?;
+        let info = ModelInfo::new(gguf, self.strategy(compute, gguf.byte_len()))?;
         let threads = compute.pool().threads();
         let options = self.plan(gguf.name(), &info.config, wish, |options| info.memory(options, threads))?;
         Ok((info.load_with(gguf, compute, beside)?, options))

@@ -109,7 +109,7 @@ fn gemv_listed(bencher: Bencher<'_, '_>, name: &str) {
     let list: Vec<u32> = (0..INNER as u32).step_by(2).collect();
     let mut out = vec![0.0; INNER];
     let bencher = bencher.counter(BytesCount::new(matrix.byte_len() / 2));
-    bencher.bench_local(|| compute.linear_listed(&q, &matrix, &list, black_box(&mut out)));
+    bencher.bench_local(|| compute.linear_listed(&q, &mut work, &matrix, &list, black_box(&mut out)));
 }
 
 /// One token, columns of which a third is needed.

@@ -3,17 +3,20 @@
 //! Every function checks its lengths once, splits its output into disjoint parts and returns when all are written. The
 //! result never depends on the number of threads: each element is computed whole by one task.
 
-use crate::memory::{Aligned, Bytes, Counted, MemoryPart, taken};
+use crate::memory::{Aligned, Bytes, Counted, HugeBuffer, MemoryPart, taken};
 use crate::ops::FloatType;
 use crate::pool::Pool;
 use crate::table::Kernels;
 use crate::ternary::columns::GROUP;
 use crate::ternary::lookup;
 use crate::ternary::panel::{BLOCK, Part, Source};
-use crate::ternary::{self, Activations, Layout, OutPtr, ROW_TOKENS, Which, columns, tiles};
+use crate::ternary::{
+    self, Activations, Layout, OutPtr, ROW_TOKENS, STEP, StoredRows, Which, base3, columns, tiles,
+};
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// A ternary matrix `[rows][columns]` in one of the layouts of [`crate::ternary`], with one scale.
 pub struct TernaryMatrix {
@@ -35,7 +38,7 @@ impl TernaryMatrix {
     /// [`columns::MAX_COLUMNS`] where it is stored by columns.
     pub fn new(bytes: Bytes, layout: Layout, rows: usize, columns: usize, scale: f32) -> Self {
         let widest = match layout {
-            Layout::Rows => Self::MAX_COLUMNS,
+            Layout::Rows | Layout::Base3 => Self::MAX_COLUMNS,
             Layout::Columns => columns::MAX_COLUMNS,
         };
         assert!((1..=widest).contains(&columns), "{columns} columns");
@@ -49,6 +52,11 @@ impl TernaryMatrix {
     /// Input width.
     pub fn columns(&self) -> usize {
         self.columns
+    }
+    /// Of one stored by rows.
+    fn stored_rows(&self) -> StoredRows<'_> {
+        let base3 = self.layout == Layout::Base3;
+        StoredRows { bytes: &self.bytes, row_bytes: self.bytes.len() / self.rows, base3 }
     }
     /// How it is stored.
     pub fn layout(&self) -> Layout {
@@ -170,7 +178,7 @@ impl QuantizedRows {
     pub fn row(&self, token: usize) -> (Vec<i8>, f32) {
         let width = ternary::row_bytes(self.columns) * 4;
         let codes = &self.codes[token * width..][..width];
-        let at = |i| if self.layout == Layout::Rows { ternary::position(i) } else { i };
+        let at = |i| if self.layout.by_columns() { i } else { ternary::position(i) };
         ((0..self.columns).map(|i| codes[at(i)]).collect(), self.scales[token])
     }
     /// Codes that are not 0, of a token on average, where they were counted.
@@ -237,6 +245,8 @@ pub struct Workspace {
     scratch: Aligned<u8>,
     /// Sums of a product by columns, for each thread and token.
     sums: Aligned<i32>,
+    /// Rows in two bits for each thread, where they are stored in fewer.
+    plain: Aligned<u8>,
 }
 
 impl Workspace {
@@ -248,12 +258,13 @@ impl Workspace {
             floats: Aligned::zeroed(threads * 2 * width),
             scratch: Aligned::zeroed(threads * Self::scratch(width)),
             sums: Aligned::zeroed(threads * ROW_TOKENS * width),
+            plain: Aligned::zeroed(threads * BLOCK * width / 4),
         }
     }
     /// Its size in bytes.
     pub const fn bytes(columns: usize, threads: usize) -> usize {
         let width = ternary::row_bytes(columns) * 4;
-        threads * (width * (2 * 4 + 4 * ROW_TOKENS) + Self::scratch(width))
+        threads * (width * (2 * 4 + 4 * ROW_TOKENS) + Self::scratch(width) + BLOCK * width / 4)
     }
     const fn scratch(width: usize) -> usize {
         if BLOCK * width > lookup::SCRATCH { BLOCK * width } else { lookup::SCRATCH }
@@ -270,8 +281,44 @@ pub enum Activation {
 }
 
 fn check(matrix: &TernaryMatrix, q: &QuantizedRows, out: &[f32]) {
-    assert_eq!((matrix.columns, matrix.layout), (q.columns, q.layout), "width and layout of the activations");
+    let by_columns = matrix.layout.by_columns();
+    assert_eq!(
+        (matrix.columns, by_columns),
+        (q.columns, q.layout.by_columns()),
+        "width and layout of the activations"
+    );
     assert_eq!(out.len(), matrix.rows * q.tokens, "length of the output");
+}
+
+/// What [`Compute::race_rows`] found.
+pub struct RowRace {
+    /// The layout in which rows take less time.
+    pub layout: Layout,
+    /// The share of a matrix's rows up to which it pays to read only those.
+    pub listed: f32,
+    /// Of each layout the time of all rows and of a half of them listed, in nanoseconds for each row there is.
+    pub times: Vec<(Layout, f64, f64)>,
+}
+
+impl RowRace {
+    /// Weights of a row that was timed.
+    pub const COLUMNS: usize = 2560;
+}
+
+impl std::fmt::Display for RowRace {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let percent = 100.0 * self.listed;
+        write!(
+            f,
+            "{}, up to {percent:.0} % of them one by one; of {} weights",
+            self.layout.name(),
+            Self::COLUMNS
+        )?;
+        for (layout, all, half) in &self.times {
+            write!(f, ", {all:.1} ns in {} and {half:.1} without every other", layout.name())?;
+        }
+        Ok(())
+    }
 }
 
 /// Kernels and the threads that run them.
@@ -411,12 +458,12 @@ impl Compute {
         let width = ternary::row_bytes(columns) * 4;
         (q.tokens, q.columns, q.layout) = (tokens, columns, layout);
         let tiles = self.kernels.has_tiles() && tokens >= tiles::FEWEST;
-        q.way = match layout {
-            Layout::Rows if tiles => Way::Tiles,
-            Layout::Columns if tiles && tokens <= tiles::COLUMN_TOKENS => Way::Tiles,
+        q.way = match layout.by_columns() {
+            false if tiles => Way::Tiles,
+            true if tiles && tokens <= tiles::COLUMN_TOKENS => Way::Tiles,
             _ if tokens > ROW_TOKENS => Way::Many,
-            Layout::Rows => Way::Rows,
-            Layout::Columns => Way::LiveColumns,
+            false => Way::Rows,
+            true => Way::LiveColumns,
         };
         {
             let codes = Rows::new(&mut q.codes[..tokens * width], width);
@@ -435,7 +482,7 @@ impl Compute {
         }
         match (q.way, layout) {
             (Way::LiveColumns, _) => q.find_live_columns(),
-            (Way::Tiles, Layout::Rows) => {
+            (Way::Tiles, Layout::Rows | Layout::Base3) => {
                 let codes = &q.codes[..tokens * width];
                 let to = Rows::new(&mut q.tiles, tiles::SIDE * width);
                 self.pool.run(tokens.div_ceil(tiles::SIDE), |some, _| {
@@ -468,9 +515,10 @@ impl Compute {
         }
         // Few tokens take some 16 KiB of rows at a time.
         let row_bytes = ternary::row_bytes(q.columns);
+        let base3 = jobs.iter().any(|(matrix, _)| matrix.layout == Layout::Base3);
         let grain = match q.way {
-            Way::Rows => ((16 << 10) / row_bytes).max(4) & !3,
-            Way::Tiles => 2 * BLOCK,
+            Way::Rows => ((16 << 10) / row_bytes).max(STEP) / STEP * STEP,
+            Way::Tiles if !base3 => 2 * BLOCK,
             _ => BLOCK,
         };
         let mut end = 0;
@@ -484,18 +532,21 @@ impl Compute {
             let (matrix, out, first) = plan[plan.iter().rposition(|job| job.2 <= at).unwrap_or(0)];
             (matrix, out, at - first, grain.min(matrix.rows - (at - first)))
         };
+        let plain = Rows::new(&mut work.plain, BLOCK * work.columns / 4);
         if q.way != Way::Many {
             let tiles = &q.tiles[..QuantizedRows::tiled(q.tokens) * 4 * row_bytes];
-            self.pool.run_ranges(end, grain, |range, _| {
+            self.pool.run_ranges(end, grain, |range, worker| {
                 let (matrix, out, first, count) = job(range.start);
-                // SAFETY: these rows are this task's alone and lie in the output, whose length was checked.
+                // SAFETY: each worker runs one task at a time; these rows are this task's alone and lie in the output, whose
+                // length was checked.
                 unsafe {
+                    let plain = plain.row(worker);
                     if q.way == Way::Tiles {
-                        let w = &matrix.bytes[first * row_bytes..][..count * row_bytes];
+                        let w = self.plain_rows(matrix, first, count, plain);
                         self.kernels.tile_rows(w, row_bytes, first, matrix.scale, q.view(), tiles, out);
                     } else {
-                        let (w, which) = (&matrix.bytes, Which::All { first, count });
-                        self.kernels.gemv_rows(w, row_bytes, which, matrix.scale, q.view(), out);
+                        let (w, which) = (matrix.stored_rows(), Which::All { first, count });
+                        self.kernels.gemv_rows(w, which, matrix.scale, q.view(), plain, out);
                     }
                 }
             });
@@ -506,22 +557,28 @@ impl Compute {
         if self.kernels.looks_up() {
             tiles = q.tokens.div_ceil(lookup::TOKENS);
             let ranges = (2 * self.pool.threads()).div_ceil(tiles).max(end.div_ceil(lookup::OUTPUTS));
-            grain = end.div_ceil(ranges).next_multiple_of(BLOCK);
+            // Rows that are unpacked first have room for a block.
+            grain = if base3 { BLOCK } else { end.div_ceil(ranges).next_multiple_of(BLOCK) };
         }
         let scratch = Workspace::scratch(work.columns);
         let scratch = Rows::new(&mut work.scratch, scratch);
         self.pool.run(end.div_ceil(grain) * tiles, |task, worker| {
             let range = task / tiles * grain..(task / tiles * grain + grain).min(end);
+            // SAFETY: each worker runs one task at a time.
+            let mut plain = unsafe { plain.row(worker) };
             let parts = plan.map(|(matrix, out, begin)| {
                 let first = range.start.saturating_sub(begin).min(matrix.rows);
                 let count = range.end.saturating_sub(begin).min(matrix.rows) - first;
                 let w = &matrix.bytes[..];
                 let source = match matrix.layout {
-                    Layout::Rows => {
-                        Source::Rows { w: &w[first * row_bytes..][..count * row_bytes], row_bytes }
-                    }
                     Layout::Columns => {
                         Source::Columns { w, column_bytes: columns::column_bytes(matrix.rows) }
+                    }
+                    _ => {
+                        let bytes = if base3 { count * row_bytes } else { 0 };
+                        let (own, rest) = std::mem::take(&mut plain).split_at_mut(bytes);
+                        plain = rest;
+                        Source::Rows { w: self.plain_rows(matrix, first, count, own), row_bytes }
                     }
                 };
                 Part { source, weight_scale: matrix.scale, first, count, out }
@@ -539,17 +596,104 @@ impl Compute {
     ///
     /// # Panics
     /// As there, and if a row is not in the matrix.
-    pub fn linear_listed(&self, q: &QuantizedRows, matrix: &TernaryMatrix, list: &[u32], out: &mut [f32]) {
+    pub fn linear_listed(
+        &self,
+        q: &QuantizedRows,
+        work: &mut Workspace,
+        matrix: &TernaryMatrix,
+        list: &[u32],
+        out: &mut [f32],
+    ) {
         check(matrix, q, out);
-        assert!(q.layout == Layout::Rows && q.tokens <= ROW_TOKENS);
+        assert!(!q.layout.by_columns() && q.tokens <= ROW_TOKENS);
         assert!(list.last().is_none_or(|&r| (r as usize) < matrix.rows) && list.is_sorted_by(|a, b| a < b));
         let row_bytes = ternary::row_bytes(q.columns);
         let out = OutPtr { ptr: out.as_mut_ptr(), stride: matrix.rows };
-        self.pool.run_ranges(list.len(), ((16 << 10) / row_bytes).max(4) & !3, |range, _| {
-            let which = Which::Listed { list: &list[range.start..], count: range.len() };
-            // SAFETY: the rows were checked; no row is listed twice, so nobody else writes its output.
-            unsafe { self.kernels.gemv_rows(&matrix.bytes, row_bytes, which, matrix.scale, q.view(), out) }
-        });
+        let plain = Rows::new(&mut work.plain, BLOCK * work.columns / 4);
+        self.pool.run_ranges(
+            list.len(),
+            ((16 << 10) / row_bytes).max(STEP) / STEP * STEP,
+            |range, worker| {
+                let which = Which::Listed { list: &list[range.start..], count: range.len() };
+                let w = matrix.stored_rows();
+                // SAFETY: each worker runs one task at a time; the rows were checked; no row is listed twice, so nobody else
+                // writes its output.
+                unsafe { self.kernels.gemv_rows(w, which, matrix.scale, q.view(), plain.row(worker), out) }
+            },
+        );
+    }
+
+    /// Rows of a matrix in two bits, in `plain` where they are stored in fewer.
+    fn plain_rows<'a>(
+        &self,
+        matrix: &'a TernaryMatrix,
+        first: usize,
+        count: usize,
+        plain: &'a mut [u8],
+    ) -> &'a [u8] {
+        let StoredRows { bytes, row_bytes, base3 } = matrix.stored_rows();
+        let rows = &bytes[first * row_bytes..][..count * row_bytes];
+        if !base3 {
+            return rows;
+        }
+        self.kernels.unpack_base3(rows, row_bytes, matrix.columns, plain);
+        &plain[..count * ternary::row_bytes(matrix.columns)]
+    }
+
+    /// Times how rows are multiplied with one token on this machine, now, in each layout that could be the fastest. That takes
+    /// some 20 milliseconds.
+    pub fn race_rows(&self) -> RowRace {
+        // More than caches hold, in rows of a common width.
+        const BYTES: usize = 48 << 20;
+        const COLUMNS: usize = RowRace::COLUMNS;
+        const ROUNDS: usize = 2;
+        let mut race = RowRace { layout: Layout::Rows, listed: 1.0, times: Vec::new() };
+        let Some(mut buffer) = HugeBuffer::new(MemoryPart::Scratch, BYTES) else { return race };
+        let parts = Rows::new(&mut buffer, BYTES / 64);
+        // SAFETY: each part is one task. Any bytes are weights here.
+        self.pool.run(64, |part, _| unsafe { parts.row(part) }.fill(1));
+        let buffer = Arc::new(buffer);
+        let (mut work, mut q) =
+            (Workspace::new(COLUMNS, self.pool.threads()), QuantizedRows::new(1, COLUMNS));
+        self.quantize(&[1.0; COLUMNS], COLUMNS, Layout::Rows, &mut work, &mut q);
+        let mut out = vec![0.0; BYTES / base3::row_bytes(COLUMNS)];
+        let layouts = if self.kernels.fast_base3() { 2 } else { 1 };
+        let mut runners: Vec<_> = [Layout::Rows, Layout::Base3][..layouts]
+            .iter()
+            .map(|&layout| {
+                let rows = BYTES / layout.bytes(1, COLUMNS);
+                let bytes = Bytes::new(buffer.clone(), 0..layout.bytes(rows, COLUMNS));
+                // Every other row, but not in step: by the uppermost bit of multiples of the golden ratio.
+                let half: Vec<u32> =
+                    (0..rows as u32).filter(|r| r.wrapping_mul(0x9e37_79b9) >> 31 == 1).collect();
+                (TernaryMatrix::new(bytes, layout, rows, COLUMNS, 1.0), half, [f64::INFINITY; 2])
+            })
+            .collect();
+        for i in 0..ROUNDS * layouts {
+            let (matrix, half, best) = &mut runners[i % layouts];
+            let out = &mut out[..matrix.rows];
+            let start = Instant::now();
+            self.linear(&q, &mut work, [(matrix, &mut *out)]);
+            let all = start.elapsed();
+            self.linear_listed(&q, &mut work, matrix, half, out);
+            for (best, time) in best.iter_mut().zip([all, start.elapsed() - all]) {
+                *best = best.min(time.as_secs_f64() * 1e9 / matrix.rows as f64);
+            }
+        }
+        race.times = runners.iter().map(|(matrix, _, [all, half])| (matrix.layout, *all, *half)).collect();
+        // Of what a token reads by rows, two thirds are whole matrices. Several tokens take longer in base 3, which has to gain a little.
+        let cost = |&(layout, all, half): &(Layout, f64, f64)| {
+            (2.0 * all + half) * if layout == Layout::Base3 { 1.04 } else { 1.0 }
+        };
+        if let Some(best) = race.times.iter().min_by(|a, b| cost(a).total_cmp(&cost(b))) {
+            (race.layout, race.listed) = (best.0, (0.5 * best.1 / best.2).min(1.0) as f32);
+        }
+        race
+    }
+
+    /// Stores a row in two bits, none of whose codes is 3, in the layout of [`ternary::base3`].
+    pub fn pack_base3(&self, row: &[u8], out: &mut [u8]) {
+        self.kernels.pack_base3(row, out);
     }
 
     /// Few tokens times a matrix stored by columns: each thread adds up some of the columns, for each token those it needs,

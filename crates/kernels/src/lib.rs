@@ -24,7 +24,7 @@ mod table;
 pub mod ternary;
 
 pub use compute::{
-    Activation, Compute, FloatMatrix, QuantizedRows, Reader, TernaryMatrix, Workspace, positive,
+    Activation, Compute, FloatMatrix, QuantizedRows, Reader, RowRace, TernaryMatrix, Workspace, positive,
 };
 pub use head::{Head, HeadCounts, HeadScratch, Logits};
 pub use kv::{KvShape, KvStore, KvType};

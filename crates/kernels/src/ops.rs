@@ -101,8 +101,8 @@ pub(crate) fn quantize<I: Isa>(isa: I, x: &[f32], layout: Layout, codes: &mut [i
         for half_run in 0..16 {
             let i = 256 * chunk + 16 * half_run;
             let at = match layout {
-                Layout::Rows => crate::ternary::position(16 * half_run),
                 Layout::Columns => 16 * half_run,
+                _ => crate::ternary::position(16 * half_run),
             };
             let out = &mut out[at..].as_chunks_mut::<16>().0[0];
             match x.len().saturating_sub(i) {

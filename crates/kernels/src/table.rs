@@ -10,7 +10,7 @@ use crate::isa::{avx2::Avx2, avx512::Avx512};
 use crate::ops::{self, FloatType};
 use crate::screen::{self, BLOCK, Dither, GROUP, Probe, RowScales, Screen};
 use crate::ternary::panel::Part;
-use crate::ternary::{self, Activations, Layout, OutPtr, Which, columns, tiles};
+use crate::ternary::{self, Activations, Layout, OutPtr, StoredRows, Which, base3, columns, tiles};
 use std::ops::Range;
 
 /// All kernels: name, arguments, result, and what is compiled for each instruction set, which it is given first. Hands
@@ -32,8 +32,11 @@ macro_rules! kernels {
         /// # Safety
         /// As [`ternary::gemv_rows`].
         gemv_rows: unsafe fn(
-            w: &[u8], row_bytes: usize, which: Which<'_>, weight_scale: f32, a: Activations<'_>, out: OutPtr
+            w: StoredRows<'_>, which: Which<'_>, weight_scale: f32, a: Activations<'_>, plain: &mut [u8], out: OutPtr
         ) = ternary::gemv_rows;
+        pack_base3: fn(row: &[u8], out: &mut [u8]) = base3::pack_row;
+        unpack_base3: fn(w: &[u8], row_bytes: usize, columns: usize, out: &mut [u8]) = base3::unpack_rows;
+        fast_base3: fn() -> bool = ternary::fast_base3;
         /// # Safety
         /// As [`ternary::matmul`].
         matmul: unsafe fn(parts: &[Part<'_>], a: Activations<'_>, t0: usize, scratch: &mut [u8]) = ternary::matmul;

@@ -1,7 +1,7 @@
 //! Every instruction set and every number of threads computes what the scalar kernels compute on one thread, to the bit,
 //! and those compute the formulas.
 
-use bitnet_kernels::ternary::{Layout, columns, position, row_bytes};
+use bitnet_kernels::ternary::{Layout, base3, columns, position, row_bytes};
 use bitnet_kernels::{
     Activation, Bytes, Compute, FloatMatrix, FloatType, Head, HeadScratch, Kernels, KvShape, KvStore, KvType,
     Logits, QuantizedRows, Screen, TernaryMatrix, Workspace, supported,
@@ -47,6 +47,16 @@ fn matrix(trits: &[i8], columns: usize, scale: f32) -> TernaryMatrix {
     TernaryMatrix::new(Bytes::new(Arc::new(bytes), 0..n), Layout::Rows, rows, columns, scale)
 }
 
+/// The same in base 3, packed by `compute`.
+fn packed(trits: &[i8], columns: usize, scale: f32, compute: &Compute) -> TernaryMatrix {
+    let (rows, stored) = (trits.len() / columns, rows_of(trits, columns));
+    let mut bytes = vec![0; Layout::Base3.bytes(rows, columns)];
+    let packed = bytes.chunks_mut(base3::row_bytes(columns));
+    stored.chunks(row_bytes(columns)).zip(packed).for_each(|(row, packed)| compute.pack_base3(row, packed));
+    let n = bytes.len();
+    TernaryMatrix::new(Bytes::new(Arc::new(bytes), 0..n), Layout::Base3, rows, columns, scale)
+}
+
 fn by_columns(trits: &[i8], columns: usize, scale: f32) -> TernaryMatrix {
     let (rows, stored) = (trits.len() / columns, rows_of(trits, columns));
     let mut bytes = vec![0; Layout::Columns.bytes(rows, columns)];
@@ -81,6 +91,7 @@ fn linear_is_exact_everywhere() {
     let mut random = Random(1);
     for (tokens, columns, rows) in [
         (1, 256, 64),
+        (2, 1290, 9),
         (1, 2560, 129),
         (2, 192, 33),
         (3, 640, 7),
@@ -101,6 +112,10 @@ fn linear_is_exact_everywhere() {
             compute.norm_quantize(&x, &norm, 1e-5, Layout::Rows, &mut work, &mut q);
             let (mut out, mut out2) = (vec![f32::NAN; tokens * rows], vec![f32::NAN; tokens * 3]);
             compute.linear(&q, &mut work, [(&w, &mut out), (&v, &mut out2)]);
+            let (w, v) = (packed(&trits, columns, 0.37, compute), packed(&other, columns, 1.5, compute));
+            let (mut out3, mut out4) = (vec![f32::NAN; tokens * rows], vec![f32::NAN; tokens * 3]);
+            compute.linear(&q, &mut work, [(&w, &mut out3), (&v, &mut out4)]);
+            assert!((bits(&out), bits(&out2)) == (bits(&out3), bits(&out4)), "base 3");
             out.extend(out2);
             let codes: Vec<_> = (0..tokens).map(|t| (q.row(t).0, q.row(t).1.to_bits())).collect();
             (codes, bits(&out))
@@ -159,7 +174,11 @@ fn columns_and_listed_rows_equal_rows() {
             compute.norm_quantize(&x, &norm, 1e-5, Layout::Rows, &mut work, &mut q);
             compute.linear(&q, &mut work, [(&by_rows, &mut out)]);
             if tokens <= Compute::FEW {
-                compute.linear_listed(&q, &by_rows, &list, &mut out2);
+                compute.linear_listed(&q, &mut work, &by_rows, &list, &mut out2);
+                let mut out3 = vec![f32::NAN; tokens * rows];
+                let packed = packed(&trits, columns, 0.7, compute);
+                compute.linear_listed(&q, &mut work, &packed, &list, &mut out3);
+                assert!(bits(&out2) == bits(&out3), "base 3");
                 for (i, (got, all)) in out2.iter().zip(&out).enumerate() {
                     let wanted = list.contains(&((i % rows) as u32));
                     assert_eq!(got.to_bits(), if wanted { *all } else { f32::NAN }.to_bits());
@@ -188,7 +207,9 @@ fn extreme_codes_do_not_overflow() {
                 let mut work = Workspace::new(columns, compute.pool().threads());
                 compute.norm_quantize(&x, &vec![1.0; columns], 1e-5, Layout::Rows, &mut work, &mut q);
                 let (mut out, mut out2) = (vec![0.0; 18], vec![0.0; 18]);
+                compute.linear(&q, &mut work, [(&packed(&ones, columns, 1.0, compute), &mut out2)]);
                 compute.linear(&q, &mut work, [(&w, &mut out)]);
+                assert_eq!(bits(&out), bits(&out2), "base 3");
                 compute.norm_quantize(&x, &vec![1.0; columns], 1e-5, Layout::Columns, &mut work, &mut q);
                 compute.linear(&q, &mut work, [(&v, &mut out2)]);
                 assert_eq!(bits(&out), bits(&out2));

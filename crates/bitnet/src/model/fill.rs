@@ -4,7 +4,7 @@ use super::stored::row_chunk;
 use super::weights::{Placed, Planner, Store};
 use crate::Error;
 use bitnet_gguf::Gguf;
-use bitnet_kernels::ternary::{CHUNK, columns, row_bytes};
+use bitnet_kernels::ternary::{CHUNK, Layout, columns, row_bytes};
 use bitnet_kernels::{Bytes, Compute, FloatMatrix, Screen};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -35,7 +35,10 @@ pub(super) fn fill(
         (rest, done) = (tail, placed.range.end);
         let part = match placed.store {
             Store::Floats | Store::Blocks(_) | Store::Ternary => PART,
-            Store::Rows { columns, .. } => row_bytes(columns) * (PART / row_bytes(columns)).max(1),
+            Store::Rows { columns, layout, .. } => {
+                let row = layout.bytes(1, columns);
+                row * (PART / row).max(1)
+            }
             Store::Columns { rows, .. } => CHUNK * columns::column_bytes(rows),
             Store::Screen { columns, .. } => Screen::bytes(Screen::PART, columns),
         };
@@ -80,20 +83,34 @@ pub(super) fn fill(
                     }
                 }
             }
-            Store::Rows { columns, format, pairs } => {
-                let first = *at / row_bytes(columns);
-                for (i, target) in target.chunks_exact_mut(row_bytes(columns)).enumerate() {
+            Store::Rows { columns, layout, format, pairs } => {
+                let (stored, mut plain) = (layout.bytes(1, columns), vec![0; row_bytes(columns)]);
+                let (first, rows) = (*at / stored, target.len() / stored);
+                for (i, target) in target.chunks_exact_mut(stored).enumerate() {
                     let row = pairs.map_or(first + i, |pairs| pairs.row(first + i));
-                    let Some(format) = format else {
-                        pad(source, columns, row, target);
-                        continue;
-                    };
-                    for (chunk, target) in target.as_chunks_mut::<{ CHUNK / 4 }>().0.iter_mut().enumerate() {
-                        match row_chunk(source, format, columns, row, chunk, placed.scale) {
-                            Ok(codes) => *target = codes,
-                            Err(problem) => return fail(planner.error(placed.tensor, problem)),
+                    if let Some(format) = format {
+                        for (chunk, plain) in plain.as_chunks_mut::<{ CHUNK / 4 }>().0.iter_mut().enumerate()
+                        {
+                            match row_chunk(source, format, columns, row, chunk, placed.scale) {
+                                Ok(codes) => *plain = codes,
+                                Err(problem) => return fail(planner.error(placed.tensor, problem)),
+                            }
                         }
+                    } else {
+                        pad(source, columns, row, &mut plain);
                     }
+                    if let Some(byte) = code_three(&plain) {
+                        return fail(no_weight(planner, placed, row * plain.len() + byte));
+                    }
+                    match layout {
+                        Layout::Base3 => compute.pack_base3(&plain, target),
+                        _ => target.copy_from_slice(&plain),
+                    }
+                }
+                if pairs.is_none() {
+                    let row = placed.tensor.byte_len / placed.tensor.dims[1];
+                    let start = placed.tensor.offset + first as u64 * row;
+                    gguf.advise_dontneed(start..start + rows as u64 * row);
                 }
             }
             Store::Columns { rows, columns, format } => {
@@ -127,15 +144,18 @@ pub(super) fn fill(
                 gguf.advise_dontneed(start..start + count as u64 * row);
             }
         }
-        let ternary = !matches!(placed.store, Store::Floats | Store::Blocks(_) | Store::Screen { .. });
-        if let Some(byte) = code_three(target).filter(|_| ternary) {
-            let problem = format!("code 3 near stored byte {}: no ternary weight", *at + byte);
-            fail(planner.error(placed.tensor, problem));
+        let unseen = matches!(placed.store, Store::Ternary | Store::Columns { .. });
+        if let Some(byte) = code_three(target).filter(|_| unseen) {
+            fail(no_weight(planner, placed, *at + byte));
         }
     });
     // Faults map neighbouring pages too, in parts that were done with.
     gguf.advise_dontneed(gguf.data_offset()..gguf.byte_len());
     failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+}
+
+fn no_weight(planner: &Planner<'_>, placed: &Placed<'_>, byte: usize) -> Error {
+    planner.error(placed.tensor, format!("code 3 near stored byte {byte}: no ternary weight"))
 }
 
 /// The first byte that holds the code 3, which is never written.
@@ -166,6 +186,9 @@ fn strip(source: &[u8], rows: usize, columns: usize, chunk: usize) -> Vec<u8> {
 
 /// Writes row `r`, whose weights lie flat in the file, as a padded row.
 fn pad(source: &[u8], columns: usize, r: usize, row: &mut [u8]) {
+    if columns.is_multiple_of(CHUNK) {
+        return row.copy_from_slice(&source[r * row.len()..][..row.len()]);
+    }
     const ZERO: u8 = 0x55;
     row.fill(ZERO);
     let place = |i: usize| (i / 128 * 32 + i % 32, 6 - 2 * (i % 128 / 32));

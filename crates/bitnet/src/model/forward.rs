@@ -195,8 +195,14 @@ impl Model {
                 compute.linear(codes, work, [(&layer.ffn_gate, &mut *gate)]);
                 positive(gate, config.intermediate_size, live);
                 profile.lap(Phase::Gate, layer.ffn_gate.byte_len());
-                compute.linear_listed(codes, &layer.ffn_up, live, up);
-                profile.lap(Phase::Up, layer.ffn_up.byte_len() / config.intermediate_size * live.len());
+                let mut read = live.len();
+                if read as f32 <= weights.strategy.listed * config.intermediate_size as f32 {
+                    compute.linear_listed(codes, work, &layer.ffn_up, live, up);
+                } else {
+                    compute.linear(codes, work, [(&layer.ffn_up, &mut *up)]);
+                    read = config.intermediate_size;
+                }
+                profile.lap(Phase::Up, layer.ffn_up.byte_len() / config.intermediate_size * read);
             } else {
                 compute.linear(codes, work, [(&layer.ffn_gate, &mut *gate), (&layer.ffn_up, &mut *up)]);
                 profile.lap(Phase::Gate, layer.ffn_gate.byte_len() + layer.ffn_up.byte_len());

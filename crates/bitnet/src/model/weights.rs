@@ -7,7 +7,7 @@ use crate::Error;
 use bitnet_gguf::{Gguf, TensorInfo, TensorType};
 use bitnet_kernels::blocks::BlockFormat;
 use bitnet_kernels::ternary::blocks::RowFormat;
-use bitnet_kernels::ternary::{CHUNK, Layout, columns, pack};
+use bitnet_kernels::ternary::{self, CHUNK, Layout, base3, columns, pack};
 use bitnet_kernels::{
     Activation, Bytes, Compute, FloatMatrix, FloatType, Head, HugeBuffer, MemoryPart, PartBytes, Screen,
     TernaryMatrix,
@@ -25,6 +25,8 @@ pub struct Weights {
     pub output_norm: Vec<f32>,
     /// The blocks in order.
     pub layers: Vec<Layer>,
+    /// How they are read.
+    pub strategy: Strategy,
 }
 
 /// The tensors of one block.
@@ -86,8 +88,8 @@ pub(super) enum Store {
     Blocks(BlockFormat),
     /// I2_S whose rows are whole chunks, as it is.
     Ternary,
-    /// I2_S whose rows must be padded or put in another order, or rows of another type.
-    Rows { columns: usize, format: Option<RowFormat>, pairs: Option<Pairs> },
+    /// I2_S whose rows must be padded, packed or put in another order, or rows of another type.
+    Rows { columns: usize, layout: Layout, format: Option<RowFormat>, pairs: Option<Pairs> },
     /// I2_S or rows of another type, to be stored by columns.
     Columns { rows: usize, columns: usize, format: Option<RowFormat> },
     /// The small copy of the head.
@@ -125,32 +127,43 @@ struct LayerPlan {
     matrices: [TernaryPlace; 7],
 }
 
-/// What a decoded token reads.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Strategy {
-    /// No weight that is multiplied with zero, and of the output head only what can still be chosen. The logits are the
-    /// same to the bit.
-    #[default]
-    Sparse,
-    /// Every weight.
-    Dense,
+/// How the weights are kept and what a decoded token reads of them. The logits are the same to the bit.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Strategy {
+    /// No weight that is multiplied with zero is read, and of the output head only what can still be chosen.
+    pub sparse: bool,
+    /// How matrices are stored of which all rows are read: [`Layout::Rows`] or [`Layout::Base3`].
+    pub rows: Layout,
+    /// The share of the up projection's rows up to which only those are read whose gate is positive.
+    pub listed: f32,
+}
+
+impl Default for Strategy {
+    fn default() -> Self {
+        Self::SPARSE
+    }
 }
 
 impl Strategy {
+    /// Only what can matter.
+    pub const SPARSE: Self = Self { sparse: true, rows: Layout::Rows, listed: 1.0 };
+    /// Every weight.
+    pub const DENSE: Self = Self { sparse: false, ..Self::SPARSE };
+
     /// Smallest vocabulary whose head is screened.
     const SCREENED_VOCABULARY: usize = 1024;
 
     fn screens(self, vocab_size: usize) -> bool {
-        self == Self::Sparse && vocab_size >= Self::SCREENED_VOCABULARY
+        self.sparse && vocab_size >= Self::SCREENED_VOCABULARY
     }
 
     /// Squared ReLU leaves most inputs of the down projection zero, and by columns those weights are never read.
     fn down_layout(self, config: &Config) -> Layout {
         match config.activation {
-            Activation::Relu2 if self == Self::Sparse && config.intermediate_size <= columns::MAX_COLUMNS => {
+            Activation::Relu2 if self.sparse && config.intermediate_size <= columns::MAX_COLUMNS => {
                 Layout::Columns
             }
-            _ => Layout::Rows,
+            _ => self.rows,
         }
     }
 }
@@ -163,6 +176,7 @@ pub(crate) struct WeightPlan<'a> {
     screen: Option<Range<usize>>,
     output_norm: Vec<f32>,
     layers: Vec<LayerPlan>,
+    strategy: Strategy,
 }
 
 impl<'a> Planner<'a> {
@@ -262,7 +276,7 @@ impl<'a> Planner<'a> {
             Layout::Rows if columns.is_multiple_of(CHUNK) && format.is_none() && pairs.is_none() => {
                 Store::Ternary
             }
-            Layout::Rows => Store::Rows { columns, format, pairs },
+            _ => Store::Rows { columns, layout, format, pairs },
         };
         let range = self.place(tensor, layout.bytes(rows, columns), store, scale);
         Ok((range, layout, rows, columns, scale * self.extra_scale(name)?))
@@ -384,12 +398,12 @@ impl<'a> WeightPlan<'a> {
                     config.sub_norms.then(|| planner.norm(&name("ffn_sub_norm"), ff)).transpose()?,
                 ],
                 matrices: [
-                    planner.ternary(&name("attn_q"), Layout::Rows, pairs, hidden, q)?,
-                    planner.ternary(&name("attn_k"), Layout::Rows, pairs, hidden, kv)?,
-                    planner.ternary(&name("attn_v"), Layout::Rows, None, hidden, kv)?,
-                    planner.ternary(&name("attn_output"), Layout::Rows, None, q, hidden)?,
-                    planner.ternary(&name("ffn_gate"), Layout::Rows, None, hidden, ff)?,
-                    planner.ternary(&name("ffn_up"), Layout::Rows, None, hidden, ff)?,
+                    planner.ternary(&name("attn_q"), strategy.rows, pairs, hidden, q)?,
+                    planner.ternary(&name("attn_k"), strategy.rows, pairs, hidden, kv)?,
+                    planner.ternary(&name("attn_v"), strategy.rows, None, hidden, kv)?,
+                    planner.ternary(&name("attn_output"), strategy.rows, None, q, hidden)?,
+                    planner.ternary(&name("ffn_gate"), strategy.rows, None, hidden, ff)?,
+                    planner.ternary(&name("ffn_up"), strategy.rows, None, hidden, ff)?,
                     planner.ternary(&name("ffn_down"), strategy.down_layout(config), None, ff, hidden)?,
                 ],
             });
@@ -411,7 +425,7 @@ impl<'a> WeightPlan<'a> {
         let mut place = |matrix| if screens { Planner::mapped(matrix) } else { planner.copied(matrix) };
         let (embedding, head) = (place(embedding), output.map(place));
         let output_norm = planner.norm("output_norm.weight", hidden)?;
-        Ok(Self { planner, embedding, head, screen, output_norm, layers })
+        Ok(Self { planner, embedding, head, screen, output_norm, layers, strategy })
     }
 
     /// Bytes that the weights take in memory.
@@ -432,7 +446,7 @@ impl<'a> WeightPlan<'a> {
         compute: &Compute,
         beside: impl Fn() + Sync,
     ) -> Result<Weights, Error> {
-        let Self { planner, embedding, head, screen, output_norm, layers } = self;
+        let Self { planner, embedding, head, screen, output_norm, layers, strategy } = self;
         let bytes = planner.end;
         let mut buffer =
             HugeBuffer::new(MemoryPart::Weights, bytes).ok_or(Error::NoMemory { what: "weights", bytes })?;
@@ -479,7 +493,7 @@ impl<'a> WeightPlan<'a> {
         let embedding = float(embedding);
         let screen = screen.map(|range| Screen::new(take(range), vocab, hidden));
         let head = Head { matrix: head.map_or_else(|| embedding.clone(), float), screen };
-        Ok(Weights { embedding, head, output_norm, layers })
+        Ok(Weights { embedding, head, output_norm, layers, strategy })
     }
 }
 
@@ -495,7 +509,7 @@ impl Weights {
     pub(crate) fn random_bytes(config: &Config, strategy: Strategy) -> PartBytes {
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let [rows @ .., down] = Self::shapes(config);
-        let rows: usize = rows.iter().map(|(rows, columns)| Layout::Rows.bytes(*rows, *columns)).sum();
+        let rows: usize = rows.iter().map(|(rows, columns)| strategy.rows.bytes(*rows, *columns)).sum();
         let layer = rows + strategy.down_layout(config).bytes(down.0, down.1);
         let mut bytes = PartBytes::default();
         bytes[MemoryPart::Weights as usize] = vocab * hidden * 2 + layer * config.n_layers;
@@ -514,7 +528,7 @@ impl Weights {
         let (hidden, ff) = (config.hidden_size, config.intermediate_size);
         let q = config.q_width();
         let (shapes, head) = (Self::shapes(config), config.vocab_size * hidden * 2);
-        let layout = |index: usize| if index == 6 { strategy.down_layout(config) } else { Layout::Rows };
+        let layout = |index: usize| if index == 6 { strategy.down_layout(config) } else { strategy.rows };
         let size = |index: usize| layout(index).bytes(shapes[index].0, shapes[index].1);
         let bytes = Self::random_bytes(config, strategy)[MemoryPart::Weights as usize];
         let mut buffer =
@@ -525,7 +539,16 @@ impl Weights {
             r & 0x83ff_83ff_83ff_83ff | 0x2400_2400_2400_2400
         });
         // Two random bits added up make a code of 0, 1, 1 or 2.
-        random_words(compute, ternary, |r| (r & 0x5555_5555_5555_5555) + (r >> 1 & 0x5555_5555_5555_5555));
+        let codes = |r: u64| (r & 0x5555_5555_5555_5555) + (r >> 1 & 0x5555_5555_5555_5555);
+        let mut rest = ternary;
+        for index in (0..config.n_layers).flat_map(|_| 0..shapes.len()) {
+            let (matrix, after) = rest.split_at_mut(size(index));
+            rest = after;
+            match layout(index) {
+                Layout::Base3 => random_base3(compute, matrix, shapes[index].1, codes),
+                _ => random_words(compute, matrix, codes),
+            }
+        }
         let buffer = Arc::new(buffer);
         let mut end = head;
         let layers = (0..config.n_layers).map(|_| {
@@ -561,7 +584,7 @@ impl Weights {
         let embedding = FloatMatrix::new(Bytes::new(buffer, 0..head), FloatType::F16, vocab, hidden);
         let screen = strategy.screens(vocab).then(|| random_screen(&embedding, vocab, hidden, compute));
         let head = Head { matrix: embedding.clone(), screen: screen.transpose()? };
-        Ok(Self { head, embedding, output_norm: vec![1.0; hidden], layers })
+        Ok(Self { head, embedding, output_norm: vec![1.0; hidden], layers, strategy })
     }
 }
 
@@ -588,13 +611,31 @@ fn random_words(compute: &Compute, bytes: &mut [u8], f: impl Fn(u64) -> u64 + Sy
     let parts: Vec<_> = bytes.chunks_mut(1 << 20).map(Mutex::new).collect();
     compute.pool().run(parts.len(), |part, _| {
         let mut state = part as u64 + 1;
-        for word in parts[part].lock().unwrap_or_else(PoisonError::into_inner).chunks_mut(8) {
-            // xorshift64* (Vigna 2016); its high bits are good enough to look like weights.
-            state ^= state >> 12;
-            state ^= state << 25;
-            state ^= state >> 27;
-            let r = state.wrapping_mul(0x2545_f491_4f6c_dd1d);
-            word.copy_from_slice(&f(r ^ r >> 32).to_le_bytes()[..word.len()]);
+        fill_random(&mut parts[part].lock().unwrap_or_else(PoisonError::into_inner), &mut state, &f);
+    });
+}
+
+/// As [`random_words`], for rows in two bits that are then packed.
+fn random_base3(compute: &Compute, bytes: &mut [u8], columns: usize, f: impl Fn(u64) -> u64 + Sync) {
+    let row_bytes = base3::row_bytes(columns);
+    let parts: Vec<_> = bytes.chunks_mut(row_bytes << 10).map(Mutex::new).collect();
+    compute.pool().run(parts.len(), |part, _| {
+        let (mut state, mut plain) = (part as u64 + 1, vec![0; ternary::row_bytes(columns)]);
+        let mut part = parts[part].lock().unwrap_or_else(PoisonError::into_inner);
+        for row in part.chunks_exact_mut(row_bytes) {
+            fill_random(&mut plain, &mut state, &f);
+            compute.pack_base3(&plain, row);
         }
     });
+}
+
+fn fill_random(bytes: &mut [u8], state: &mut u64, f: impl Fn(u64) -> u64) {
+    for word in bytes.chunks_mut(8) {
+        // xorshift64* (Vigna 2016); its high bits are good enough to look like weights.
+        *state ^= *state >> 12;
+        *state ^= *state << 25;
+        *state ^= *state >> 27;
+        let r = state.wrapping_mul(0x2545_f491_4f6c_dd1d);
+        word.copy_from_slice(&f(r ^ r >> 32).to_le_bytes()[..word.len()]);
+    }
 }

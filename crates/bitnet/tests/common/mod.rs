@@ -45,7 +45,7 @@ pub(crate) fn engine(
     max_rows: usize,
     sequences: usize,
 ) -> Engine {
-    engine_as(gguf, Strategy::Sparse, kernels, threads, max_rows, sequences)
+    engine_as(gguf, Strategy::SPARSE, kernels, threads, max_rows, sequences)
 }
 
 pub(crate) fn engine_as(
@@ -69,7 +69,7 @@ pub(crate) fn engine_with(
 ) -> Engine {
     build(
         gguf,
-        Strategy::Sparse,
+        Strategy::SPARSE,
         kernels,
         threads,
         EngineOptions { max_rows, sequences, cache_type, ..OPTIONS },

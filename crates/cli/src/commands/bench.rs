@@ -73,6 +73,8 @@ struct Measurement {
     /// Of a decode test: bytes read a second over what a plain read of memory gives.
     roofline_share: Option<f64>,
     kernel: &'static str,
+    /// How rows of weights are kept.
+    layout: &'static str,
     #[serde(flatten)]
     read: Read,
 }
@@ -124,7 +126,7 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let (model, options) = match args.synthetic {
         Some(_) => {
-            let (config, strategy) = (Config::bitnet_2b_4t(), args.model.strategy());
+            let (config, strategy) = (Config::bitnet_2b_4t(), args.model.strategy(&compute, u64::MAX));
             let threads = compute.pool().threads();
             let plan = |options: &EngineOptions| MemoryPlan::random(&config, strategy, options, threads);
             let options = args.model.plan("random weights", &config, &wish, plan)?;
@@ -176,6 +178,7 @@ pub fn run(args: &Args) -> Result<()> {
             stream_read_gb_per_s: stream / 1e9,
             roofline_share: decode.then_some(steps_per_second * bytes_per_step as f64 / stream),
             kernel: engine.compute().kernels().name(),
+            layout: engine.model().weights().layers[0].attn_q.layout().name(),
             read,
         }
     });
@@ -305,15 +308,15 @@ fn print(format: Format, rows: &[Measurement]) -> Result<()> {
         }
         Format::Csv => {
             "model,test,n_threads,n_batch,reps,tokens_per_second_mean,tokens_per_second_stddev,bytes_per_step,\
-             stream_read_gb_per_s,roofline_share,kernel,live_up_rows,live_down_columns,open_head_rows,exact_head_rows\n"
+             stream_read_gb_per_s,roofline_share,kernel,layout,live_up_rows,live_down_columns,open_head_rows,exact_head_rows\n"
         }
         Format::Md => {
-            "| model | test | threads | batch | kernel | tokens/s | stream read GB/s | roofline | up | down | head |\n\
-             | --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+            "| model | test | threads | batch | kernel | layout | tokens/s | stream read GB/s | roofline | up | down | head |\n\
+             | --- | --- | ---: | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
         }
     });
     for row in rows {
-        let Measurement { model, test, n_threads, n_batch, reps, bytes_per_step, kernel, .. } = row;
+        let Measurement { model, test, n_threads, n_batch, reps, bytes_per_step, kernel, layout, .. } = row;
         let (mean, deviation) = (row.tokens_per_second_mean, row.tokens_per_second_stddev);
         let (stream, share, read) = (row.stream_read_gb_per_s, row.roofline_share, &row.read);
         let number = |x: Option<f64>, digits: usize| x.map(|x| format!("{x:.digits$}")).unwrap_or_default();
@@ -321,13 +324,13 @@ fn print(format: Format, rows: &[Measurement]) -> Result<()> {
         if matches!(format, Format::Csv) {
             let model = model.replace('"', "\"\"");
             write!(out, "\"{model}\",{test},{n_threads},{n_batch},{reps},{mean:.3},{deviation:.3},")?;
-            write!(out, "{bytes_per_step},{stream:.2},{},{kernel},", number(share, 3))?;
+            write!(out, "{bytes_per_step},{stream:.2},{},{kernel},{layout},", number(share, 3))?;
             write!(out, "{},{},", number(read.live_up_rows, 3), number(read.live_down_columns, 3))?;
             writeln!(out, "{},{}", number(read.open_head_rows, 0), number(read.exact_head_rows, 0))?;
         } else {
             write!(
                 out,
-                "| {model} | {test} | {n_threads} | {n_batch} | {kernel} | {mean:.1} ± {deviation:.1} "
+                "| {model} | {test} | {n_threads} | {n_batch} | {kernel} | {layout} | {mean:.1} ± {deviation:.1} "
             )?;
             write!(out, "| {stream:.1} | {} | {} ", percent(share), percent(read.live_up_rows))?;
             let (open, exact) = (number(read.open_head_rows, 0), number(read.exact_head_rows, 0));

@@ -4,7 +4,7 @@ use anyhow::{Context, bail, ensure};
 use bitnet::convert::Trits;
 use bitnet::gguf::Gguf;
 use bitnet::kernels::Logits;
-use bitnet::model::ModelInfo;
+use bitnet::model::{ModelInfo, Strategy};
 use bitnet::text::Specials;
 use bitnet::{Engine, Feed, Wanted};
 use sha2::{Digest, Sha256};
@@ -33,7 +33,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let say = |what: &str, found: &str| output::print(format!("{what:<11} {found}\n").as_bytes());
     say("file", gguf.name())?;
 
-    let info = ModelInfo::new(&gguf, args.model.strategy())?;
+    let info = ModelInfo::new(&gguf, Strategy::default())?;
     let (size, tensors) = (output::bytes(gguf.byte_len()), gguf.tensors().len());
     say("structure", &format!("sound: GGUF version {}, {tensors} tensors, {size}", gguf.version()))?;
     for repair in &info.repairs {

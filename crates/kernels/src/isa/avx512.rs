@@ -8,6 +8,7 @@ use super::{
     row_chunks,
 };
 use crate::attention::FETCH;
+use crate::ternary::base3;
 use crate::ternary::lookup::Places;
 use crate::ternary::tiles::Dots;
 use std::arch::x86_64::*;
@@ -240,6 +241,24 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
         }
         // SAFETY: the CPU has the instructions, as `self` proves, and the lengths were checked above.
         unsafe { panel_vnni(panel, a, quads, dots) }
+    }
+    #[inline(always)]
+    fn fast_base3(self) -> bool {
+        VNNI && super::vbmi::detect()
+    }
+    #[inline(always)]
+    fn base3_dots<const R: usize>(self, w: [&[u8]; R], ahead: [*const u8; R], a: &[i8]) -> [i32; R] {
+        assert!(self.fast_base3());
+        // SAFETY: just detected.
+        unsafe { super::vbmi::dots(self, w, ahead, a) }
+    }
+    #[inline(always)]
+    fn base3_unpack(self, row: &[u8], out: &mut [u8]) {
+        if self.fast_base3() {
+            // SAFETY: just detected.
+            return unsafe { super::vbmi::unpack(row, out) };
+        }
+        base3::unpack(row, out);
     }
     #[inline(always)]
     fn tile_codes(self, rows: &[&[i8]], tiles: &mut [i8]) {
@@ -689,7 +708,7 @@ unsafe fn dot_maddubs<I: Isa>(isa: I, w: &[u8], ahead: *const u8, a: &[i8], chun
 /// # Safety
 /// Needs AVX-512F.
 #[inline(always)]
-unsafe fn sum_lanes<const T: usize>(v: [__m512i; T]) -> [i32; T] {
+pub(super) unsafe fn sum_lanes<const T: usize>(v: [__m512i; T]) -> [i32; T] {
     // SAFETY: the caller has AVX-512F; the store is the four sums of `four`.
     unsafe {
         let mut out = [0; T];

@@ -16,8 +16,11 @@ pub(crate) mod avx512;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
 pub(crate) mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod vbmi;
 
 use crate::screen;
+use crate::ternary::base3;
 use crate::ternary::columns::{self, GROUP};
 use crate::ternary::lookup::{self, GROUPS, LANES, Places};
 use crate::ternary::panel::{self, PANEL};
@@ -85,6 +88,21 @@ pub(crate) trait Isa: Copy {
             dots[t] = self.dot_rows(w, ahead, a[t]);
         }
         dots
+    }
+    /// Whether rows in the layout of [`base3`] are multiplied about as fast as those in two bits.
+    #[inline(always)]
+    fn fast_base3(self) -> bool {
+        false
+    }
+    /// As [`Isa::dot_rows`], of rows in the layout of [`base3`], where that is fast.
+    #[inline(always)]
+    fn base3_dots<const R: usize>(self, _w: [&[u8]; R], _ahead: [*const u8; R], _a: &[i8]) -> [i32; R] {
+        unreachable!("not fast")
+    }
+    /// Unpacks a row in the layout of [`base3`] to two bits.
+    #[inline(always)]
+    fn base3_unpack(self, row: &[u8], out: &mut [u8]) {
+        base3::unpack(row, out);
     }
     /// Unpacks sixteen stored rows, of equal length, into outputs `16 half..` of a panel as long as they are.
     #[inline(always)]

@@ -7,6 +7,7 @@
 //!
 //! A matrix whose input is mostly zeros is stored by [`columns`] instead, and its activations stay in order.
 
+pub mod base3;
 pub mod blocks;
 pub mod columns;
 pub(crate) mod lookup;
@@ -24,6 +25,8 @@ pub const CHUNK: usize = 256;
 pub enum Layout {
     /// Row after row; activations in the order of [`position`].
     Rows,
+    /// The same in fewer bits, as [`base3`] says.
+    Base3,
     /// Column after column, as [`columns`] says; activations in their own order.
     Columns,
 }
@@ -33,8 +36,21 @@ impl Layout {
     pub const fn bytes(self, rows: usize, columns: usize) -> usize {
         match self {
             Self::Rows => rows * row_bytes(columns),
+            Self::Base3 => rows * base3::row_bytes(columns),
             Self::Columns => columns * columns::column_bytes(rows),
         }
+    }
+    /// Its name on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Rows => "2bit",
+            Self::Base3 => "base3",
+            Self::Columns => "columns",
+        }
+    }
+    /// Whether a matrix is stored by columns.
+    pub const fn by_columns(self) -> bool {
+        matches!(self, Self::Columns)
     }
 }
 
@@ -102,6 +118,15 @@ impl OutPtr {
     }
 }
 
+/// Rows of weights as they are stored.
+#[derive(Clone, Copy)]
+pub(crate) struct StoredRows<'a> {
+    pub(crate) bytes: &'a [u8],
+    pub(crate) row_bytes: usize,
+    /// In the layout of [`base3`].
+    pub(crate) base3: bool,
+}
+
 /// Which rows of a matrix are multiplied.
 #[derive(Clone, Copy)]
 pub(crate) enum Which<'a> {
@@ -114,19 +139,22 @@ pub(crate) enum Which<'a> {
 /// Most tokens that are multiplied row by row; more are worth unpacking the weights for.
 pub(crate) const ROW_TOKENS: usize = 16;
 
-/// Multiplies rows of the stored matrix `w` (each `row_bytes`) with some tokens and writes row r of token t
-/// to `out` at (t, r), as `(Σ w q) * (weight_scale / s)`.
+/// Rows that are multiplied at a time, at most.
+pub(crate) const STEP: usize = 4;
+
+/// Multiplies rows of the stored matrix `w` with some tokens and writes row r of token t to `out` at (t, r), as
+/// `(Σ w q) * (weight_scale / s)`. `plain` has room for [`STEP`] rows in two bits.
 ///
 /// # Safety
 /// `out` must have room for all those elements, and nobody else may touch them meanwhile.
 #[inline(always)]
 pub(crate) unsafe fn gemv_rows<I: Isa>(
     isa: I,
-    w: &[u8],
-    row_bytes: usize,
+    w: StoredRows<'_>,
     which: Which<'_>,
     weight_scale: f32,
     a: Activations<'_>,
+    plain: &mut [u8],
     out: OutPtr,
 ) {
     // SAFETY: the caller's contract, handed on.
@@ -134,11 +162,11 @@ pub(crate) unsafe fn gemv_rows<I: Isa>(
         match which {
             Which::All { first, count } => {
                 let row = |i: usize| first + i;
-                gemv_tokens(isa, w, row_bytes, count, row, weight_scale, a, out);
+                gemv_tokens(isa, w, count, row, weight_scale, a, plain, out);
             }
             Which::Listed { list, count } => {
                 let row = |i: usize| list[i.min(list.len() - 1)] as usize;
-                gemv_tokens(isa, w, row_bytes, count, row, weight_scale, a, out);
+                gemv_tokens(isa, w, count, row, weight_scale, a, plain, out);
             }
         }
     }
@@ -149,12 +177,12 @@ pub(crate) unsafe fn gemv_rows<I: Isa>(
 #[inline(always)]
 unsafe fn gemv_tokens<I: Isa>(
     isa: I,
-    w: &[u8],
-    row_bytes: usize,
+    w: StoredRows<'_>,
     count: usize,
     row: impl Fn(usize) -> usize + Copy,
     weight_scale: f32,
     a: Activations<'_>,
+    plain: &mut [u8],
     out: OutPtr,
 ) {
     let (mut rest, mut out) = (a, out);
@@ -163,19 +191,25 @@ unsafe fn gemv_tokens<I: Isa>(
         // SAFETY: the caller's contract, handed on; a row of `out` begins with its token.
         unsafe {
             match a.scales.len() {
-                1 => gemv::<I, 4, 1>(isa, w, row_bytes, count, row, weight_scale, a, out),
-                2 => gemv::<I, 4, 2>(isa, w, row_bytes, count, row, weight_scale, a, out),
-                3 => gemv::<I, 2, 3>(isa, w, row_bytes, count, row, weight_scale, a, out),
-                4 => gemv::<I, 2, 4>(isa, w, row_bytes, count, row, weight_scale, a, out),
-                5 => gemv::<I, 2, 5>(isa, w, row_bytes, count, row, weight_scale, a, out),
-                6 => gemv::<I, 2, 6>(isa, w, row_bytes, count, row, weight_scale, a, out),
-                7 => gemv::<I, 2, 7>(isa, w, row_bytes, count, row, weight_scale, a, out),
-                _ => gemv::<I, 2, 8>(isa, w, row_bytes, count, row, weight_scale, a, out),
+                1 => gemv::<I, STEP, 1>(isa, w, count, row, weight_scale, a, plain, out),
+                2 => gemv::<I, STEP, 2>(isa, w, count, row, weight_scale, a, plain, out),
+                3 => gemv::<I, 2, 3>(isa, w, count, row, weight_scale, a, plain, out),
+                4 => gemv::<I, 2, 4>(isa, w, count, row, weight_scale, a, plain, out),
+                5 => gemv::<I, 2, 5>(isa, w, count, row, weight_scale, a, plain, out),
+                6 => gemv::<I, 2, 6>(isa, w, count, row, weight_scale, a, plain, out),
+                7 => gemv::<I, 2, 7>(isa, w, count, row, weight_scale, a, plain, out),
+                _ => gemv::<I, 2, 8>(isa, w, count, row, weight_scale, a, plain, out),
             }
             out.ptr = out.ptr.wrapping_add(a.scales.len() * out.stride);
         }
         rest = after;
     }
+}
+
+/// [`Isa::fast_base3`].
+#[inline(always)]
+pub(crate) fn fast_base3<I: Isa>(isa: I) -> bool {
+    isa.fast_base3()
 }
 
 /// [`Isa::TILES`].
@@ -224,35 +258,29 @@ pub(crate) fn looks_up<I: Isa>(_: I) -> bool {
 #[inline(always)]
 unsafe fn gemv<I: Isa, const R: usize, const T: usize>(
     isa: I,
-    w: &[u8],
-    row_bytes: usize,
+    w: StoredRows<'_>,
     count: usize,
-    row: impl Fn(usize) -> usize,
+    row: impl Fn(usize) -> usize + Copy,
     weight_scale: f32,
     a: Activations<'_>,
+    plain: &mut [u8],
     out: OutPtr,
 ) {
-    let width = 4 * row_bytes;
+    let width = a.codes.len() / T;
     let mut codes = [&a.codes[..width]; T];
     let mut factors = [0.0; T];
     for t in 0..T {
         codes[t] = &a.codes[t * width..][..width];
         factors[t] = weight_scale / a.scales[t];
     }
-    let ahead = isa.ahead().div_ceil(row_bytes).max(2);
-    let stored = |i: usize| &w[row(i) * row_bytes..][..row_bytes];
-    let next = |i: usize| w.as_ptr().wrapping_add(row(i + ahead) * row_bytes);
+    let ahead = isa.ahead().div_ceil(w.row_bytes).max(2);
     let put = |t: usize, i: usize, dot: i32| {
         // SAFETY: the caller's contract.
         unsafe { out.write(t, row(i), (dot - a.sums[t]) as f32 * factors[t]) }
     };
     let mut i = 0;
     while i + R <= count {
-        let (mut rows, mut nexts) = ([stored(i); R], [next(i); R]);
-        for r in 1..R {
-            (rows[r], nexts[r]) = (stored(i + r), next(i + r));
-        }
-        let dots = isa.dot_tile::<R, T>(rows, nexts, codes);
+        let dots = dots::<I, R, T>(isa, w, |r| row(i + r), |r| row(i + ahead + r), codes, plain);
         for t in 0..T {
             for r in 0..R {
                 put(t, i + r, dots[t][r]);
@@ -261,10 +289,46 @@ unsafe fn gemv<I: Isa, const R: usize, const T: usize>(
         i += R;
     }
     while i < count {
-        let dots = isa.dot_tile::<1, T>([stored(i)], [next(i)], codes);
+        let dots = dots::<I, 1, T>(isa, w, |_| row(i), |_| row(i + ahead), codes, plain);
         for t in 0..T {
             put(t, i, dots[t][0]);
         }
         i += 1;
     }
+}
+
+/// [`Isa::dot_tile`] of rows in either layout, `next` being those that are asked for.
+#[inline(always)]
+fn dots<I: Isa, const R: usize, const T: usize>(
+    isa: I,
+    w: StoredRows<'_>,
+    row: impl Fn(usize) -> usize,
+    next: impl Fn(usize) -> usize,
+    codes: [&[i8]; T],
+    plain: &mut [u8],
+) -> [[i32; R]; T] {
+    let stored = |r: usize| &w.bytes[row(r) * w.row_bytes..][..w.row_bytes];
+    let ahead = |r: usize| w.bytes.as_ptr().wrapping_add(next(r) * w.row_bytes);
+    let (mut rows, mut nexts) = ([stored(0); R], [ahead(0); R]);
+    for r in 1..R {
+        (rows[r], nexts[r]) = (stored(r), ahead(r));
+    }
+    if w.base3 && T == 1 && isa.fast_base3() {
+        return [isa.base3_dots(rows, nexts, codes[0]); T];
+    }
+    if w.base3 {
+        // Several tokens share what is unpacked once.
+        let plain_bytes = codes[0].len() / 4;
+        for (r, plain) in plain[..R * plain_bytes].chunks_exact_mut(plain_bytes).enumerate() {
+            for line in 0..w.row_bytes / 64 {
+                isa.prefetch(nexts[r].wrapping_add(64 * line));
+            }
+            isa.base3_unpack(rows[r], plain);
+        }
+        for r in 0..R {
+            rows[r] = &plain[r * plain_bytes..][..plain_bytes];
+            nexts[r] = rows[r].as_ptr();
+        }
+    }
+    isa.dot_tile(rows, nexts, codes)
 }

@@ -5,7 +5,7 @@
 //! weights are unpacked sixteen at a time, a field at a time, while those before are multiplied: no shuffling is needed, and
 //! what is unpacked never leaves the first-level cache.
 
-use super::{Activations, OutPtr, Which};
+use super::{Activations, OutPtr, StoredRows, Which};
 use crate::isa::Isa;
 
 /// Rows and tokens of a tile.
@@ -54,7 +54,8 @@ pub(crate) unsafe fn matmul<I: Isa>(
         // SAFETY: the caller's contract; these rows are counted from the first of `rest`.
         unsafe {
             let out = OutPtr { ptr: out.ptr.add(first + whole.len() / row_bytes), stride: out.stride };
-            super::gemv_rows(isa, rest, row_bytes, Which::All { first: 0, count }, weight_scale, a, out);
+            let rows = StoredRows { bytes: rest, row_bytes, base3: false };
+            super::gemv_rows(isa, rows, Which::All { first: 0, count }, weight_scale, a, &mut [], out);
         }
     }
 }
