@@ -11,9 +11,7 @@
 //! `c_i = round((w_i - min) / step + u_i)`, and `w_i = min + step (c_i - u_i + e_i)`, where every e_i is uniform in
 //! [-1/2, 1/2], independent of the row and of the other e_j (subtractive dither; Schuchman 1964). The hidden state is
 //! rounded in the same way, with a dither d_i of its own, to `h_i = unit (q_i - d_i + f_i)` with q_i in eight bits. What
-//! the codes give, `Σ (w_i - step e_i) (h_i - unit f_i)`, is off by `Σ x_i`, where
-//!
-//!     x_i = step e_i h_i + (w_i - step e_i) unit f_i
+//! the codes give, `Σ (w_i - step e_i) (h_i - unit f_i)`, is off by `Σ x_i` with `x_i = step e_i h_i + (w_i - step e_i) unit f_i`.
 //!
 //! A uniform variable of width 1 is sub-Gaussian with variance 1/12. With e_i fixed, the second term is so with variance
 //! `unit² (w_i - step e_i)² / 12`, at most `unit² (|w_i| + step / 2)² / 12` whatever e_i is; so the expectation of
