@@ -3,7 +3,7 @@
 //! Every function checks its lengths once, splits its output into disjoint parts and returns when all are written. The
 //! result never depends on the number of threads: each element is computed whole by one task.
 
-use crate::memory::{Aligned, Bytes, Counted, HugeBuffer, MemoryPart, taken};
+use crate::memory::{Aligned, Bytes, Counted, MemoryPart, taken};
 use crate::ops::FloatType;
 use crate::pool::Pool;
 use crate::table::Kernels;
@@ -11,12 +11,11 @@ use crate::ternary::columns::GROUP;
 use crate::ternary::lookup;
 use crate::ternary::panel::{BLOCK, Part, Source};
 use crate::ternary::{
-    self, Activations, Layout, OutPtr, ROW_TOKENS, STEP, StoredRows, Which, base3, columns, tiles,
+    self, Activations, Layout, OutPtr, ROW_TOKENS, STEP, StoredRows, Which, columns, tiles,
 };
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
 
 /// A ternary matrix `[rows][columns]` in one of the layouts of [`crate::ternary`], with one scale.
 pub struct TernaryMatrix {
@@ -288,37 +287,6 @@ fn check(matrix: &TernaryMatrix, q: &QuantizedRows, out: &[f32]) {
         "width and layout of the activations"
     );
     assert_eq!(out.len(), matrix.rows * q.tokens, "length of the output");
-}
-
-/// What [`Compute::race_rows`] found.
-pub struct RowRace {
-    /// The layout in which rows take less time.
-    pub layout: Layout,
-    /// The share of a matrix's rows up to which it pays to read only those.
-    pub listed: f32,
-    /// Of each layout the time of all rows and of a half of them listed, in nanoseconds for each row there is.
-    pub times: Vec<(Layout, f64, f64)>,
-}
-
-impl RowRace {
-    /// Weights of a row that was timed.
-    pub const COLUMNS: usize = 2560;
-}
-
-impl std::fmt::Display for RowRace {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let percent = 100.0 * self.listed;
-        write!(
-            f,
-            "{}, up to {percent:.0} % of them one by one; of {} weights",
-            self.layout.name(),
-            Self::COLUMNS
-        )?;
-        for (layout, all, half) in &self.times {
-            write!(f, ", {all:.1} ns in {} and {half:.1} without every other", layout.name())?;
-        }
-        Ok(())
-    }
 }
 
 /// Kernels and the threads that run them.
@@ -638,57 +606,6 @@ impl Compute {
         }
         self.kernels.unpack_base3(rows, row_bytes, matrix.columns, plain);
         &plain[..count * ternary::row_bytes(matrix.columns)]
-    }
-
-    /// Times how rows are multiplied with one token on this machine, now, in each layout that could be the fastest. That takes
-    /// some 20 milliseconds.
-    pub fn race_rows(&self) -> RowRace {
-        // More than caches hold, in rows of a common width.
-        const BYTES: usize = 48 << 20;
-        const COLUMNS: usize = RowRace::COLUMNS;
-        const ROUNDS: usize = 2;
-        let mut race = RowRace { layout: Layout::Rows, listed: 1.0, times: Vec::new() };
-        let Some(mut buffer) = HugeBuffer::new(MemoryPart::Scratch, BYTES) else { return race };
-        let parts = Rows::new(&mut buffer, BYTES / 64);
-        // SAFETY: each part is one task. Any bytes are weights here.
-        self.pool.run(64, |part, _| unsafe { parts.row(part) }.fill(1));
-        let buffer = Arc::new(buffer);
-        let (mut work, mut q) =
-            (Workspace::new(COLUMNS, self.pool.threads()), QuantizedRows::new(1, COLUMNS));
-        self.quantize(&[1.0; COLUMNS], COLUMNS, Layout::Rows, &mut work, &mut q);
-        let mut out = vec![0.0; BYTES / base3::row_bytes(COLUMNS)];
-        let layouts = if self.kernels.fast_base3() { 2 } else { 1 };
-        let mut runners: Vec<_> = [Layout::Rows, Layout::Base3][..layouts]
-            .iter()
-            .map(|&layout| {
-                let rows = BYTES / layout.bytes(1, COLUMNS);
-                let bytes = Bytes::new(buffer.clone(), 0..layout.bytes(rows, COLUMNS));
-                // Every other row, but not in step: by the uppermost bit of multiples of the golden ratio.
-                let half: Vec<u32> =
-                    (0..rows as u32).filter(|r| r.wrapping_mul(0x9e37_79b9) >> 31 == 1).collect();
-                (TernaryMatrix::new(bytes, layout, rows, COLUMNS, 1.0), half, [f64::INFINITY; 2])
-            })
-            .collect();
-        for i in 0..ROUNDS * layouts {
-            let (matrix, half, best) = &mut runners[i % layouts];
-            let out = &mut out[..matrix.rows];
-            let start = Instant::now();
-            self.linear(&q, &mut work, [(matrix, &mut *out)]);
-            let all = start.elapsed();
-            self.linear_listed(&q, &mut work, matrix, half, out);
-            for (best, time) in best.iter_mut().zip([all, start.elapsed() - all]) {
-                *best = best.min(time.as_secs_f64() * 1e9 / matrix.rows as f64);
-            }
-        }
-        race.times = runners.iter().map(|(matrix, _, [all, half])| (matrix.layout, *all, *half)).collect();
-        // Of what a token reads by rows, two thirds are whole matrices. Several tokens take longer in base 3, which has to gain a little.
-        let cost = |&(layout, all, half): &(Layout, f64, f64)| {
-            (2.0 * all + half) * if layout == Layout::Base3 { 1.04 } else { 1.0 }
-        };
-        if let Some(best) = race.times.iter().min_by(|a, b| cost(a).total_cmp(&cost(b))) {
-            (race.layout, race.listed) = (best.0, (0.5 * best.1 / best.2).min(1.0) as f32);
-        }
-        race
     }
 
     /// Stores a row in two bits, none of whose codes is 3, in the layout of [`ternary::base3`].

@@ -19,17 +19,19 @@ pub mod math;
 mod memory;
 mod ops;
 mod pool;
+mod race;
 mod screen;
 mod table;
 pub mod ternary;
 
 pub use compute::{
-    Activation, Compute, FloatMatrix, QuantizedRows, Reader, RowRace, TernaryMatrix, Workspace, positive,
+    Activation, Compute, FloatMatrix, QuantizedRows, Reader, TernaryMatrix, Workspace, positive,
 };
 pub use head::{Head, HeadCounts, HeadScratch, Logits};
 pub use kv::{KvShape, KvStore, KvType};
 pub use memory::{Aligned, Bytes, Counted, HugeBuffer, MemoryPart, PartBytes, Plain, memory_use};
 pub use ops::{FloatType, PAGE};
 pub use pool::{Pool, allowed_threads};
+pub use race::RowRace;
 pub use screen::Screen;
 pub use table::{Kernels, best, supported};
