@@ -213,9 +213,13 @@ fn a_full_disk_leaves_what_can_be_continued() {
     let place = Place::new();
     place.write("in.jsonl", prompts(20));
     place.batch(&["in.jsonl", "-o", "whole.jsonl"]);
-    let program = env!("CARGO_BIN_EXE_bitnet");
-    let limited = format!("ulimit -f 1; exec {program} batch in.jsonl -o out.jsonl");
-    let output = Command::new("sh").args(["-c", &limited]).current_dir(&place.0).output().unwrap();
+    let program = command(&["batch", "in.jsonl", "-o", "out.jsonl"]);
+    let mut limited = Command::new("sh");
+    limited
+        .args(["-c", "ulimit -f 1; exec \"$@\"", "sh"])
+        .arg(program.get_program())
+        .args(program.get_args());
+    let output = limited.current_dir(&place.0).output().unwrap();
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     assert!(stderr.starts_with("error: out.jsonl: cannot write: "), "{stderr}");
