@@ -39,12 +39,12 @@ impl std::fmt::Display for RowRace {
 
 impl Compute {
     /// Times how rows are multiplied with one token on this machine, now, in each layout that could be the fastest. That takes
-    /// some 20 milliseconds.
+    /// some 30 milliseconds.
     pub fn race_rows(&self) -> RowRace {
         // More than caches hold, in rows of a common width.
         const BYTES: usize = 48 << 20;
         const COLUMNS: usize = RowRace::COLUMNS;
-        const ROUNDS: usize = 2;
+        const ROUNDS: usize = 3;
         let mut race = RowRace { layout: Layout::Rows, listed: 1.0, times: Vec::new() };
         let Some(mut buffer) = HugeBuffer::new(MemoryPart::Scratch, BYTES) else { return race };
         let parts = Rows::new(&mut buffer, BYTES / 64);

@@ -144,8 +144,9 @@ pub(super) fn fill(
                 gguf.advise_dontneed(start..start + count as u64 * row);
             }
         }
-        let unseen = matches!(placed.store, Store::Ternary | Store::Columns { .. });
-        if let Some(byte) = code_three(target).filter(|_| unseen) {
+        if matches!(placed.store, Store::Ternary | Store::Columns { .. })
+            && let Some(byte) = code_three(target)
+        {
             fail(no_weight(planner, placed, *at + byte));
         }
     });

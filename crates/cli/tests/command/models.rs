@@ -54,7 +54,7 @@ fn verify_tells_sound_from_damaged() {
 #[test]
 fn doctor_says_what_there_is_and_proves_the_kernels() {
     let (found, _) = coded(&["doctor"], 0);
-    let words = "cpu features cores bandwidth GB/s arithmetic kernel speed tokens/s limit proof";
+    let words = "cpu features cores bandwidth GB/s arithmetic kernel rows speed tokens/s limit proof";
     for word in words.split(' ') {
         assert!(found.lines().any(|line| line.contains(word)), "{word}: {found}");
     }

@@ -440,6 +440,9 @@ fn bench_reports_what_scripts_rely_on() {
     }
     assert!(rows[0]["roofline_share"].is_null() && rows[0]["n_batch"] == 1);
     assert!(rows[1]["roofline_share"].is_number() && rows[1]["n_batch"] == 2);
+    assert_eq!(rows[0]["layout"], "2bit");
+    let packed = json(&["bench", "-p", "4", "-n", "0", "-r", "1", "--layout", "base3", "-o", "json"]);
+    assert_eq!(packed[0]["layout"], "base3");
     for key in ["live_up_rows", "live_down_columns"] {
         assert!(rows[0][key].is_null() && (0.0..1.0).contains(&rows[1][key].as_f64().unwrap()), "{key}");
     }

@@ -15,12 +15,12 @@ pub(crate) struct Avx2<const VNNI: bool>(Ask);
 impl<const VNNI: bool> Avx2<VNNI> {
     pub(crate) fn detect() -> Option<Self> {
         let base = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c");
-        (base && (!VNNI || is_x86_feature_detected!("avxvnni"))).then(|| Self(Ask::detect()))
+        (base && (!VNNI || is_x86_feature_detected!("avxvnni"))).then(|| Self(Ask::new()))
     }
     /// # Safety
     /// The CPU must have AVX2 and F16C, and AVX-VNNI where `VNNI` is true.
     pub(crate) unsafe fn assume() -> Self {
-        Self(Ask::known())
+        Self(Ask::new())
     }
 }
 

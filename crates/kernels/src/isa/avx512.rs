@@ -23,12 +23,12 @@ impl<const VNNI: bool, const AMX: bool> Avx512<VNNI, AMX> {
     pub(crate) fn detect() -> Option<Self> {
         let base = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
         let vnni = !VNNI || is_x86_feature_detected!("avx512vnni");
-        (base && vnni && (!AMX || super::amx::enable())).then(|| Self(Ask::detect()))
+        (base && vnni && (!AMX || super::amx::enable())).then(|| Self(Ask::new()))
     }
     /// # Safety
     /// The CPU must have AVX-512 F and BW, VNNI where `VNNI` is true, and AMX, allowed to the process, where `AMX` is.
     pub(crate) unsafe fn assume() -> Self {
-        Self(Ask::known())
+        Self(Ask::new())
     }
 }
 
