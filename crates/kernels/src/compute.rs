@@ -145,8 +145,8 @@ impl QuantizedRows {
     pub fn new(tokens: usize, columns: usize) -> Self {
         let width = ternary::row_bytes(columns) * 4;
         let (scales, sums) = (vec![1.0; tokens], vec![0; tokens]);
-        let live = Vec::with_capacity(tokens.min(ROW_TOKENS) * width + 1);
-        let packed = Vec::with_capacity(tokens.min(ROW_TOKENS) * width + 1);
+        let live = Vec::with_capacity(tokens.min(ROW_TOKENS) * width);
+        let packed = Vec::with_capacity(tokens.min(ROW_TOKENS) * width);
         let lists = taken(&scales) + taken(&sums) + taken(&live) + taken(&packed);
         Self {
             codes: Aligned::zeroed(tokens * width),
@@ -167,7 +167,7 @@ impl QuantizedRows {
     pub const fn bytes(tokens: usize, columns: usize) -> usize {
         let few = if tokens < ROW_TOKENS { tokens } else { ROW_TOKENS };
         let width = ternary::row_bytes(columns) * 4;
-        tokens * (width + 8) + (4 + 1) * (few * width + 1) + Self::tiled(tokens) * width
+        tokens * (width + 8) + (4 + 1) * few * width + Self::tiled(tokens) * width
     }
     /// Tokens in whole tiles, where there can be enough for them.
     const fn tiled(tokens: usize) -> usize {
@@ -193,23 +193,16 @@ impl QuantizedRows {
         }
     }
 
-    fn find_live_columns(&mut self) {
+    fn find_live_columns(&mut self, kernels: &Kernels) {
         let width = ternary::row_bytes(self.columns) * 4;
-        self.live.resize(self.tokens * width + 1, 0);
-        self.packed.resize(self.tokens * width + 1, 0);
+        self.live.clear();
+        self.packed.clear();
         self.begins.clear();
-        let mut count = 0;
         for codes in self.codes.chunks(width).take(self.tokens) {
-            self.begins.push(count);
-            // Every column is written and stays if it is live: a branch would be guessed wrong too often.
-            for (i, &q) in codes[..self.columns].iter().enumerate() {
-                (self.live[count], self.packed[count]) = (i as u32, q);
-                count += usize::from(q != 0);
-            }
+            self.begins.push(self.live.len());
+            kernels.list_nonzero(&codes[..self.columns], &mut self.live, &mut self.packed);
         }
-        self.begins.push(count);
-        self.live.truncate(count);
-        self.packed.truncate(count);
+        self.begins.push(self.live.len());
     }
 
     /// The live columns of a token from the start of a range on, and the codes of those within it.
@@ -220,19 +213,6 @@ impl QuantizedRows {
         let (begin, end) = (at(range.start), at(range.end));
         (&list[begin..], &codes[begin..end])
     }
-}
-
-/// Puts the columns of `values` (`[tokens][columns]`) that have a positive value into `list`, in order.
-pub fn positive(values: &[f32], columns: usize, list: &mut Vec<u32>) {
-    list.resize(columns + 1, 0);
-    let mut count = 0;
-    // Without a branch, as above.
-    for i in 0..columns {
-        list[count] = i as u32;
-        let live = values.iter().skip(i).step_by(columns).fold(false, |live, value| live | (*value > 0.0));
-        count += usize::from(live);
-    }
-    list.truncate(count);
 }
 
 /// What the threads need beside inputs and outputs.
@@ -449,7 +429,7 @@ impl Compute {
             });
         }
         match (q.way, layout) {
-            (Way::LiveColumns, _) => q.find_live_columns(),
+            (Way::LiveColumns, _) => q.find_live_columns(self.kernels),
             (Way::Tiles, Layout::Rows | Layout::Base3) => {
                 let codes = &q.codes[..tokens * width];
                 let to = Rows::new(&mut q.tiles, tiles::SIDE * width);
@@ -656,6 +636,14 @@ impl Compute {
             let factor = matrix.scale / q.scales[token];
             self.kernels.finish_columns(sums, tokens * width, q.sums[token], factor, out);
         }
+    }
+
+    /// Makes `list` the columns of x (`[tokens][columns]`) that have a positive value, in order.
+    pub fn positive(&self, x: &[f32], columns: usize, list: &mut Vec<u32>) {
+        // The least positive number, and no upper bound.
+        let within = [f32::from_bits(1), f32::NAN];
+        list.clear();
+        self.kernels.list_within(x, columns, within, 0, list);
     }
 
     /// Rotates every head of every row of x (`[tokens][heads * head_dim]`). `cos`, `sin`: `[tokens][half]`.

@@ -3,7 +3,7 @@
 use crate::compute::{Compute, FloatMatrix, Rows};
 use crate::memory::{Counted, MemoryPart, taken};
 use crate::pool::Pool;
-use crate::screen::{BLOCK, GROUP, Probe, Screen, fill_part, upper_bound};
+use crate::screen::{BLOCK, GROUP, Probe, Screen, fill_part};
 use crate::ternary::OutPtr;
 use std::ops::Range;
 
@@ -73,6 +73,9 @@ pub struct HeadCounts {
 /// How many times as many rows as are wanted are computed first, to know how great the last wanted one must be.
 const FIRST: usize = 4;
 
+/// Rows whose own bounds are looked at together, so that they can be asked for in time.
+const SOME: usize = 2 * BLOCK;
+
 /// The most rows that are worth narrowing: of more, all logits are computed.
 const fn most_open(rows: usize) -> usize {
     rows / 4
@@ -113,9 +116,9 @@ impl HeadScratch {
         let probes = GROUP * Probe::bytes(columns);
         probes + 8 * GROUP * rows.div_ceil(BLOCK) + threads * (20 * Self::room(rows) + 4 * columns)
     }
-    /// Rows that a desk has room for: those that are open, a block more, and those that are wanted in any case.
+    /// Rows that a desk has room for: those that are open, those that may be, and those that are wanted in any case.
     const fn room(rows: usize) -> usize {
-        most_open(rows) + BLOCK + most_wanted(rows)
+        most_open(rows) + SOME + 2 * BLOCK + most_wanted(rows)
     }
 
     /// What was done since the last call.
@@ -356,28 +359,30 @@ impl Compute {
         list.clear();
         ranges.clear();
         for (block, _) in tops.iter().enumerate().filter(|(_, [top, _])| *top >= first_floor) {
-            push_rows(list, most, out, block, |logit| logit >= first_floor)?;
+            self.push_rows(list, most, out, block, [first_floor, f32::NAN])?;
         }
         self.narrow(team, screen, probe, list, None, ranges);
         // `top` of them are not below this one, so nothing below it matters.
         let floor = floor_of(ranges, top, select);
         let begun = list.len();
+        let mut filtered = begun;
         for (block, [top, widest]) in tops.iter().enumerate() {
             // Every logit and its own bound follow only where the block's widest bound does not already tell.
-            if top + widest < floor {
-                continue;
+            if top + widest >= floor {
+                self.push_rows(list, most, out, block, [floor - widest, first_floor])?;
             }
-            let (near, before) = (floor - widest, list.len());
-            push_rows(list, most, out, block, |logit| logit >= near && logit < first_floor)?;
-            retain_from(list, before, |_, row| upper_bound(screen, probe, row, out[row]) >= floor);
+            if list.len() - filtered >= SOME || block + 1 == tops.len() {
+                self.kernels.retain_open(screen, probe, list, filtered, out, floor);
+                filtered = list.len();
+            }
         }
         let open = list.len() as u64;
         self.narrow(team, screen, probe, list, Some(out), ranges);
-        retain_from(list, begun, |i, _| ranges[i][1] >= floor);
+        retain_from(list, begun, |i| ranges[i][1] >= floor);
         ranges.truncate(begun);
         self.narrow(team, screen, probe, list, None, ranges);
         let floor = floor_of(ranges, top, select);
-        retain_from(list, 0, |i, _| ranges[i][1] >= floor);
+        retain_from(list, 0, |i| ranges[i][1] >= floor);
         list.extend_from_slice(also);
         if list.len() > most / 2 {
             return None;
@@ -385,6 +390,24 @@ impl Compute {
         self.exact_logits(team, matrix, x, list, stored, exact);
         put(list, exact, out);
         Some(HeadCounts { tokens: 1, open, listed: 0, exact: list.len() as u64 })
+    }
+
+    /// Appends the rows of a block whose logits are within these bounds. None where `list` has more than `most` already.
+    fn push_rows(
+        &self,
+        list: &mut Vec<u32>,
+        most: usize,
+        logits: &[f32],
+        block: usize,
+        within: [f32; 2],
+    ) -> Option<()> {
+        if list.len() > most {
+            return None;
+        }
+        let first = block * BLOCK;
+        let logits = &logits[first..logits.len().min(first + BLOCK)];
+        self.kernels.list_within(logits, logits.len(), within, first as u32, list);
+        Some(())
     }
 
     /// Appends the ranges of the logits of the rows of `list` that have none yet.
@@ -437,37 +460,12 @@ impl Compute {
     }
 }
 
-/// Appends the rows of a block whose logits are `wanted`. None where `list` has more than `most` already.
-#[inline]
-fn push_rows(
-    list: &mut Vec<u32>,
-    most: usize,
-    logits: &[f32],
-    block: usize,
-    wanted: impl Fn(f32) -> bool,
-) -> Option<()> {
-    if list.len() > most {
-        return None;
-    }
-    let first = block * BLOCK;
-    let logits = &logits[first..logits.len().min(first + BLOCK)];
-    let mut count = list.len();
-    list.resize(count + BLOCK, 0);
-    // Every row is written and stays if it is wanted: a branch would be guessed wrong too often.
-    for (i, &logit) in logits.iter().enumerate() {
-        list[count] = (first + i) as u32;
-        count += usize::from(wanted(logit));
-    }
-    list.truncate(count);
-    Some(())
-}
-
-/// Of the rows from `begun` on leaves those that `keep` wants, which is given their places and themselves.
-fn retain_from(list: &mut Vec<u32>, begun: usize, keep: impl Fn(usize, usize) -> bool) {
+/// Of the rows from `begun` on leaves those that `keep` wants, which is given their places.
+fn retain_from(list: &mut Vec<u32>, begun: usize, keep: impl Fn(usize) -> bool) {
     let mut kept = begun;
     for i in begun..list.len() {
         list[kept] = list[i];
-        kept += usize::from(keep(i, list[i] as usize));
+        kept += usize::from(keep(i));
     }
     list.truncate(kept);
 }

@@ -24,9 +24,7 @@ mod screen;
 mod table;
 pub mod ternary;
 
-pub use compute::{
-    Activation, Compute, FloatMatrix, QuantizedRows, Reader, TernaryMatrix, Workspace, positive,
-};
+pub use compute::{Activation, Compute, FloatMatrix, QuantizedRows, Reader, TernaryMatrix, Workspace};
 pub use head::{Head, HeadCounts, HeadScratch, Logits};
 pub use kv::{KvShape, KvStore, KvType};
 pub use memory::{Aligned, Bytes, Counted, HugeBuffer, MemoryPart, PartBytes, Plain, memory_use};

@@ -117,6 +117,60 @@ pub(crate) fn quantize<I: Isa>(isa: I, x: &[f32], layout: Layout, codes: &mut [i
     (scale, codes.iter().map(|&q| i32::from(q)).sum())
 }
 
+/// Appends `first` + i to `list`, in order, for every column i of x (`[rows][columns]`) in which any x is at least `from` and not at
+/// least `below`, which may be NaN: then nothing is.
+#[inline(always)]
+pub(crate) fn list_within<I: Isa>(
+    isa: I,
+    x: &[f32],
+    columns: usize,
+    [from, below]: [f32; 2],
+    first: u32,
+    list: &mut Vec<u32>,
+) {
+    let (from, below) = (isa.splat(from), isa.splat(below));
+    list_lanes(isa, columns, first, list, |at| {
+        let mut mask = 0;
+        for row in x.chunks_exact(columns) {
+            let v = match row[at..].first_chunk() {
+                Some(block) => isa.load(block),
+                None => isa.load(&padded(&row[at..])),
+            };
+            mask |= isa.at_least(v, from) & !isa.at_least(v, below);
+        }
+        mask
+    });
+}
+
+/// Appends the places of the codes that are not 0 to `list`, and those codes to `packed`.
+#[inline(always)]
+pub(crate) fn list_nonzero<I: Isa>(isa: I, codes: &[i8], list: &mut Vec<u32>, packed: &mut Vec<i8>) {
+    let begun = list.len();
+    list_lanes(isa, codes.len(), 0, list, |at| match codes[at..].first_chunk() {
+        Some(block) => isa.nonzero(block),
+        None => {
+            let mut block = [0; 16];
+            block[..codes.len() - at].copy_from_slice(&codes[at..]);
+            isa.nonzero(&block)
+        }
+    });
+    packed.extend(list[begun..].iter().map(|&i| codes[i as usize]));
+}
+
+/// Appends `first` + i to `list` for every i below `n` whose bit `mask` sets, which is asked for sixteen of them at a time.
+#[inline(always)]
+fn list_lanes<I: Isa>(isa: I, n: usize, first: u32, list: &mut Vec<u32>, mask: impl Fn(usize) -> u16) {
+    let mut count = list.len();
+    list.resize(count + n.next_multiple_of(16), 0);
+    for at in (0..n).step_by(16) {
+        let mask = mask(at) & (u32::MAX >> (32 - (n - at).min(16))) as u16;
+        if let Some(out) = list[count..].first_chunk_mut() {
+            count += isa.places(mask, first + at as u32, out);
+        }
+    }
+    list.truncate(count);
+}
+
 /// x += y.
 #[inline(always)]
 pub(crate) fn add<I: Isa>(isa: I, x: &mut [f32], y: &[f32]) {

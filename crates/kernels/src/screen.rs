@@ -503,14 +503,29 @@ fn tile<I: Isa, const R: usize, const T: usize>(
     T
 }
 
-/// The upper bound of the logit of a row, by that which [`screen_logits`] gave.
-pub(crate) fn upper_bound(screen: &Screen, probe: &Probe, row: usize, logit: f32) -> f32 {
-    let scales = RowScales::read(&screen.scales(row, 1)[0]);
-    if scales.step == f32::INFINITY {
-        return f32::INFINITY;
+/// Of the rows from `begun` on leaves those whose logits, which [`screen_logits`] gave, can reach `floor`.
+#[inline(always)]
+pub(crate) fn retain_open<I: Isa>(
+    isa: I,
+    screen: &Screen,
+    probe: &Probe,
+    list: &mut Vec<u32>,
+    begun: usize,
+    logits: &[f32],
+    floor: f32,
+) {
+    let mut kept = begun;
+    for i in begun..list.len() {
+        // What is known of these rows is anywhere.
+        let later = list[(i + 16).min(list.len() - 1)] as usize;
+        isa.prefetch(screen.scales(later, 1).as_ptr().cast());
+        let row = list[i] as usize;
+        let scales = RowScales::read(&screen.scales(row, 1)[0]);
+        let bound = probe.bound([f64::from(scales.step); 2], f64::from(scales.norm), scales.greatest());
+        list[kept] = list[i];
+        kept += usize::from(scales.step == f32::INFINITY || logits[row] + bound as f32 >= floor);
     }
-    let bound = probe.bound([f64::from(scales.step); 2], f64::from(scales.norm), scales.greatest());
-    logit + bound as f32
+    list.truncate(kept);
 }
 
 /// Least and greatest values that the logits of the rows `list` can have. With `logits`, those that [`screen_logits`]
@@ -524,22 +539,24 @@ pub(crate) fn narrow<I: Isa>(
     logits: Option<&[f32]>,
     ranges: &mut [[f32; 2]],
 ) {
+    let ahead = isa.ahead().div_ceil(Screen::row_bytes(screen.columns)).max(2);
     for (i, (&row, range)) in list.iter().zip(ranges).enumerate() {
-        // These rows are anywhere.
-        let ahead = list.get(i + 2).map_or(row, |&row| row) as usize;
-        let row = row as usize;
+        // These rows are anywhere: the codes are asked for by those that are before them, what else is known earlier.
+        let later = |n: usize| list.get(i + n).map_or(row, |&row| row) as usize;
+        isa.prefetch(screen.scales(later(2 * ahead), 1).as_ptr().cast());
+        let (row, next) = (row as usize, later(ahead));
         let scales = RowScales::read(&screen.scales(row, 1)[0]);
         if scales.step == f32::INFINITY {
             *range = [f32::NEG_INFINITY, f32::INFINITY];
             continue;
         }
         let (min, step) = (f64::from(scales.min), f64::from(scales.step));
-        let fine = sum(isa, screen.fine(row), screen.fine(ahead), probe) - probe.dithered_fine;
+        let fine = sum(isa, screen.fine(row), screen.fine(next), probe) - probe.dithered_fine;
         let fine = step * (fine / FINE - 0.5 * probe.sums[1]);
         let (coarse, norm) = match logits {
             Some(logits) => (f64::from(logits[row]), f64::from(scales.norm)),
             None => {
-                let sum = sum(isa, screen.coarse(row, 1), screen.coarse(ahead, 1), probe);
+                let sum = sum(isa, screen.coarse(row, 1), screen.coarse(next, 1), probe);
                 (min * probe.sums[1] + step * (sum - probe.dithered[1]), 0.0)
             }
         };

@@ -19,6 +19,10 @@ macro_rules! kernels {
     ($then:ident $($with:tt)*) => { $then! { [$($with)*]
         rmsnorm: fn(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) = ops::rmsnorm;
         quantize: fn(x: &[f32], layout: Layout, codes: &mut [i8]) -> (f32, i32) = ops::quantize;
+        list_within: fn(
+            x: &[f32], columns: usize, within: [f32; 2], first: u32, list: &mut Vec<u32>
+        ) = ops::list_within;
+        list_nonzero: fn(codes: &[i8], list: &mut Vec<u32>, packed: &mut Vec<i8>) = ops::list_nonzero;
         add: fn(x: &mut [f32], y: &[f32]) = ops::add;
         relu2_mul: fn(gate: &[f32], up: &[f32], out: &mut [f32]) = ops::relu2_mul;
         silu_mul: fn(gate: &[f32], up: &[f32], out: &mut [f32]) = ops::silu_mul;
@@ -63,6 +67,9 @@ macro_rules! kernels {
         screen_logits: fn(
             screen: &Screen, probes: &[Probe], first: usize, logits: &mut [[f32; BLOCK]; GROUP], tops: &mut [[f32; 2]; GROUP]
         ) = screen::screen_logits;
+        retain_open: fn(
+            screen: &Screen, probe: &Probe, list: &mut Vec<u32>, begun: usize, logits: &[f32], floor: f32
+        ) = screen::retain_open;
         narrow: fn(
             screen: &Screen, probe: &Probe, list: &[u32], logits: Option<&[f32]>, ranges: &mut [[f32; 2]]
         ) = screen::narrow;

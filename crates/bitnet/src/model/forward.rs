@@ -3,7 +3,7 @@
 
 use super::{Model, Phase, Profile};
 use bitnet_kernels::ternary::Layout;
-use bitnet_kernels::{Aligned, Compute, HeadScratch, KvStore, Logits, QuantizedRows, Workspace, positive};
+use bitnet_kernels::{Aligned, Compute, HeadScratch, KvStore, Logits, QuantizedRows, Workspace};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// One token of a step.
@@ -76,7 +76,7 @@ impl Scratch {
             up: floats(config.intermediate_size),
             delta: floats(config.hidden_size),
             codes: QuantizedRows::new(max_rows, widest),
-            live: Vec::with_capacity(config.intermediate_size + 1),
+            live: Vec::with_capacity(config.intermediate_size.next_multiple_of(16)),
             work: Workspace::new(widest, compute.pool().threads()),
             head: HeadScratch::new(config.vocab_size, config.hidden_size, compute.pool().threads()),
             profile: Profile::default(),
@@ -193,7 +193,7 @@ impl Model {
             let layout = layer.ffn_down.layout();
             if n <= Self::SPARSE_ROWS && layout == Layout::Columns {
                 compute.linear(codes, work, [(&layer.ffn_gate, &mut *gate)]);
-                positive(gate, config.intermediate_size, live);
+                compute.positive(gate, config.intermediate_size, live);
                 profile.lap(Phase::Gate, layer.ffn_gate.byte_len());
                 let mut read = live.len();
                 if read as f32 <= weights.strategy.listed * config.intermediate_size as f32 {

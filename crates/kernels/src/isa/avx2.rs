@@ -122,6 +122,16 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         }
     }
     #[inline(always)]
+    fn at_least(self, a: Self::F, b: Self::F) -> u16 {
+        let [lo, hi] = both!(_mm256_cmp_ps::<_CMP_GE_OQ>, a, b);
+        // SAFETY: `self` proves AVX2.
+        unsafe { (_mm256_movemask_ps(lo) | _mm256_movemask_ps(hi) << 8) as u16 }
+    }
+    #[inline(always)]
+    fn nonzero(self, codes: &[i8; 16]) -> u16 {
+        nonzero(codes)
+    }
+    #[inline(always)]
     fn dot_rows<const R: usize>(self, w: [&[u8]; R], ahead: [*const u8; R], a: &[i8]) -> [i32; R] {
         let chunks = row_chunks(w, a);
         // SAFETY: `self` proves AVX2, and AVX-VNNI where it is used; chunk c < chunks reads weights below 64 c + 64 and codes
@@ -334,6 +344,16 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
             }
             dots
         }
+    }
+}
+
+/// As [`Isa::nonzero`].
+#[inline(always)]
+pub(super) fn nonzero(codes: &[i8; 16]) -> u16 {
+    // SAFETY: every x86-64 CPU has SSE2; the load is the sixteen bytes.
+    unsafe {
+        let zero = _mm_cmpeq_epi8(_mm_loadu_si128(codes.as_ptr().cast()), _mm_setzero_si128());
+        !_mm_movemask_epi8(zero) as u16
     }
 }
 

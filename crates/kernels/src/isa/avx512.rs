@@ -110,6 +110,25 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
         }
     }
     #[inline(always)]
+    fn at_least(self, a: __m512, b: __m512) -> u16 {
+        // SAFETY: `self` proves AVX-512F; no memory is touched.
+        unsafe { _mm512_cmp_ps_mask::<_CMP_GE_OQ>(a, b) }
+    }
+    #[inline(always)]
+    fn nonzero(self, codes: &[i8; 16]) -> u16 {
+        super::avx2::nonzero(codes)
+    }
+    #[inline(always)]
+    fn places(self, mask: u16, first: u32, out: &mut [u32; 16]) -> usize {
+        // SAFETY: `self` proves AVX-512F; the store is the sixteen numbers.
+        unsafe {
+            let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            let all = _mm512_add_epi32(lanes, _mm512_set1_epi32(first as i32));
+            _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_maskz_compress_epi32(mask, all));
+        }
+        mask.count_ones() as usize
+    }
+    #[inline(always)]
     fn dot_rows<const R: usize>(self, w: [&[u8]; R], ahead: [*const u8; R], a: &[i8]) -> [i32; R] {
         let chunks = row_chunks(w, a);
         // SAFETY: `self` proves AVX-512F.

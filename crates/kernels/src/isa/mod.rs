@@ -71,6 +71,31 @@ pub(crate) trait Isa: Copy {
     fn bf16_lanes(self, x: &[u16; 16]) -> Self::F;
     /// Rounds to the nearest integer, halves to even, and clamps to int8. NaN becomes -128.
     fn to_i8(self, v: Self::F, out: &mut [i8; 16]);
+    /// A bit for each lane: whether a >= b.
+    #[inline(always)]
+    fn at_least(self, a: Self::F, b: Self::F) -> u16 {
+        let (mut x, mut y) = ([0.0; 16], [0.0; 16]);
+        self.store(a, &mut x);
+        self.store(b, &mut y);
+        x.iter().zip(y).enumerate().fold(0, |mask, (i, (x, y))| mask | u16::from(*x >= y) << i)
+    }
+    /// A bit for each code: whether it is not 0.
+    #[inline(always)]
+    fn nonzero(self, codes: &[i8; 16]) -> u16 {
+        codes.iter().enumerate().fold(0, |mask, (i, &code)| mask | u16::from(code != 0) << i)
+    }
+    /// Writes `first` + i to the front of `out` for every bit i that is set, in order, and returns their number; what follows them in
+    /// `out` is lost.
+    #[inline(always)]
+    fn places(self, mask: u16, first: u32, out: &mut [u32; 16]) -> usize {
+        let mut count = 0;
+        // Every place is written and stays if its bit is set: a branch would be guessed wrong too often.
+        for i in 0..16 {
+            out[count] = first + i;
+            count += usize::from(mask >> i & 1);
+        }
+        count
+    }
     /// Exact dot products of R stored rows with int8 codes: `Σ code · q` with the codes 0, 1, 2 as stored (not yet less
     /// one). Every row has the same multiple of 64 bytes, `a` four times as many codes in the order of
     /// [`crate::ternary::position`]. As much memory as the rows take is asked for at the places `ahead`.
