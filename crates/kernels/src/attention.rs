@@ -142,7 +142,7 @@ fn segment<I: Isa, C: Cache, const Q: usize>(
     let (mut tops, mut sums) = ([0.0; Q], [0.0; Q]);
     let between = s.page.len() / 64 * (64 - FETCH) / Q;
     for h in 0..Q {
-        fetch(isa, ahead(s, s.page.len() / 2, h * between), 0, between);
+        fetch(isa, ahead(isa, s, s.page.len() / 2, h * between), 0, between);
         (tops[h], sums[h]) = softmax(isa, s.count, &mut weights[h]);
     }
     let (own, old) = factors(isa, s.first, tops, sums, h, state);
@@ -221,17 +221,14 @@ fn join_lanes<I: Isa>(isa: I, sums: I::F, own: f32, old: f32, first: bool, out: 
     out.copy_from_slice(&full[..out.len()]);
 }
 
-/// How far ahead of its use the cache is fetched.
-const AHEAD: usize = 4096;
-
 /// For 64 bytes read, so many are fetched: the rest is fetched between keys and values, while nothing is read, so that
 /// memory is never idle.
 pub(crate) const FETCH: usize = 56;
 
 /// Where fetching stands when `at` bytes of the page are read and `between` more were fetched.
 #[inline(always)]
-fn ahead(s: &Segment<'_>, at: usize, between: usize) -> *const u8 {
-    let at = AHEAD + at / 64 * FETCH + between;
+fn ahead<I: Isa>(isa: I, s: &Segment<'_>, at: usize, between: usize) -> *const u8 {
+    let at = isa.ahead() / 5 * 4 + at / 64 * FETCH + between;
     match at.checked_sub(s.page.len()) {
         None => s.page.as_ptr().wrapping_add(at),
         Some(at) => s.next.as_ptr().wrapping_add(at),
@@ -279,7 +276,7 @@ impl<T: Element> Cache for Floats<T> {
         }
         for pair in 0..s.count.div_ceil(32) {
             let keys = &keys[pair * n..][..n];
-            let far = ahead(s, pair * n * size_of::<[T; 32]>(), 0);
+            let far = ahead(isa, s, pair * n * size_of::<[T; 32]>(), 0);
             let mut sums = [[isa.splat(0.0); Q]; 2];
             for d in 0..n {
                 fetch(isa, far, d * size_of::<[T; 32]>() / 64 * FETCH, size_of::<[T; 32]>());
@@ -314,8 +311,12 @@ impl<T: Element> Cache for Floats<T> {
         let count = s.count.min(PAGE);
         for pair in 0..s.head_dim.div_ceil(32) {
             let values = &values[pair * PAGE..][..count];
-            let far =
-                ahead(s, (before + pair * PAGE) * size_of::<[T; 32]>(), s.page.len() / 64 * (64 - FETCH));
+            let far = ahead(
+                isa,
+                s,
+                (before + pair * PAGE) * size_of::<[T; 32]>(),
+                s.page.len() / 64 * (64 - FETCH),
+            );
             let mut sums = [[isa.splat(0.0); Q]; 2];
             for p in 0..count {
                 fetch(isa, far, p * size_of::<[T; 32]>() / 64 * FETCH, size_of::<[T; 32]>());
@@ -443,7 +444,7 @@ impl Cache for Bytes8 {
             starts[i] = s.codes.starts[h + i];
         }
         for block in 0..s.count.div_ceil(16) {
-            let far = ahead(s, block * n * 64, 0);
+            let far = ahead(isa, s, block * n * 64, 0);
             let sums = isa.dot_split(&keys[block * n..][..n], parts, starts, far);
             let position_scales = isa.load(&scales[block]);
             for i in 0..Q {
@@ -498,7 +499,7 @@ impl Cache for Bytes8 {
             parts[h] = [&codes[h][0][..4 * quads], &codes[h][1][..4 * quads]];
         }
         for block in 0..s.head_dim.div_ceil(16) {
-            let far = ahead(s, value_bytes + block * PAGE * 16, s.page.len() / 64 * (64 - FETCH));
+            let far = ahead(isa, s, value_bytes + block * PAGE * 16, s.page.len() / 64 * (64 - FETCH));
             let sums = isa.dot_split(&values[block * (PAGE / 4)..][..quads], parts, starts, far);
             let n = (s.head_dim - 16 * block).min(16);
             for h in 0..Q {
