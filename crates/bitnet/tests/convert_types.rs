@@ -375,7 +375,7 @@ fn a_model_gives_the_same_bits_in_every_type() {
 fn rows_in_base_3_give_the_same_bits() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
-    let base3 = [true, false].map(|sparse| Strategy { sparse, rows: Layout::Base3, listed: 0.4 });
+    let base3 = [true, false].map(|sparse| Strategy { sparse, rows: Layout::Base3 });
     // A block and a chunk; the second architecture has its rows in another order.
     for architecture in ["bitnet-b1.58", "llama"] {
         model_of(&path("in.gguf"), architecture, None, 1536);

@@ -160,7 +160,7 @@ impl ModelArgs {
             if self.verbose {
                 notice(format_args!("{race}"));
             }
-            (strategy.rows, strategy.listed) = (race.layout, race.listed);
+            strategy.rows = race.layout;
         }
         match self.layout {
             RowLayout::Auto => {}

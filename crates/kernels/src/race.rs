@@ -10,8 +10,6 @@ use std::time::Instant;
 pub struct RowRace {
     /// The layout in which rows take less time.
     pub layout: Layout,
-    /// The share of a matrix's rows up to which it pays to read only those.
-    pub listed: f32,
     /// Of each layout the time of all rows and of a half of them listed, in nanoseconds for each row there is.
     pub times: Vec<(Layout, f64, f64)>,
 }
@@ -23,13 +21,7 @@ impl RowRace {
 
 impl std::fmt::Display for RowRace {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let percent = 100.0 * self.listed;
-        write!(
-            f,
-            "{}, up to {percent:.0} % of them one by one; of {} weights",
-            self.layout.name(),
-            Self::COLUMNS
-        )?;
+        write!(f, "{}; of {} weights", self.layout.name(), Self::COLUMNS)?;
         for (layout, all, half) in &self.times {
             write!(f, ", {all:.1} ns in {} and {half:.1} without every other", layout.name())?;
         }
@@ -45,7 +37,7 @@ impl Compute {
         const BYTES: usize = 48 << 20;
         const COLUMNS: usize = RowRace::COLUMNS;
         const ROUNDS: usize = 3;
-        let mut race = RowRace { layout: Layout::Rows, listed: 1.0, times: Vec::new() };
+        let mut race = RowRace { layout: Layout::Rows, times: Vec::new() };
         let Some(mut buffer) = HugeBuffer::new(MemoryPart::Scratch, BYTES) else { return race };
         let parts = Rows::new(&mut buffer, BYTES / 64);
         // SAFETY: each part is one task. Any bytes are weights here.
@@ -84,7 +76,7 @@ impl Compute {
             (2.0 * all + half) * if layout == Layout::Base3 { 1.04 } else { 1.0 }
         };
         if let Some(best) = race.times.iter().min_by(|a, b| cost(a).total_cmp(&cost(b))) {
-            (race.layout, race.listed) = (best.0, (0.5 * best.1 / best.2).min(1.0) as f32);
+            race.layout = best.0;
         }
         race
     }

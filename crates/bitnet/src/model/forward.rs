@@ -1,6 +1,7 @@
 //! The forward pass of BitNet b1.58 (arXiv:2402.17764; the shapes are those of Hugging Face's `BitNetForCausalLM`, or of
 //! `LlamaForCausalLM`, which has no sub-norms).
 
+use super::cost::UpCost;
 use super::{Model, Phase, Profile};
 use bitnet_kernels::ternary::Layout;
 use bitnet_kernels::{Aligned, Compute, HeadScratch, KvStore, Logits, QuantizedRows, Workspace};
@@ -50,6 +51,8 @@ pub struct Scratch {
     codes: QuantizedRows,
     /// Rows of the up projection that squared ReLU leaves alive.
     live: Vec<u32>,
+    /// What reading them costs, in steps of 1, 2 and 3 rows.
+    up_costs: [UpCost; Model::SPARSE_ROWS],
     work: Workspace,
     head: HeadScratch,
     profile: Profile,
@@ -77,6 +80,7 @@ impl Scratch {
             delta: floats(config.hidden_size),
             codes: QuantizedRows::new(max_rows, widest),
             live: Vec::with_capacity(config.intermediate_size.next_multiple_of(16)),
+            up_costs: Default::default(),
             work: Workspace::new(widest, compute.pool().threads()),
             head: HeadScratch::new(config.vocab_size, config.hidden_size, compute.pool().threads()),
             profile: Profile::default(),
@@ -148,7 +152,7 @@ impl Model {
         let delta = &mut scratch.delta[..n * config.hidden_size];
         let half = config.rope_dim / 2;
         let (cos, sin) = (&mut scratch.cos[..n * half], &mut scratch.sin[..n * half]);
-        let Scratch { ids, codes, live, work, head, profile, .. } = scratch;
+        let Scratch { ids, codes, live, up_costs, work, head, profile, .. } = scratch;
 
         profile.begin();
         ids.clear();
@@ -196,13 +200,15 @@ impl Model {
                 compute.positive(gate, config.intermediate_size, live);
                 profile.lap(Phase::Gate, layer.ffn_gate.byte_len());
                 let mut read = live.len();
-                if read as f32 <= weights.strategy.listed * config.intermediate_size as f32 {
+                let listed = up_costs[n - 1].lists(read, config.intermediate_size);
+                if listed {
                     compute.linear_listed(codes, work, &layer.ffn_up, live, up);
                 } else {
                     compute.linear(codes, work, [(&layer.ffn_up, &mut *up)]);
                     read = config.intermediate_size;
                 }
-                profile.lap(Phase::Up, layer.ffn_up.byte_len() / config.intermediate_size * read);
+                let bytes = layer.ffn_up.byte_len() / config.intermediate_size * read;
+                up_costs[n - 1].learn(listed, read, profile.lap(Phase::Up, bytes));
             } else {
                 compute.linear(codes, work, [(&layer.ffn_gate, &mut *gate), (&layer.ffn_up, &mut *up)]);
                 profile.lap(Phase::Gate, layer.ffn_gate.byte_len() + layer.ffn_up.byte_len());

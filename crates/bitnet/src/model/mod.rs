@@ -1,6 +1,7 @@
 //! A model: configuration, weights, and the forward pass over them.
 
 pub mod config;
+mod cost;
 mod fill;
 mod forward;
 mod identity;

@@ -80,12 +80,14 @@ impl Profile {
     pub(crate) fn begin(&mut self) {
         self.since = Instant::now();
     }
-    /// Books the time since the last call to `phase`.
-    pub(crate) fn lap(&mut self, phase: Phase, bytes: usize) {
+    /// Books the time since the last call to `phase`, and returns it.
+    pub(crate) fn lap(&mut self, phase: Phase, bytes: usize) -> Duration {
         let now = Instant::now();
         let entry = &mut self.phases[phase as usize];
-        entry.0 += now - self.since;
+        let time = now - self.since;
+        entry.0 += time;
         entry.1 += bytes as u64;
         self.since = now;
+        time
     }
 }

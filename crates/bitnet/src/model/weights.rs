@@ -134,8 +134,6 @@ pub struct Strategy {
     pub sparse: bool,
     /// How matrices are stored of which all rows are read: [`Layout::Rows`] or [`Layout::Base3`].
     pub rows: Layout,
-    /// The share of the up projection's rows up to which only those are read whose gate is positive.
-    pub listed: f32,
 }
 
 impl Default for Strategy {
@@ -146,7 +144,7 @@ impl Default for Strategy {
 
 impl Strategy {
     /// Only what can matter.
-    pub const SPARSE: Self = Self { sparse: true, rows: Layout::Rows, listed: 1.0 };
+    pub const SPARSE: Self = Self { sparse: true, rows: Layout::Rows };
     /// Every weight.
     pub const DENSE: Self = Self { sparse: false, ..Self::SPARSE };
 
