@@ -7,6 +7,7 @@ use crate::error::thing;
 use crate::types::product;
 use crate::value::{Cursor, Read};
 use crate::{Array, Error, Fault, MAX_ALIGNMENT, TensorInfo, TensorType, Value, ValueType};
+use std::collections::HashMap;
 use std::ops::Range;
 
 /// Most keys, and most tensors, of a file: it bounds the directory's memory whatever the file says.
@@ -29,9 +30,9 @@ pub(crate) struct Directory {
     pub(crate) alignment: u64,
     pub(crate) data_offset: u64,
     pub(crate) entries: Vec<Entry>,
-    entries_by_key: Vec<u32>,
+    entries_by_key: HashMap<String, usize>,
     pub(crate) tensors: Vec<TensorInfo>,
-    tensors_by_name: Vec<u32>,
+    tensors_by_name: HashMap<String, usize>,
 }
 
 /// A key, and where its value is.
@@ -57,13 +58,11 @@ impl Entry {
 
 impl Directory {
     pub(crate) fn entry(&self, key: &str) -> Option<&Entry> {
-        let at = self.entries_by_key.binary_search_by(|&i| self.entries[i as usize].key.as_str().cmp(key));
-        Some(&self.entries[self.entries_by_key[at.ok()?] as usize])
+        Some(&self.entries[*self.entries_by_key.get(key)?])
     }
 
     pub(crate) fn tensor(&self, name: &str) -> Option<&TensorInfo> {
-        let at = self.tensors_by_name.binary_search_by(|&i| self.tensors[i as usize].name.as_str().cmp(name));
-        Some(&self.tensors[self.tensors_by_name[at.ok()?] as usize])
+        Some(&self.tensors[*self.tensors_by_name.get(name)?])
     }
 
     pub(crate) fn parse(file: &str, bytes: &[u8]) -> Result<Self, Error> {
@@ -71,27 +70,23 @@ impl Directory {
         let mut cursor = Cursor::new(bytes, 0);
         let (version, n_tensors, n_keys) = header(&mut cursor).map_err(|f| malformed("header".into(), f))?;
 
-        let mut entries = Vec::with_capacity(n_keys as usize);
-        let mut starts = Vec::with_capacity(n_keys as usize);
+        let (mut entries, mut entries_by_key) = (Vec::new(), HashMap::new());
+        let mut starts = Vec::new();
         for i in 0..n_keys {
             starts.push(cursor.pos());
             let key = cursor.name().map_err(|f| malformed(format!("name of key {i}"), f))?;
-            let entry = entry(&mut cursor, key).map_err(|f| malformed(thing("key", key), f))?;
-            entries.push(entry);
+            let read = unique(&mut entries_by_key, key, &starts).and_then(|()| entry(&mut cursor, key));
+            entries.push(read.map_err(|f| malformed(thing("key", key), f))?);
         }
-        let entries_by_key = sorted(&entries, |e| &e.key)
-            .map_err(|(a, b)| malformed(thing("key", &entries[b].key), duplicate(&starts, a, b)))?;
 
-        let mut tensors = Vec::with_capacity(n_tensors as usize);
+        let (mut tensors, mut tensors_by_name) = (Vec::new(), HashMap::new());
         starts.clear();
         for i in 0..n_tensors {
             starts.push(cursor.pos());
             let name = cursor.name().map_err(|f| malformed(format!("name of tensor {i}"), f))?;
-            let info = tensor(&mut cursor, name).map_err(|f| malformed(thing("tensor", name), f))?;
-            tensors.push(info);
+            let read = unique(&mut tensors_by_name, name, &starts).and_then(|()| tensor(&mut cursor, name));
+            tensors.push(read.map_err(|f| malformed(thing("tensor", name), f))?);
         }
-        let tensors_by_name = sorted(&tensors, |t| &t.name)
-            .map_err(|(a, b)| malformed(thing("tensor", &tensors[b].name), duplicate(&starts, a, b)))?;
 
         let mut directory =
             Self { version, alignment: 0, data_offset: 0, entries, entries_by_key, tensors, tensors_by_name };
@@ -235,19 +230,11 @@ pub(crate) fn data_len(ty: TensorType, dims: &[u64]) -> Result<u64, Fault> {
     }
 }
 
-/// Indices in the order of the names; if a name occurs twice, the indices of both.
-fn sorted<T>(items: &[T], name: impl Fn(&T) -> &str) -> Result<Vec<u32>, (usize, usize)> {
-    let mut order: Vec<u32> = (0..items.len() as u32).collect();
-    order.sort_by_key(|&i| name(&items[i as usize]));
-    for pair in order.windows(2) {
-        let (a, b) = (pair[0] as usize, pair[1] as usize);
-        if name(&items[a]) == name(&items[b]) {
-            return Err((a, b));
-        }
+/// Notes the index of a new name; `starts` says where the names begin, this one last.
+fn unique(names: &mut HashMap<String, usize>, name: &str, starts: &[u64]) -> Read<()> {
+    let index = starts.len() - 1;
+    match names.insert(name.to_owned(), index) {
+        Some(first) => Err((starts[index], Fault::Duplicate { first: starts[first] })),
+        None => Ok(()),
     }
-    Ok(order)
-}
-
-fn duplicate(starts: &[u64], first: usize, second: usize) -> (u64, Fault) {
-    (starts[second], Fault::Duplicate { first: starts[first] })
 }
