@@ -17,29 +17,14 @@ const MAX_PAUSE: Duration = Duration::from_secs(120);
 /// Longest answer in JSON: a repository of 10,000 files has some 2 MB.
 const MAX_JSON: u64 = 32 << 20;
 
-/// The checksum of a file, in lower-case hexadecimal digits.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Digest {
-    /// SHA-256 of a large file.
-    Sha256(String),
-    /// SHA-1 of a small file as git stores it.
-    Git(String),
-}
-
-impl Digest {
-    pub(super) fn hex(&self) -> &str {
-        match self {
-            Self::Sha256(hex) | Self::Git(hex) => hex,
-        }
-    }
-}
-
 /// What the hub says about a file.
 #[derive(Clone, Debug)]
 pub(super) struct FileMeta {
     /// The commit, 40 hexadecimal digits.
     pub(super) commit: String,
-    pub(super) digest: Digest,
+    /// In lower-case hexadecimal digits: the 64 of the SHA-256 of a large file, or the 40 of the SHA-1 of a small one as git
+    /// stores it.
+    pub(super) digest: String,
     pub(super) size: u64,
 }
 
@@ -140,15 +125,11 @@ impl<'a> Client<'a> {
         let etag = header(headers, "x-linked-etag").or_else(|| header(headers, "etag"));
         let hex = etag.unwrap_or_default().trim_start_matches("W/").trim_matches('"');
         let is_hex = hex.bytes().all(|b| b.is_ascii_hexdigit() && !b.is_ascii_uppercase());
-        let digest = match hex.len() {
-            64 if is_hex => Digest::Sha256(hex.to_owned()),
-            40 if is_hex => Digest::Git(hex.to_owned()),
-            _ => {
-                return Err(refuse(
-                    "the server tells no checksum (ETag) of the file, so it could not be verified",
-                ));
-            }
-        };
+        if !is_hex || ![64, 40].contains(&hex.len()) {
+            let problem = "the server tells no checksum (ETag) of the file, so it could not be verified";
+            return Err(refuse(problem));
+        }
+        let digest = hex.to_owned();
         let own = if response.status().is_success() { header(headers, "content-length") } else { None };
         let size = header(headers, "x-linked-size").or(own).and_then(|size| size.parse().ok());
         let size = size.ok_or_else(|| refuse("the server does not tell the size of the file"))?;
