@@ -49,7 +49,7 @@ pub struct ModelInfo<'a> {
     pub special: SpecialTokens,
     gguf: &'a Gguf,
     plan: WeightPlan<'a>,
-    vocab: Option<Vocab<'a>>,
+    vocab: Option<Vocab<&'a str>>,
     template: Option<&'a str>,
 }
 
@@ -76,24 +76,14 @@ impl<'a> ModelInfo<'a> {
         MemoryPlan::default().and(self.plan.bytes()).and(vocabulary).and(options.bytes(&self.config, threads))
     }
 
-    /// Reads the weights with all threads of `compute`. `file` is the one that this was read from.
+    /// Reads the weights with all threads of `compute`. `file` is the one that this was read from. One of the threads hands the
+    /// tokenizer to `beside` while the others still read the weights.
     ///
     /// # Errors
     /// What only the weights and the vocabulary themselves can show.
     ///
     /// # Panics
     /// If it is another file.
-    pub fn load(self, file: &Arc<Gguf>, compute: &Compute) -> Result<Model, Error> {
-        self.load_with(file, compute, |_| ())
-    }
-
-    /// As [`Self::load`]; one of the threads hands the tokenizer to `beside` while the others still read the weights.
-    ///
-    /// # Errors
-    /// As [`Self::load`].
-    ///
-    /// # Panics
-    /// As [`Self::load`].
     pub fn load_with(
         self,
         file: &Arc<Gguf>,
@@ -151,13 +141,10 @@ impl Model {
     /// # Errors
     /// As [`ModelInfo::new`], and what only the weights and the vocabulary themselves can show.
     pub fn load(gguf: &Arc<Gguf>, compute: &Compute, strategy: Strategy) -> Result<Self, Error> {
-        ModelInfo::new(gguf, strategy)?.load(gguf, compute)
+        ModelInfo::new(gguf, strategy)?.load_with(gguf, compute, |_| ())
     }
 
     /// A model of the shape of `config` with random weights and no tokenizer, for measuring speed without a file.
-    ///
-    /// # Errors
-    /// [`Error::NoMemory`].
     pub fn random(config: Config, compute: &Compute, strategy: Strategy) -> Result<Self, Error> {
         let weights = Weights::random(&config, compute, strategy)?;
         Ok(Self {
@@ -240,7 +227,7 @@ fn read_vocab<'a>(
     keys: &Keys<'a>,
     config: &Config,
     repairs: &mut Vec<Repair>,
-) -> Result<Option<Vocab<'a>>, Error> {
+) -> Result<Option<Vocab<&'a str>>, Error> {
     let gguf = keys.gguf;
     let Some(tokens) = gguf.get_array("tokenizer.ggml.tokens")? else { return Ok(None) };
     let strings = |key: &str, array: bitnet_gguf::Array<'a>| -> Result<Vec<&'a str>, Error> {
@@ -337,7 +324,7 @@ fn read_key<T: Copy>(keys: &Keys<'_>, (key, names): &Key<T>) -> Result<Option<T>
 fn read_special(
     keys: &Keys<'_>,
     config: &Config,
-    vocab: Option<&Vocab<'_>>,
+    vocab: Option<&Vocab<&str>>,
     repairs: &mut Vec<Repair>,
 ) -> Result<SpecialTokens, Error> {
     let id = |name: &str| -> Result<Option<u32>, Error> {
