@@ -26,36 +26,28 @@ const HEADER: usize = 56;
 const MAX_TOKENS: u32 = 1 << 24;
 
 /// Why a saved sequence was refused.
-#[allow(missing_docs)] // the names and messages of the fields say it all
+#[allow(missing_docs)] // the messages say it all
 #[derive(Debug, thiserror::Error)]
 pub enum SavedError {
-    /// It cannot be read or written.
     #[error(transparent)]
     Io(#[from] io::Error),
-    /// Something else.
     #[error("not a prompt cache: it does not begin with BITNETKV")]
     NotOne,
-    /// Of another version of this program.
     #[error(
         "written by another version of this program (format {format}, definition {definition}): remove it"
     )]
     Version { format: u32, definition: u32 },
-    /// Of another model.
     #[error("made with another model; its keys and values mean nothing to this one: name another file")]
     OtherModel,
-    /// Of another cache type.
     #[error(
         "holds keys and values of another type: take --cache-type {}, or name another file",
         found.map_or("?", KvType::name)
     )]
     CacheType { found: Option<KvType> },
-    /// Not as long as its number of tokens asks for.
     #[error("damaged: {found} bytes long, {tokens} tokens take {expected}: remove it")]
     Length { found: u64, tokens: u32, expected: u64 },
-    /// A checksum does not fit.
     #[error("damaged: page {page} is not what was written: remove it")]
     Damaged { page: usize },
-    /// The model has no file that could be recognised.
     #[error("a model of random weights has no identity")]
     NoIdentity,
 }
