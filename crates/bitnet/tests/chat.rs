@@ -44,7 +44,7 @@ fn tokenizer_without(tokens: &[&str]) -> Tokenizer {
     for token in vocab.tokens.iter_mut().filter(|token| tokens.contains(&token.as_str())) {
         token.push_str(" (none)");
     }
-    Tokenizer::new(&vocab.vocab()).unwrap()
+    Tokenizer::new(&vocab).unwrap()
 }
 
 fn id(token: &str) -> u32 {
