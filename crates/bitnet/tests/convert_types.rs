@@ -335,7 +335,7 @@ fn floats_that_are_no_ternary_weights_are_refused() {
     to(&path("in.gguf"), &path("f16.gguf"), TernaryType::F16, HeadType::Auto).unwrap();
     let Range { start, .. } = place(&path("f16.gguf"), "blk.0.ffn_up.weight");
     let mut bytes = fs::read(path("f16.gguf")).unwrap();
-    let at = (start + 2 * 256..).step_by(2).find(|&at| bytes[at] != 0).unwrap();
+    let at = (start + 2 * 256..).step_by(2).find(|&at| bytes[at..at + 2] != [0, 0]).unwrap();
     bytes[at] ^= 1;
     fs::write(path("f16.gguf"), bytes).unwrap();
     let compute = Compute::new(best(), 1);
