@@ -126,17 +126,14 @@ impl Engine {
         wanted: Option<&[u32]>,
     ) -> Result<(), SavedError> {
         let mut header = [0; HEADER];
-        if len < 8 {
+        let there = len.min(HEADER as u64) as usize;
+        file.read_exact(&mut header[..there])?;
+        if !header.starts_with(MAGIC) {
             return Err(SavedError::NotOne);
         }
-        file.read_exact(&mut header[..8])?;
-        if header[..8] != *MAGIC {
-            return Err(SavedError::NotOne);
-        }
-        if len < HEADER as u64 {
+        if there < HEADER {
             return Err(SavedError::Length { found: len, tokens: 0, expected: HEADER as u64 });
         }
-        file.read_exact(&mut header[8..])?;
         let number =
             |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
         let tokens = number(52);

@@ -162,7 +162,7 @@ impl Job<'_> {
         match failure {
             None if written == size => Ok(hasher),
             Some(stop) => Err(stop),
-            None => Err(nonsense(url, "the download ended early".into()).into()),
+            None => Err(HubError::server(url, "the download ended early").into()),
         }
     }
 
@@ -235,7 +235,7 @@ impl Job<'_> {
         let length = header(response.headers(), "content-length").and_then(|n| n.parse().ok());
         if length.is_some_and(|n: u64| whole && n != self.meta.size) {
             let problem = format!("expected {} bytes, the server sends {length:?}", self.meta.size);
-            return Err(nonsense(self.url, problem).into());
+            return Err(HubError::server(self.url, problem).into());
         }
         if whole && self.ranged && (*at, end) != (0, self.meta.size) {
             return Err(Stop::NoRanges);
@@ -245,10 +245,10 @@ impl Job<'_> {
             let (start, last, size) = (*at, end - 1, self.meta.size);
             let problem = format!("expected the bytes {start}-{last}/{size}, the server sends {found}");
             let expected = found.strip_prefix("bytes ").and_then(|range| range.split_once('/'));
-            let (range, total) = expected.ok_or_else(|| nonsense(self.url, problem.clone()))?;
+            let (range, total) = expected.ok_or_else(|| HubError::server(self.url, problem.clone()))?;
             let starts = range.split_once('-').is_some_and(|(first, _)| first.parse() == Ok(start));
             if !starts || total != "*" && total.parse() != Ok(size) {
-                return Err(nonsense(self.url, problem).into());
+                return Err(HubError::server(self.url, problem).into());
             }
         }
         let mut body = response.body_mut().as_reader();
@@ -278,8 +278,4 @@ impl Job<'_> {
         }
         Ok(())
     }
-}
-
-fn nonsense(url: &str, problem: String) -> HubError {
-    HubError::Server { url: url.to_owned(), problem }
 }

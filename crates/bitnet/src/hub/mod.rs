@@ -104,6 +104,10 @@ impl HubError {
         move |error| Self::Io { path, action, error }
     }
 
+    fn server(url: &str, problem: impl Into<String>) -> Self {
+        Self::Server { url: client::shown(url), problem: problem.into() }
+    }
+
     fn repo(name: &ModelName, problem: impl Into<String>) -> Self {
         Self::Repo { repo: name.repo.clone(), problem: problem.into() }
     }

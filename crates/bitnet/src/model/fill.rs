@@ -31,7 +31,7 @@ pub(super) fn fill(
     let mut done = 0;
     for placed in &planner.placed {
         let (_, tail) = std::mem::take(&mut rest).split_at_mut(placed.range.start - done);
-        let (mut place, tail) = tail.split_at_mut(placed.range.len());
+        let (place, tail) = tail.split_at_mut(placed.range.len());
         (rest, done) = (tail, placed.range.end);
         let part = match placed.store {
             Store::Floats | Store::Blocks(_) | Store::Ternary => PART,
@@ -42,14 +42,8 @@ pub(super) fn fill(
             Store::Columns { rows, .. } => CHUNK * columns::column_bytes(rows),
             Store::Screen { columns, .. } => Screen::bytes(Screen::PART, columns),
         };
-        let mut at = 0;
-        while !place.is_empty() {
-            let (target, tail) = place.split_at_mut(part.min(place.len()));
-            place = tail;
-            let len = target.len();
-            parts.push(Mutex::new(Part { placed, at, target }));
-            at += len;
-        }
+        let targets = place.chunks_mut(part).enumerate();
+        parts.extend(targets.map(|(i, target)| Mutex::new(Part { placed, at: i * part, target })));
     }
     let failure = Mutex::new(None);
     let fail = |error| {

@@ -212,7 +212,7 @@ impl<'a> Planner<'a> {
     }
 
     pub(super) fn error(&self, tensor: &TensorInfo, problem: impl Into<String>) -> Error {
-        self.keys.error(format!("tensor {:?} at byte {}", tensor.name, tensor.offset), problem)
+        self.keys.bad_tensor(tensor, problem)
     }
 
     fn place(&mut self, tensor: &'a TensorInfo, bytes: usize, store: Store, scale: f32) -> Range<usize> {
