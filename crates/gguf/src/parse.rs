@@ -70,24 +70,8 @@ impl Directory {
         let mut cursor = Cursor::new(bytes, 0);
         let (version, n_tensors, n_keys) = header(&mut cursor).map_err(|f| malformed("header".into(), f))?;
 
-        let (mut entries, mut entries_by_key) = (Vec::new(), HashMap::new());
-        let mut starts = Vec::new();
-        for i in 0..n_keys {
-            starts.push(cursor.pos());
-            let key = cursor.name().map_err(|f| malformed(format!("name of key {i}"), f))?;
-            let read = unique(&mut entries_by_key, key, &starts).and_then(|()| entry(&mut cursor, key));
-            entries.push(read.map_err(|f| malformed(thing("key", key), f))?);
-        }
-
-        let (mut tensors, mut tensors_by_name) = (Vec::new(), HashMap::new());
-        starts.clear();
-        for i in 0..n_tensors {
-            starts.push(cursor.pos());
-            let name = cursor.name().map_err(|f| malformed(format!("name of tensor {i}"), f))?;
-            let read = unique(&mut tensors_by_name, name, &starts).and_then(|()| tensor(&mut cursor, name));
-            tensors.push(read.map_err(|f| malformed(thing("tensor", name), f))?);
-        }
-
+        let (entries, entries_by_key, _) = named(file, &mut cursor, "key", n_keys, entry)?;
+        let (tensors, tensors_by_name, starts) = named(file, &mut cursor, "tensor", n_tensors, tensor)?;
         let mut directory =
             Self { version, alignment: 0, data_offset: 0, entries, entries_by_key, tensors, tensors_by_name };
         directory.alignment =
@@ -183,6 +167,28 @@ fn count(cursor: &mut Cursor<'_>, what: &'static str, each: u64, skip: u64) -> R
     Ok(found)
 }
 
+/// So many keys or tensors in order, their indices by name, and where each begins.
+fn named<T>(
+    file: &str,
+    cursor: &mut Cursor<'_>,
+    kind: &str,
+    count: u64,
+    read: impl Fn(&mut Cursor<'_>, &str) -> Read<T>,
+) -> Result<(Vec<T>, HashMap<String, usize>, Vec<u64>), Error> {
+    let (mut items, mut by_name, mut starts) = (Vec::new(), HashMap::new(), Vec::new());
+    for i in 0..count as usize {
+        let start = cursor.pos();
+        starts.push(start);
+        let name = cursor.name().map_err(|f| Error::malformed(file, format!("name of {kind} {i}"), f))?;
+        let item = match by_name.insert(name.to_owned(), i) {
+            Some(first) => Err((start, Fault::Duplicate { first: starts[first] })),
+            None => read(cursor, name),
+        };
+        items.push(item.map_err(|f| Error::malformed(file, thing(kind, name), f))?);
+    }
+    Ok((items, by_name, starts))
+}
+
 /// What follows the name of a key.
 fn entry(cursor: &mut Cursor<'_>, key: &str) -> Read<Entry> {
     let ty = cursor.value_type()?;
@@ -227,14 +233,5 @@ pub(crate) fn data_len(ty: TensorType, dims: &[u64]) -> Result<u64, Fault> {
         Some(len) => Ok(len),
         None if !ty.size_is_known() => Ok(0),
         None => Err(shape("expected whole blocks of elements")),
-    }
-}
-
-/// Notes the index of a new name; `starts` says where the names begin, this one last.
-fn unique(names: &mut HashMap<String, usize>, name: &str, starts: &[u64]) -> Read<()> {
-    let index = starts.len() - 1;
-    match names.insert(name.to_owned(), index) {
-        Some(first) => Err((starts[index], Fault::Duplicate { first: starts[first] })),
-        None => Ok(()),
     }
 }

@@ -111,11 +111,7 @@ impl Engine {
         wanted: Option<&[u32]>,
     ) -> Result<(), SavedError> {
         assert!(self.tokens(sequence).is_empty(), "a sequence to read into is empty");
-        let result = self.read_pages(sequence, file, len, wanted);
-        if result.is_err() {
-            self.truncate(sequence, 0);
-        }
-        result
+        self.read_pages(sequence, file, len, wanted).inspect_err(|_| self.truncate(sequence, 0))
     }
 
     fn read_pages(
