@@ -13,7 +13,6 @@ use bitnet::text::{HfVocab, Tokenizer};
 use bitnet::{Engine, Error};
 use common::masked::same_as_masked;
 use serde_json::{Value, json};
-use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -308,11 +307,7 @@ fn an_answer_keeps_its_form_when_old_messages_go() {
     for question in 0..6 {
         chat.ask(format!("Question {question}"));
         let mut text = String::new();
-        let mut emit = |part: &str| {
-            text.push_str(part);
-            ControlFlow::Continue(())
-        };
-        let answer = chat.answer(&mut engine, &mut sampler, &stop, &mut emit).unwrap();
+        let answer = chat.answer(&mut engine, &mut sampler, &stop, &mut common::writing(&mut text)).unwrap();
         dropped += answer.dropped;
         assert!(answer.generated.complete, "{text}");
         let items: Vec<u64> = serde_json::from_str(&text).unwrap();

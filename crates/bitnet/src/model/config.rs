@@ -1,5 +1,6 @@
 //! What a model is, read from the metadata of its file.
 
+use super::stored::floats;
 use crate::Error;
 use bitnet_gguf::{Gguf, TensorInfo, TensorType};
 use bitnet_kernels::{Activation, KvShape, KvType, TernaryMatrix};
@@ -118,10 +119,9 @@ fn rope_factors(keys: &Keys<'_>, rope_dim: usize) -> Result<Vec<f32>, Error> {
     let Some(tensor) = keys.gguf.tensor("rope_freqs.weight") else {
         return Ok(if factor == 1.0 { Vec::new() } else { vec![factor; rope_dim / 2] });
     };
-    let bytes = keys.gguf.tensor_bytes(tensor);
-    let factors = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b) * factor);
-    let factors: Vec<f32> = factors.filter(|x| x.is_finite() && *x > 0.0).collect();
-    if tensor.ty == TensorType::F32 && factors.len() == rope_dim / 2 && bytes.len() == 2 * rope_dim {
+    let factors: Vec<f32> = floats(keys.gguf, tensor).map(|x| x * factor).collect();
+    let good = factors.iter().all(|x| x.is_finite() && *x > 0.0);
+    if tensor.ty == TensorType::F32 && factors.len() == rope_dim / 2 && good {
         return Ok(factors);
     }
     Err(keys.bad_tensor(tensor, format!("expected {} factors above 0 in F32", rope_dim / 2)))

@@ -94,6 +94,11 @@ impl<'a> ExactScales<'a> {
     }
 }
 
+/// The values of a tensor of float32.
+pub(crate) fn floats<'a>(gguf: &'a Gguf, tensor: &TensorInfo) -> impl Iterator<Item = f32> + use<'a> {
+    gguf.tensor_bytes(tensor).as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))
+}
+
 /// Why a matrix of these dimensions, the fastest first, does not fill the blocks of a type of ternary weights.
 pub(crate) fn misfit(dims: &[u64], ty: TensorType) -> Option<String> {
     let (block, weights, rows, hint) = match row_format(ty) {

@@ -2,7 +2,7 @@
 
 use super::config::{Config, Keys, require};
 use super::fill::fill;
-use super::stored::{ExactScales, Pairs, row_format, scale_of};
+use super::stored::{ExactScales, Pairs, floats, row_format, scale_of};
 use crate::Error;
 use bitnet_gguf::{Gguf, TensorInfo, TensorType};
 use bitnet_kernels::blocks::BlockFormat;
@@ -227,8 +227,7 @@ impl<'a> Planner<'a> {
         if tensor.ty != TensorType::F32 {
             return Err(self.error(tensor, format!("expected type F32, found {}", tensor.ty.name())));
         }
-        let bytes = self.keys.gguf.tensor_bytes(tensor);
-        let norm: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        let norm: Vec<f32> = floats(self.keys.gguf, tensor).collect();
         match norm.iter().position(|x| !x.is_finite()) {
             Some(i) => {
                 Err(self.error(tensor, format!("element {i} is {}, expected a finite number", norm[i])))
@@ -336,10 +335,7 @@ impl Planner<'_> {
             let (codes, columns) = bytes(part)?;
             pack::zero_columns(&codes[..codes.len().min(ROWS * columns / 4)], columns).ok()
         };
-        let norm = |part: &str| {
-            let bytes = gguf.tensor_bytes(tensor(part)?);
-            Some(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b).abs()).collect::<Vec<f32>>())
-        };
+        let norm = |part: &str| Some(floats(gguf, tensor(part)?).map(f32::abs).collect::<Vec<f32>>());
         let down = columns("ffn_down");
         let gate_rows = bytes("ffn_gate").and_then(|(codes, columns)| pack::zero_rows(codes, columns).ok());
         let pairs = [

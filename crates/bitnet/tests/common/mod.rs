@@ -102,13 +102,17 @@ pub(crate) fn generated(
     let sequence = engine.open();
     let mut sampler = Sampler::new(config.clone()).unwrap();
     let mut text = String::new();
-    let mut emit = |part: &str| {
-        text.push_str(part);
-        ControlFlow::Continue(())
-    };
-    let generated = generate(engine, sequence, prompt, &mut sampler, stop, &mut emit);
+    let generated = generate(engine, sequence, prompt, &mut sampler, stop, &mut writing(&mut text));
     engine.close(sequence);
     Ok((generated?, text))
+}
+
+/// Takes a text as it comes.
+pub(crate) fn writing(text: &mut String) -> impl FnMut(&str) -> ControlFlow<()> {
+    |part| {
+        text.push_str(part);
+        ControlFlow::Continue(())
+    }
 }
 
 pub(crate) fn sha256(bytes: &[u8]) -> String {
