@@ -105,55 +105,6 @@ SMALL = {
     "ragged": (12, dict(num_hidden_layers=5, hidden_size=80, num_attention_heads=2, num_key_value_heads=1, intermediate_size=176)),
 }
 
-# Written for this project; held-out text for the demo model.
-TALE = """\
-Once upon a time, in a village where the wind never slept, there lived a clockmaker who had one daughter, and her name was Marit. \
-The clockmaker was so poor that he had sold every clock but one, and that one would not go. It stood in the corner with its hands \
-folded at midnight, and the spiders had hung their curtains in its door.
-
-One evening in the hard winter there came a knock, and when Marit opened the door she saw an old grey goose standing in the snow.
-
-"Let me in," said the goose, "for my feet are cold, and I have walked over seven frozen rivers to find you."
-
-"You are welcome to the fire," said Marit, "but we have only half a loaf, and you must share it three ways."
-
-"Half a loaf is a feast to the one who has none," said the goose, and she came in and sat down by the hearth like any grandmother.
-
-In the night, when the clockmaker was asleep, the goose spoke again. "Child, do you know why the clock stands still? A giant lives \
-under the hill of Orm, and he has stolen the hour after midnight. He keeps it in a copper kettle, and every night he takes off the \
-lid and looks at it, and laughs. Until that hour is brought home, no clock in your father's house will ever go, and no luck will \
-come in at his door."
-
-"Then I will go and fetch it," said Marit, and she put on her father's boots and took the bread knife, a ball of red wool and a pinch of salt.
-
-The goose went before her, and they came to the first river. There sat a fox with a thorn in his paw. Marit drew out the thorn with \
-her fingers and bound the paw with red wool, and the fox said, "I shall not forget it." They came to the second river, and there was \
-a mill that had ground nothing for a hundred years, and it groaned so sadly that she threw her salt between the stones, that it might \
-have something to grind. "I shall not forget it," said the mill.
-
-At last they stood before the hill of Orm, and the door was as tall as three pine trees. The giant was sitting at his table with the \
-kettle before him, and his beard lay upon the floor like a heap of hay.
-
-"Who is this," he roared, "that comes into my house without wiping her boots?"
-
-"Only a poor girl," said Marit, "who has heard that you are the cleverest giant in the world. But my neighbour says you cannot count \
-the hairs of your own beard."
-
-"Cannot I!" cried the giant, and he began at once. He counted until the candle was low, and he counted until his eyes grew heavy, and \
-when he had come to nine thousand and four he fell asleep with his chin upon his knees. Then Marit lifted the lid, and out flew a \
-little silver bird, and it was the lost hour. It sat down on her shoulder and weighed no more than a breath.
-
-But the kettle rang upon the stones, and the giant woke. He ran after them with steps as long as a field. Then the fox bit him in the \
-heel, so that he stumbled, and the old mill turned its wheel and threw up such a storm of salt that he could see neither the road nor \
-the stars, and he fell into the river and was never heard of again.
-
-When Marit came home, the silver bird flew into the clock, and the hands moved, and it struck one. The grey goose shook her feathers, \
-and there stood the queen of the winter, with snow upon her hair. "You shared your bread three ways," she said, "and so I give you \
-three gifts: a fire that never goes out, a door that no sorrow can open, and time enough." And they lived in peace from that day, and \
-if the clock has not stopped, it is ticking still.
-"""
-
-
 # The same for LlamaForCausalLM, with the quantisation_config.
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
@@ -426,10 +377,10 @@ def main():
     if args.demo is None:
         return
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.demo)
-    ids = [tokenizer.bos_token_id] + tokenizer(TALE, add_special_tokens=False)["input_ids"]
+    tale = (args.out / "demo" / "tale.txt").read_text()  # held-out text, written for this project
+    ids = [tokenizer.bos_token_id] + tokenizer(tale, add_special_tokens=False)["input_ids"]
     assert len(ids) >= POSITIONS, len(ids)
     write_golden("demo", args.demo, ids[:POSITIONS], args.out, layers=[0, 5], logit_rows=4)
-    (args.out / "demo" / "tale.txt").write_text(TALE)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@
                         order; and the texts with the ids that the whole vocabulary gives
   falcon-cases.json     pre-tokenizers as Falcon has them, and the ids that the demo vocabulary gives with them for every second
                         of the texts
-  classes.rs            with --classes: the Unicode classes of the reference's regex engine
+  classes.in            with --classes: the Unicode classes of the reference's regex engine, and punctuation.in
 
 usage: make_tokenizer_goldens.py --tokenizer-json demo-model/tokenizer.json --llama3 llama3/tokenizer.model
-                                 --out crates/bitnet/tests/fixtures/tokenizer [--classes crates/bitnet/src/text/classes.rs]
+                                 --out crates/bitnet/tests/fixtures/tokenizer [--classes crates/bitnet/src/text]
 needs: tokenizers (0.23 wrote the committed files)
 """
 import argparse, base64, json, os, random, re
@@ -145,32 +145,11 @@ def classes():
             if hit: table[point] = number
     table[0xd800:0xe000] = bytes([table[0xd7ff]]) * 0x800  # never asked for
     bounds = [c << 2 | table[c] for c in range(0x110000) if c == 0 or table[c] != table[c - 1]]
-    rows = lambda numbers: "".join(f"    {row}\n" for row in re.findall(r".{1,105}(?:,|$)", ",".join(map(hex, numbers)) + ","))
+    rows = lambda numbers: "[\n" + "".join(f"{row}\n" for row in re.findall(r".{1,105}(?:,|$)", ",".join(map(hex, numbers)) + ",")) + "]\n"
     marks = pre_tokenizers.Punctuation("contiguous")
     mark = lambda c: not 0xd800 <= c < 0xe000 and len(marks.pre_tokenize_str(f"a{chr(c)}a")) == 3
     turns = [c for c in range(1, 0x110000) if mark(c) != mark(c - 1)]
-    return r'''//! Unicode classes of the split, written by `tools/make_tokenizer_goldens.py`.
-//!
-//! Those of Unicode 16, asked of the regex engine of Hugging Face's `tokenizers` code point by code point.
-//! A vocabulary is bound to the split it was trained with, so they do not follow newer versions.
-
-pub(super) const OTHER: u8 = 0;
-/// `\p{L}`
-pub(super) const LETTER: u8 = 1;
-/// `\p{N}`
-pub(super) const NUMBER: u8 = 2;
-/// `\s`
-pub(super) const SPACE: u8 = 3;
-
-/// Code points where a new class begins, in order: code point << 2 | class.
-#[rustfmt::skip]
-pub(super) const BOUNDARIES: &[u32] = &[
-''' + rows(bounds) + '''];
-
-/// Where punctuation begins, and where it ends, in turns: that of the step "Punctuation", by an older version of Unicode.
-#[rustfmt::skip]
-pub(super) const PUNCTUATION: &[u32] = &[
-''' + rows(turns) + "];\n"
+    return rows(bounds), rows(turns)
 
 def write_json(path, value):
     with open(path, "w") as f:
@@ -187,4 +166,5 @@ if __name__ == "__main__":
     write_json(f"{a.out}/demo-cases.json", cases(Tokenizer.from_file(a.tokenizer_json)))
     write_json(f"{a.out}/falcon-cases.json", falcon(a.tokenizer_json))
     write_json(f"{a.out}/llama3-extract.json", extract(*llama3(a.llama3)))
-    if a.classes: open(a.classes, "w").write(classes())
+    if a.classes:
+        for name, table in zip(["classes.in", "punctuation.in"], classes()): open(f"{a.classes}/{name}", "w").write(table)

@@ -1,7 +1,7 @@
 use crate::text::{TemplateError, TokenizerError};
 
 /// What can go wrong between a model file and its text. Every message is one line.
-#[allow(missing_docs)] // the names and messages of the fields say it all
+#[allow(missing_docs)] // the messages say it all
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -11,37 +11,28 @@ pub enum Error {
     /// A valid GGUF that is not a BitNet this engine can run; the fault is in the file.
     #[error("{file}: {thing}: {problem}")]
     Model { file: String, thing: String, problem: String },
-    /// The vocabulary in the file is broken.
     #[error("{file}: tokenizer: {error}")]
     Tokenizer { file: String, error: TokenizerError },
-    /// The model has no tokenizer, and text was to be made into tokens or back.
     #[error("{0}: the file has no tokenizer (tokenizer.ggml.tokens)")]
     NoTokenizer(String),
-    /// Messages cannot be made into a prompt.
     #[error("{file}: {error}")]
     Template { file: String, error: TemplateError },
     /// The caller named a token that the model does not have.
     #[error("token {index} of the input is {id}, the vocabulary ends at {last}", last = vocab_size - 1)]
     TokenOutOfRange { index: usize, id: u32, vocab_size: usize },
-    /// The sequence would grow beyond the context.
     #[error("{needed} tokens do not fit in the context of {context} tokens")]
     ContextFull { needed: usize, context: usize },
-    /// No page of the key/value cache is free.
     #[error("the key/value cache is full: {pages} pages of {page_tokens} tokens are in use")]
     CacheFull { pages: usize, page_tokens: usize },
     /// The flag of [`Engine::cancel_by`](crate::Engine::cancel_by) was raised.
     #[error("cancelled")]
     Cancelled,
-    /// There is nothing to continue.
     #[error("the prompt is empty, and the model has no token that begins a text")]
     EmptyPrompt,
-    /// No token could be chosen.
     #[error(transparent)]
     Sample(#[from] crate::generate::SampleError),
-    /// A text cannot follow the grammar it should follow.
     #[error("grammar: {0}")]
     Constraint(#[from] crate::generate::ConstraintError),
-    /// The system has no memory left for a buffer.
     #[error("the system refuses {bytes} bytes for {what}")]
     NoMemory { what: &'static str, bytes: usize },
 }

@@ -48,18 +48,12 @@ impl Grammar {
     }
 
     /// Texts of a context-free grammar in llguidance's dialect of Lark, whose first rule is `start`.
-    ///
-    /// # Errors
-    /// What is wrong, and where.
     pub fn lark(text: &str) -> Result<Self, ConstraintError> {
         check_length(text)?;
         Self::new(TopLevelGrammar::from_lark(text.to_owned()))
     }
 
     /// Texts that a regular expression matches from beginning to end.
-    ///
-    /// # Errors
-    /// What is wrong.
     pub fn regex(text: &str) -> Result<Self, ConstraintError> {
         check_length(text)?;
         // The place is one in a grammar around it.

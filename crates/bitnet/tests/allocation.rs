@@ -4,7 +4,7 @@
 mod common;
 
 use bitnet::kernels::{Compute, KvType, Logits, MemoryPart, best, memory_use};
-use bitnet::model::{ModelInfo, Strategy};
+use bitnet::model::{Model, ModelInfo, Strategy};
 use bitnet::{Engine, EngineOptions, Feed, Wanted};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -42,7 +42,7 @@ fn takes_what_was_planned(
     let options = EngineOptions { cache_type, max_rows, ..EngineOptions::for_model(&info.config) };
     let plan = info.memory(&options, threads);
     let compute = Compute::new(best(), threads);
-    let engine = Engine::new(info.load(&gguf, &compute).unwrap(), compute, options).unwrap();
+    let engine = Engine::new(info.load_with(&gguf, &compute, |_| ()).unwrap(), compute, options).unwrap();
     let (used, peak) = memory_use();
     for part in MemoryPart::ALL {
         let (planned, used) = (plan.of(part), used[part as usize]);
@@ -69,7 +69,7 @@ fn an_engine_takes_what_it_says_and_a_decoded_token_nothing() {
 
     let compute = Compute::new(best(), threads);
     let gguf = common::gguf("demo");
-    let model = ModelInfo::new(&gguf, Strategy::SPARSE).unwrap().load(&gguf, &compute).unwrap();
+    let model = Model::load(&gguf, &compute, Strategy::SPARSE).unwrap();
     let options = EngineOptions { context: 640, ..EngineOptions::for_model(model.config()) };
     let planned = options.bytes(model.config(), threads)[MemoryPart::Scratch as usize];
     let before = BYTES.load(Ordering::Relaxed);

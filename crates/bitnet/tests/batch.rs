@@ -5,30 +5,24 @@ mod common;
 
 use bitnet::generate::{
     Batch, Ended, Event, FinishReason, Request, RequestId, Sampler, SamplerConfig, Speculation,
-    StopConditions, generate,
+    StopConditions,
 };
-use bitnet::gguf::{Gguf, Writer};
-use bitnet::kernels::{Compute, KvType, Logits, PAGE, best};
-use bitnet::model::{Model, Strategy};
+use bitnet::gguf::{Gguf, TensorInfo};
+use bitnet::kernels::{KvType, PAGE, best};
+use bitnet::model::Strategy;
 use bitnet::text::Specials;
-use bitnet::{Engine, EngineOptions, Error, Feed, Wanted};
+use bitnet::{Engine, EngineOptions, Error};
 use common::masked::Chance;
+use common::{build, generated, last, rewritten};
 use std::collections::HashMap;
-use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 const CONTEXT: usize = 150;
 
 fn engine(gguf: &Arc<Gguf>, threads: usize, max_rows: usize, sequences: usize, cache_type: KvType) -> Engine {
-    let compute = Compute::new(best(), threads);
-    let model = Model::load(gguf, &compute, Strategy::SPARSE).unwrap();
-    Engine::new(
-        model,
-        compute,
-        EngineOptions { context: CONTEXT, sequences, max_rows, cache_type, logits: 1 },
-    )
-    .unwrap()
+    let options = EngineOptions { context: CONTEXT, sequences, max_rows, cache_type, logits: 1 };
+    build(gguf, Strategy::SPARSE, best(), threads, options)
 }
 
 /// Prompts with much, little and nothing in common, one of them twice, and all ways to end.
@@ -84,15 +78,7 @@ fn requests(engine: &Engine) -> Vec<(Vec<u32>, SamplerConfig, StopConditions)> {
 type Told = (String, Vec<u32>, FinishReason);
 
 fn alone(engine: &mut Engine, (prompt, config, stop): &(Vec<u32>, SamplerConfig, StopConditions)) -> Told {
-    let sequence = engine.open();
-    let mut sampler = Sampler::new(config.clone()).unwrap();
-    let mut text = String::new();
-    let mut emit = |part: &str| {
-        text.push_str(part);
-        ControlFlow::Continue(())
-    };
-    let done = generate(engine, sequence, prompt, &mut sampler, stop, &mut emit).unwrap();
-    engine.close(sequence);
+    let (done, text) = generated(engine, prompt, config, stop).unwrap();
     (text, done.tokens, done.finish)
 }
 
@@ -193,11 +179,6 @@ fn what_prompts_have_in_common_is_computed_once() {
 fn a_fork_shares_pages_until_one_writes() {
     let gguf = common::gguf("gqa");
     let tokens: Vec<u32> = (0..CONTEXT as u32).map(|i| 10 + i * 7 % 240).collect();
-    let last = |engine: &mut Engine, sequence, tokens: &[u32]| {
-        let wanted = Wanted::Last(Logits::Every);
-        let logits = engine.feed(&[Feed { sequence, tokens, wanted }])?;
-        Ok::<Vec<u32>, Error>(logits.iter().map(|x| x.to_bits()).collect())
-    };
     for cache_type in [KvType::F32, KvType::Q8] {
         let mut single = engine(&gguf, 2, 512, 1, cache_type);
         let mut anew = |tokens: &[u32]| {
@@ -249,26 +230,15 @@ fn a_fork_shares_pages_until_one_writes() {
 /// The demo with a broken embedding of `token`, and a head of its own that is whole.
 fn broken(token: usize) -> Arc<Gguf> {
     let demo = common::gguf("demo");
-    let mut writer = Writer::new("broken".as_ref());
-    for (key, value) in demo.metadata() {
-        writer.meta(key, value).unwrap();
-    }
     let embedding = demo.tensor("token_embd.weight").unwrap();
-    let tensors =
-        || demo.tensors().iter().map(|t| (t.name.as_str(), t)).chain([("output.weight", embedding)]);
-    for (name, t) in tensors() {
-        writer.tensor(name, &t.dims, t.ty).unwrap();
-    }
-    let mut data = writer.write_to(Vec::new()).unwrap();
-    for (name, t) in tensors() {
-        let mut bytes = demo.tensor_bytes(t).to_vec();
-        if name == "token_embd.weight" {
+    let edit = |t: &TensorInfo, bytes: &mut Vec<u8>| {
+        if t == embedding {
             let row = bytes.len() / t.dims[1] as usize;
             bytes[token * row..][..row].fill(0xff);
         }
-        data.tensor(name, &bytes).unwrap();
-    }
-    Arc::new(Gguf::from_vec("broken", data.end().unwrap()).unwrap())
+    };
+    let head = ("output.weight".into(), embedding.ty, &embedding.dims[..], demo.tensor_bytes(embedding));
+    Arc::new(Gguf::from_vec("broken", rewritten(&demo, edit, &[head])).unwrap())
 }
 
 #[test]

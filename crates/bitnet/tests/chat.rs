@@ -8,11 +8,10 @@ use bitnet::generate::{Answer, Chat, FinishReason, Sampler, SamplerConfig, StopC
 use bitnet::kernels::best;
 use bitnet::text::{ChatTemplate, HfVocab, Message, Role, Specials, TemplateError, TemplateModel, Tokenizer};
 use bitnet::{Engine, EngineOptions, Error};
-use common::{OPTIONS, build};
+use common::{OPTIONS, build, writing};
 use proptest::prelude::*;
 use serde::Deserialize;
 use std::collections::HashMap;
-use std::ops::ControlFlow;
 use std::sync::LazyLock;
 use std::time::Instant;
 
@@ -44,7 +43,7 @@ fn tokenizer_without(tokens: &[&str]) -> Tokenizer {
     for token in vocab.tokens.iter_mut().filter(|token| tokens.contains(&token.as_str())) {
         token.push_str(" (none)");
     }
-    Tokenizer::new(&vocab.vocab()).unwrap()
+    Tokenizer::new(&vocab).unwrap()
 }
 
 fn id(token: &str) -> u32 {
@@ -282,11 +281,9 @@ impl Talk {
 
     fn answer(&mut self) -> Result<(Answer, String), Error> {
         let mut text = String::new();
-        let answer = self.chat.answer(&mut self.engine, &mut self.sampler, &self.stop, &mut |part| {
-            text.push_str(part);
-            ControlFlow::Continue(())
-        })?;
-        assert_eq!(self.chat.messages().last().unwrap().content, text);
+        let Self { engine, chat, sampler, stop } = self;
+        let answer = chat.answer(engine, sampler, stop, &mut writing(&mut text))?;
+        assert_eq!(chat.messages().last().unwrap().content, text);
         Ok((answer, text))
     }
 }

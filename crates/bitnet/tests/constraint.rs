@@ -8,6 +8,7 @@ use bitnet::generate::{
     Constraint, ConstraintError, FinishReason, Guide, Sampler, SamplerConfig, StopConditions, generate,
 };
 use bitnet::kernels::best;
+use common::generated;
 use common::masked::{Chance, same_as_masked};
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -58,12 +59,7 @@ fn a_text_goes_on_where_it_was() {
             begun,
             ..StopConditions::default()
         };
-        let sequence = engine.open();
-        let mut sampler = Sampler::new(SamplerConfig::greedy()).unwrap();
-        let emit = &mut |_: &str| ControlFlow::Continue(());
-        let tokens = generate(&mut engine, sequence, prompt, &mut sampler, &stop, emit).unwrap().tokens;
-        engine.close(sequence);
-        tokens
+        generated(&mut engine, prompt, &SamplerConfig::greedy(), &stop).unwrap().0.tokens
     };
     let whole = run(&[5, 6], 0, 40);
     for cut in [1, 13, 39] {

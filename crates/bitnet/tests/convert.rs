@@ -6,13 +6,15 @@ mod common;
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use bitnet::convert::{ConvertError, HeadType, Options, Progress, Report, convert as convert_to};
+use bitnet::convert::{
+    ConvertError, HeadType, Options, Progress, Report, TernaryType, convert as convert_to,
+};
 use bitnet::gguf::{Gguf, TensorType};
 use bitnet::kernels::half::{bf16_to_f32, f32_to_bf16, f32_to_f16};
 use bitnet::kernels::ternary::pack::unpack_i2s;
 use bitnet::model::{ModelInfo, Strategy};
-use bitnet::text::{Specials, Tokenizer};
-use common::checkpoint::{Tensors, folder, safetensors};
+use bitnet::text::{HfVocab, Specials, Tokenizer};
+use common::checkpoint::{self, Tensors, folder, layer, safetensors, to};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -22,65 +24,18 @@ const FF: u64 = 64;
 const VOCAB: u64 = 20;
 
 fn config() -> Value {
-    json!({
-        "model_type": "bitnet", "hidden_act": "relu2", "hidden_size": HIDDEN, "intermediate_size": FF,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCAB,
-        "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true,
-        "bos_token_id": 1, "eos_token_id": [2, 3],
-        "quantization_config": {
-            "quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online",
-        },
-    })
+    checkpoint::config(HIDDEN, 2, VOCAB)
 }
 
 fn tensors() -> Tensors {
-    let mut tensors = Tensors::new();
-    let mut state = 1u32;
-    let mut add = |name: String, shape: &[u64], dtype| {
-        let values = (0..shape.iter().product::<u64>())
-            .map(|_| {
-                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                // 7 bits: exact in bf16 and f16.
-                ((state >> 25) as f32 - 64.0) / 1024.0
-            })
-            .collect();
-        tensors.insert(name, (dtype, shape.to_vec(), values));
-    };
-    add("model.embed_tokens.weight".into(), &[VOCAB, HIDDEN], "BF16");
-    add("model.norm.weight".into(), &[HIDDEN], "F32");
-    for i in 0..2 {
-        let mut layer =
-            |part: &str, shape: &[u64], dtype| add(format!("model.layers.{i}.{part}.weight"), shape, dtype);
-        layer("input_layernorm", &[HIDDEN], "BF16");
-        layer("post_attention_layernorm", &[HIDDEN], "F16");
-        layer("self_attn.q_proj", &[HIDDEN, HIDDEN], "BF16");
-        layer("self_attn.k_proj", &[HIDDEN / 2, HIDDEN], "F16");
-        layer("self_attn.v_proj", &[HIDDEN / 2, HIDDEN], "F32");
-        layer("self_attn.o_proj", &[HIDDEN, HIDDEN], "BF16");
-        layer("self_attn.attn_sub_norm", &[HIDDEN], "BF16");
-        layer("mlp.gate_proj", &[FF, HIDDEN], "BF16");
-        layer("mlp.up_proj", &[FF, HIDDEN], "BF16");
-        layer("mlp.down_proj", &[HIDDEN, FF], "BF16");
-        layer("mlp.ffn_sub_norm", &[FF], "BF16");
-    }
-    tensors
+    checkpoint::tensors(HIDDEN, 2, VOCAB)
 }
 
 fn convert(dir: &TempDir, head: HeadType) -> Result<(Report, Gguf), ConvertError> {
     let out = tempfile::tempdir().unwrap();
     let path = out.path().join("out.gguf");
-    let mut last = 0;
-    let mut total = 0;
-    let result = convert_to(dir.path(), &path, Options { head, ..Options::default() }, &mut |progress| {
-        assert!(progress.done > last && progress.done <= progress.total, "{progress:?}");
-        (last, total) = (progress.done, progress.total);
-        ControlFlow::Continue(())
-    });
-    match result {
-        Ok(report) => {
-            assert_eq!(last, total);
-            Ok((report, Gguf::from_vec("out.gguf", std::fs::read(path).unwrap()).unwrap()))
-        }
+    match to(dir.path(), &path, TernaryType::I2_S, head) {
+        Ok(report) => Ok((report, Gguf::from_vec("out.gguf", std::fs::read(path).unwrap()).unwrap())),
         Err(error) => {
             assert_eq!(std::fs::read_dir(out.path()).unwrap().count(), 0, "something was left behind");
             Err(error)
@@ -96,29 +51,16 @@ fn refusal(dir: &TempDir) -> String {
 fn floats(gguf: &Gguf, name: &str) -> Vec<f32> {
     let tensor = gguf.tensor(name).unwrap();
     assert_eq!(tensor.ty, TensorType::F32);
-    gguf.tensor_bytes(tensor).chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+    gguf.tensor_bytes(tensor).as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
 }
 
 /// Every tensor of the file against the definition.
 fn check(gguf: &Gguf, tensors: &Tensors) {
-    let names = [
-        ("attn_norm", "input_layernorm"),
-        ("attn_sub_norm", "self_attn.attn_sub_norm"),
-        ("ffn_norm", "post_attention_layernorm"),
-        ("ffn_sub_norm", "mlp.ffn_sub_norm"),
-        ("attn_q", "self_attn.q_proj"),
-        ("attn_k", "self_attn.k_proj"),
-        ("attn_v", "self_attn.v_proj"),
-        ("attn_output", "self_attn.o_proj"),
-        ("ffn_gate", "mlp.gate_proj"),
-        ("ffn_up", "mlp.up_proj"),
-        ("ffn_down", "mlp.down_proj"),
-    ];
     for i in 0..2 {
-        for (at, (ours, theirs)) in names.iter().enumerate() {
+        for (ours, theirs, ..) in layer(HIDDEN) {
             let name = format!("blk.{i}.{ours}.weight");
             let (_, shape, values) = &tensors[&format!("model.layers.{i}.{theirs}.weight")];
-            if at < 4 {
+            if shape.len() == 1 {
                 assert_eq!(&floats(gguf, &name), values);
                 continue;
             }
@@ -335,42 +277,36 @@ fn shards_give_the_same_file() {
 #[test]
 fn configurations_are_refused() {
     for (key, value, expected) in [
-        ("/model_type", json!("gemma"), "expected \"bitnet\" or \"llama\", found \"gemma\""),
-        ("/model_type", json!("llama"), "expected [\"silu\"], found \"relu2\""),
-        ("/quantization_config", json!(null), "quant_method\": expected \"bitnet\", found nothing"),
-        ("/quantization_config/quantization_mode", json!("offline"), "q_proj.weight_scale\": missing"),
-        ("/quantization_config/quantization_mode", json!("both"), "\"offline\", found \"both\""),
-        ("/quantization_config/linear_class", json!("bitlinear"), "expected \"autobitlinear\""),
-        ("/hidden_act", json!("gelu"), "expected [\"relu2\",\"silu\"], found \"gelu\""),
-        ("/hidden_size", json!(-3), "expected an integer from 1 to 16777216, found -3"),
-        ("/num_hidden_layers", json!(u64::MAX), "expected an integer from 1"),
-        ("/num_hidden_layers", json!(3), "tensor \"model.layers.2.input_layernorm.weight\": missing"),
-        ("/num_attention_heads", json!(6), "expected a divisor of hidden_size 32"),
-        ("/num_key_value_heads", json!(3), "expected a divisor of 4 heads, found 3"),
-        ("/intermediate_size", json!(68), "expected shape [68, 32] from config.json, found [64, 32]"),
-        ("/vocab_size", json!(21), "expected shape [21, 32] from config.json, found [20, 32]"),
-        ("/vocab_size", json!("20"), "key \"vocab_size\""),
-        ("/rms_norm_eps", json!(0), "key \"rms_norm_eps\""),
-        ("/rope_theta", json!("x"), "key \"rope_theta\""),
-        ("/eos_token_id", json!(20), "expected a token id below 20, found 20"),
-        ("/tie_word_embeddings", json!(false), "tensor \"lm_head.weight\": missing"),
-        ("/max_position_embeddings", json!(1.5), "key \"max_position_embeddings\""),
+        ("model_type", json!("gemma"), "expected \"bitnet\" or \"llama\", found \"gemma\""),
+        ("model_type", json!("llama"), "expected [\"silu\"], found \"relu2\""),
+        ("quantization_config", json!(null), "quant_method\": expected \"bitnet\", found nothing"),
+        ("quantization_config/quantization_mode", json!("offline"), "q_proj.weight_scale\": missing"),
+        ("quantization_config/quantization_mode", json!("both"), "\"offline\", found \"both\""),
+        ("quantization_config/linear_class", json!("bitlinear"), "expected \"autobitlinear\""),
+        ("hidden_act", json!("gelu"), "expected [\"relu2\",\"silu\"], found \"gelu\""),
+        ("hidden_size", json!(-3), "expected an integer from 1 to 16777216, found -3"),
+        ("num_hidden_layers", json!(u64::MAX), "expected an integer from 1"),
+        ("num_hidden_layers", json!(3), "tensor \"model.layers.2.input_layernorm.weight\": missing"),
+        ("num_attention_heads", json!(6), "expected a divisor of hidden_size 32"),
+        ("num_key_value_heads", json!(3), "expected a divisor of 4 heads, found 3"),
+        ("intermediate_size", json!(68), "expected shape [68, 32] from config.json, found [64, 32]"),
+        ("vocab_size", json!(21), "expected shape [21, 32] from config.json, found [20, 32]"),
+        ("vocab_size", json!("20"), "key \"vocab_size\""),
+        ("rms_norm_eps", json!(0), "key \"rms_norm_eps\""),
+        ("rope_theta", json!("x"), "key \"rope_theta\""),
+        ("eos_token_id", json!(20), "expected a token id below 20, found 20"),
+        ("tie_word_embeddings", json!(false), "tensor \"lm_head.weight\": missing"),
+        ("max_position_embeddings", json!(1.5), "key \"max_position_embeddings\""),
+        ("attention_bias", json!(true), "\"attention_bias\": expected [false], found true"),
+        ("rope_scaling", json!({"type": "linear"}), "\"rope_scaling.factor\": expected a number from"),
+        ("rope_parameters", json!({"rope_type": "yarn"}), "\"rope_parameters.rope_type\": expected"),
+        ("head_dim", json!(7), "expected an even number for RoPE, found 7"),
     ] {
         let mut config = config();
-        *config.pointer_mut(key).unwrap() = value;
+        *key.split('/').fold(&mut config, |json, key| &mut json[key]) = value;
         let error = refusal(&folder(&config, &tensors()));
+        assert!(error.contains("config.json") || error.contains("tensor"), "{error}");
         assert!(error.contains(expected), "{error}");
-    }
-    for (key, value) in [
-        ("attention_bias", json!(true)),
-        ("rope_scaling", json!({"type": "linear"})),
-        ("rope_parameters", json!({"rope_type": "yarn"})),
-        ("head_dim", json!(7)),
-    ] {
-        let mut config = config();
-        config[key] = value;
-        let error = refusal(&folder(&config, &tensors()));
-        assert!(error.contains("config.json") && error.contains("expected"), "{error}");
     }
     let dir = folder(&config(), &tensors());
     std::fs::write(dir.path().join("config.json"), "{").unwrap();
@@ -501,39 +437,22 @@ fn an_older_file_survives_a_refusal() {
     refused(folder(&config(), &tensors), &mut |_| ControlFlow::Continue(()));
 }
 
-/// The 256 byte tokens, one merge, and three special tokens.
-fn tokenizer() -> Value {
-    let alphabet: Vec<char> = (0u32..256)
-        .map(|b| {
-            let printable = matches!(b, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
-            let nth = (0..b).filter(|b| !matches!(b, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff)).count() as u32;
-            char::from_u32(if printable { b } else { 256 + nth }).unwrap()
-        })
-        .collect();
-    let mut vocab: serde_json::Map<String, Value> =
-        alphabet.iter().enumerate().map(|(id, c)| (c.to_string(), id.into())).collect();
-    vocab.insert("th".into(), 256.into());
-    let specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"];
-    let added: Vec<Value> =
-        (257..).zip(specials).map(|(id, text)| json!({"id": id, "content": text, "special": true})).collect();
-    let pattern = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*\
-                   |\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
-    json!({
-        "added_tokens": added,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false},
-            {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
-        ]},
-        "model": {"type": "BPE", "vocab": vocab, "merges": [["t", "h"]], "ignore_merges": true},
-    })
+fn fixture(name: &str) -> Value {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer");
+    serde_json::from_slice(&std::fs::read(dir.join(name)).unwrap()).unwrap()
+}
+
+/// A model of so many tokens.
+fn folder_of(mut config: Value, vocab: u64) -> TempDir {
+    config["vocab_size"] = vocab.into();
+    let mut tensors = tensors();
+    let embedding = ("BF16", vec![vocab, HIDDEN], vec![0.5; (vocab * HIDDEN) as usize]);
+    tensors.insert("model.embed_tokens.weight".into(), embedding);
+    folder(&config, &tensors)
 }
 
 #[test]
 fn tokenizers_of_other_families_come_along() {
-    let fixture = |name: &str| {
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer");
-        serde_json::from_slice::<Value>(&std::fs::read(dir.join(name)).unwrap()).unwrap()
-    };
     let mut demo = fixture("demo-tokenizer.json");
     demo["model"]["ignore_merges"] = false.into();
     let mut sentence = fixture("sentencepiece-tokenizer.json");
@@ -550,18 +469,13 @@ fn tokenizers_of_other_families_come_along() {
         files.push((demo.clone(), 4096, "gpt2", pre));
     }
     for (file, vocab, model, pre) in files {
-        let mut config = config();
-        config["vocab_size"] = vocab.into();
-        let mut tensors = tensors();
-        let embedding = ("BF16", vec![vocab, HIDDEN], vec![0.5; (vocab * HIDDEN) as usize]);
-        tensors.insert("model.embed_tokens.weight".into(), embedding);
-        let dir = folder(&config, &tensors);
+        let dir = folder_of(config(), vocab);
         std::fs::write(dir.path().join("tokenizer.json"), file.to_string()).unwrap();
         let (_, gguf) = convert(&dir, HeadType::Auto).unwrap();
         let name = |key| gguf.get_str(key).unwrap();
         assert_eq!((name("tokenizer.ggml.model"), name("tokenizer.ggml.pre")), (Some(model), Some(pre)));
         let loaded = ModelInfo::new(&gguf, Strategy::SPARSE).unwrap().tokenizer().unwrap();
-        let direct = Tokenizer::from_hf_json(file.to_string().as_bytes()).unwrap();
+        let direct = Tokenizer::new(&HfVocab::parse(file.to_string().as_bytes()).unwrap()).unwrap();
         for text in ["a </s> b", " a", "  a   b"] {
             assert_eq!(loaded.encode(text, Specials::Parse), direct.encode(text, Specials::Parse), "{text}");
         }
@@ -590,32 +504,25 @@ fn tokenizers_of_other_families_come_along() {
 
 #[test]
 fn the_tokenizer_comes_along() {
-    let mut config = config();
-    config["vocab_size"] = 262.into();
-    config["bos_token_id"] = 257.into();
-    config["eos_token_id"] = 258.into();
-    config["pad_token_id"] = 258.into();
-    let mut tensors = tensors();
-    let embedding = ("BF16", vec![262, HIDDEN], vec![0.5; 262 * HIDDEN as usize]);
-    tensors.insert("model.embed_tokens.weight".into(), embedding);
-    let dir = folder(&config, &tensors);
+    let (mut config, tokenizer) = (config(), fixture("demo-tokenizer.json"));
+    config["bos_token_id"] = 4088.into();
+    config["eos_token_id"] = 4089.into();
+    config["pad_token_id"] = 4089.into();
+    let dir = folder_of(config.clone(), 4098);
     let write = |name: &str, json: &Value| std::fs::write(dir.path().join(name), json.to_string()).unwrap();
-    write("tokenizer.json", &tokenizer());
+    write("tokenizer.json", &tokenizer);
     let (report, gguf) = convert(&dir, HeadType::Auto).unwrap();
     assert_eq!(report.notices, [""; 0]);
-    let strings =
-        |key| gguf.get_array(key).unwrap().unwrap().strs().unwrap().map(str::to_owned).collect::<Vec<_>>();
-    let tokens = strings("tokenizer.ggml.tokens");
-    assert_eq!(tokens.len(), 262);
-    assert_eq!(
-        tokens[255..],
-        ["ÿ", "th", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "[PAD260]", "[PAD261]"]
-    );
-    assert_eq!(strings("tokenizer.ggml.merges"), ["t h"]);
-    let types: Vec<i128> =
-        gguf.get_array("tokenizer.ggml.token_type").unwrap().unwrap().ints().unwrap().collect();
-    assert_eq!(types[255..], [1, 1, 3, 3, 3, 5, 5]);
-    for (key, id) in [("bos", 257), ("eos", 258), ("padding", 258), ("eot", 259)] {
+    let array = |key| gguf.get_array(key).unwrap().unwrap();
+    let tokens: Vec<_> = array("tokenizer.ggml.tokens").strs().unwrap().collect();
+    assert_eq!((tokens.len(), tokens[4092]), (4098, "<|eot_id|>"));
+    assert_eq!(tokens[4096..], ["[PAD4096]", "[PAD4097]"]);
+    let merges = tokenizer["model"]["merges"].as_array().unwrap();
+    let pair = |pair: &Value| format!("{} {}", pair[0].as_str().unwrap(), pair[1].as_str().unwrap());
+    assert!(array("tokenizer.ggml.merges").strs().unwrap().eq(merges.iter().map(pair)));
+    let types: Vec<i128> = array("tokenizer.ggml.token_type").ints().unwrap().collect();
+    assert_eq!(types[4087..], [1, 3, 3, 3, 3, 3, 3, 3, 3, 5, 5]);
+    for (key, id) in [("bos", 4088), ("eos", 4089), ("padding", 4089), ("eot", 4092)] {
         assert_eq!(gguf.get_u32(&format!("tokenizer.ggml.{key}_token_id")).unwrap(), Some(id), "{key}");
     }
     assert_eq!(gguf.get_str("tokenizer.ggml.model").unwrap(), Some("gpt2"));
@@ -634,16 +541,17 @@ fn the_tokenizer_comes_along() {
     std::fs::write(dir.path().join("chat_template.jinja"), "c").unwrap();
     assert_eq!(template(&convert(&dir, HeadType::Auto).unwrap().1).as_deref(), Some("c"));
 
-    let mut wrong = tokenizer();
-    wrong["model"]["ignore_merges"] = false.into();
-    write("tokenizer.json", &wrong);
-    assert!(refusal(&dir).contains("tokenizer.json: key \"model.ignore_merges\": expected true"));
-    let mut wrong = tokenizer();
-    wrong["model"]["merges"] = json!([["t", "x"]]);
-    write("tokenizer.json", &wrong);
-    assert!(refusal(&dir).contains("merge 0"));
-    write("tokenizer.json", &tokenizer());
-    config["vocab_size"] = 259.into();
+    for (key, value, expected) in [
+        ("ignore_merges", json!(false), "tokenizer.json: key \"model.ignore_merges\": expected true"),
+        ("merges", json!([["t", "<|eot_id|>"]]), "merge 0"),
+    ] {
+        let mut wrong = tokenizer.clone();
+        wrong["model"][key] = value;
+        write("tokenizer.json", &wrong);
+        assert!(refusal(&dir).contains(expected), "{}", refusal(&dir));
+    }
+    write("tokenizer.json", &tokenizer);
+    config["vocab_size"] = 4095.into();
     write("config.json", &config);
-    assert!(refusal(&dir).contains("260 tokens, config.json has a vocab_size of 259"));
+    assert!(refusal(&dir).contains("4096 tokens, config.json has a vocab_size of 4095"));
 }

@@ -4,14 +4,15 @@
 
 mod common;
 
-use bitnet::generate::{Chat, Constraint, FinishReason, Sampler, SamplerConfig, StopConditions};
+use bitnet::generate::{
+    Chat, Constraint, ConstraintError, FinishReason, Sampler, SamplerConfig, StopConditions,
+};
 use bitnet::grammar::{Grammar, Vocabulary};
 use bitnet::kernels::best;
 use bitnet::text::{HfVocab, Tokenizer};
 use bitnet::{Engine, Error};
 use common::masked::same_as_masked;
 use serde_json::{Value, json};
-use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -186,7 +187,7 @@ fn control_tokens_are_in_no_text() {
 fn sentencepiece_vocabularies() {
     let vocab =
         HfVocab::parse_sentencepiece(include_bytes!("fixtures/tokenizer/sentencepiece.model")).unwrap();
-    let tokenizer = Arc::new(Tokenizer::new(&vocab.vocab()).unwrap());
+    let tokenizer = Arc::new(Tokenizer::new(&vocab).unwrap());
     let vocabulary = Vocabulary::new(&tokenizer).unwrap();
     let wanted = "{\"Größe\": 12, \"the end\": \"昨日\"}";
     let fixed = Grammar::lark(&format!("start: {wanted:?} \"a\"?")).unwrap();
@@ -239,68 +240,48 @@ fn what_is_wrong_is_told_in_a_line() {
 fn hostile_grammars_end() {
     let (mut engine, vocabulary) = engine();
     let nested = |n: usize, open: &str, close: &str| open.repeat(n) + "1" + &close.repeat(n);
-    let chain = |n: usize| {
-        (0..n).map(|i| format!("r{i}: r{} \"x\"\n", i + 1)).collect::<String>()
-            + &format!("start: r0\nr{n}: \"y\"")
-    };
-    let terminals = |n: usize| {
-        (0..n).map(|i| format!("T{i}: T{} \"x\"\n", i + 1)).collect::<String>()
-            + &format!("start: T0\nT{n}: \"y\"")
+    let chain = |name: &str, n: usize| {
+        let rules = (0..n).map(|i| format!("{name}{i}: {name}{} \"x\"\n", i + 1));
+        rules.collect::<String>() + &format!("start: {name}0\n{name}{n}: \"y\"")
     };
     let refs = |n: usize| {
         let defs: Vec<_> = (0..n).map(|i| format!("\"{i}\":{{\"$ref\":\"#/$defs/{}\"}}", i + 1)).collect();
         format!("{{\"$ref\":\"#/$defs/0\",\"$defs\":{{{},\"{n}\":{{\"type\":\"null\"}}}}}}", defs.join(","))
     };
-    let regex = |regex: &str| Grammar::regex(regex);
-    for (what, make) in [
-        (
-            "brackets",
-            Box::new(|| Grammar::lark(&format!("start: {}", nested(60_000, "(", ")").replace('1', "\"1\""))))
-                as Box<dyn Fn() -> _>,
-        ),
-        ("rules", Box::new(|| Grammar::lark(&chain(7_500)))),
-        ("terminals", Box::new(|| Grammar::lark(&terminals(5_000)))),
-        ("references", Box::new(|| Grammar::json_schema(&refs(4_500)))),
-        ("deep JSON", Box::new(|| Grammar::json_schema(&nested(10_000, "{\"items\":", "}")))),
-        ("groups", Box::new(|| regex(&nested(60_000, "(", ")")))),
-        ("repetition", Box::new(|| regex("((a{1000}){1000}){1000}"))),
-        ("backtracking", Box::new(|| regex("(a|aa)*b(a*)*c(.*a.{500}){50}"))),
-        ("lookahead", Box::new(|| regex("(.*a.{300}b)|(.*c.{300}d)"))),
-        ("ambiguity", Box::new(|| Grammar::lark("start: start start | start start start | \"a\" | \"\""))),
-        ("left recursion", Box::new(|| Grammar::lark("start: start"))),
-        ("self reference", Box::new(|| Grammar::json_schema("{\"$ref\": \"#\"}"))),
-        (
-            "all of itself",
-            Box::new(|| Grammar::json_schema("{\"allOf\": [{\"$ref\": \"#\"}, {\"type\": \"object\"}]}")),
-        ),
-        (
-            "long string",
-            Box::new(|| Grammar::json_schema("{\"type\": \"string\", \"minLength\": 100000000}")),
-        ),
-        ("many items", Box::new(|| Grammar::json_schema("{\"type\": \"array\", \"minItems\": 4000000000}"))),
+    type Make = fn(&str) -> Result<Grammar, ConstraintError>;
+    let (lark, json, regex): (Make, Make, Make) = (Grammar::lark, Grammar::json_schema, Grammar::regex);
+    for (what, make, text) in [
+        ("brackets", lark, &*format!("start: {}", nested(60_000, "(", ")").replace('1', "\"1\""))),
+        ("rules", lark, &chain("r", 7_500)),
+        ("terminals", lark, &chain("T", 5_000)),
+        ("references", json, &refs(4_500)),
+        ("deep JSON", json, &nested(10_000, "{\"items\":", "}")),
+        ("groups", regex, &nested(60_000, "(", ")")),
+        ("repetition", regex, "((a{1000}){1000}){1000}"),
+        ("backtracking", regex, "(a|aa)*b(a*)*c(.*a.{500}){50}"),
+        ("lookahead", regex, "(.*a.{300}b)|(.*c.{300}d)"),
+        ("ambiguity", lark, "start: start start | start start start | \"a\" | \"\""),
+        ("left recursion", lark, "start: start"),
+        ("self reference", json, "{\"$ref\": \"#\"}"),
+        ("all of itself", json, "{\"allOf\": [{\"$ref\": \"#\"}, {\"type\": \"object\"}]}"),
+        ("long string", json, "{\"type\": \"string\", \"minLength\": 100000000}"),
+        ("many items", json, "{\"type\": \"array\", \"minItems\": 4000000000}"),
     ] {
         let start = Instant::now();
-        let result = make().map_err(Error::from).and_then(|grammar| {
+        let result = make(text).map_err(Error::from).and_then(|grammar| {
             let constraint = vocabulary.constraint(&grammar)?;
             let stop = StopConditions {
                 max_tokens: Some(30),
                 constraint: Some(constraint),
                 ..StopConditions::default()
             };
-            let sequence = engine.open();
-            let mut sampler =
-                Sampler::new(SamplerConfig { top_k: 0, temperature: 2.0, ..SamplerConfig::default() })
-                    .unwrap();
-            let emit = &mut |_: &str| ControlFlow::Continue(());
-            let generated =
-                bitnet::generate::generate(&mut engine, sequence, &[1], &mut sampler, &stop, emit);
-            engine.close(sequence);
-            generated
+            let config = SamplerConfig { top_k: 0, temperature: 2.0, ..SamplerConfig::default() };
+            common::generated(&mut engine, &[1], &config, &stop)
         });
         let took = start.elapsed();
         eprintln!(
             "{what}: {took:?}: {:?}",
-            result.as_ref().map(|g| (&g.finish, g.tokens.len())).map_err(ToString::to_string)
+            result.as_ref().map(|(g, _)| (&g.finish, g.tokens.len())).map_err(ToString::to_string)
         );
         // Far longer than a fast machine takes: an emulated one may be busy too.
         assert!(took < Duration::from_secs(120), "{what}: {took:?}");
@@ -326,11 +307,7 @@ fn an_answer_keeps_its_form_when_old_messages_go() {
     for question in 0..6 {
         chat.ask(format!("Question {question}"));
         let mut text = String::new();
-        let mut emit = |part: &str| {
-            text.push_str(part);
-            ControlFlow::Continue(())
-        };
-        let answer = chat.answer(&mut engine, &mut sampler, &stop, &mut emit).unwrap();
+        let answer = chat.answer(&mut engine, &mut sampler, &stop, &mut common::writing(&mut text)).unwrap();
         dropped += answer.dropped;
         assert!(answer.generated.complete, "{text}");
         let items: Vec<u64> = serde_json::from_str(&text).unwrap();

@@ -27,6 +27,13 @@ fn hub(server: &Server, cache: &TempDir) -> Hub {
     }
 }
 
+/// A server of these files, an empty cache, and a hub of the two.
+fn start(files: &[(&str, Vec<u8>)], manners: Manners) -> (Server, TempDir, Hub) {
+    let (server, cache) = (Server::new(files, manners), tempfile::tempdir().unwrap());
+    let hub = hub(&server, &cache);
+    (server, cache, hub)
+}
+
 fn name() -> ModelName {
     ModelName::parse("hf:owner/model").unwrap().unwrap()
 }
@@ -62,9 +69,8 @@ fn tree(folder: &Path) -> Vec<String> {
 /// A server with these manners gives the file whole, and the cache looks as it should.
 fn succeeds(manners: Manners) -> (Server, TempDir) {
     let bytes = noise(LEN);
-    let server = Server::new(&[(FILE, bytes.clone()), ("README.md", b"hello".to_vec())], manners);
-    let cache = tempfile::tempdir().unwrap();
-    let pulled = pull(&hub(&server, &cache)).unwrap();
+    let (server, cache, hub) = start(&[(FILE, bytes.clone()), ("README.md", b"hello".to_vec())], manners);
+    let pulled = pull(&hub).unwrap();
     assert_eq!((pulled.size, pulled.cached), (LEN as u64, false));
     let repo = cache.path().join("models--owner--model");
     assert_eq!(pulled.path, repo.join("snapshots").join(COMMIT).join(FILE));
@@ -79,12 +85,11 @@ fn succeeds(manners: Manners) -> (Server, TempDir) {
 
 /// A server with these manners is refused, and nothing that looks like a model is left.
 fn fails(manners: Manners) -> HubError {
-    let server = Server::new(&[(FILE, noise(LEN))], manners);
-    let cache = tempfile::tempdir().unwrap();
-    let error = pull(&hub(&server, &cache)).unwrap_err();
+    let (_server, cache, hub) = start(&[(FILE, noise(LEN))], manners);
+    let error = pull(&hub).unwrap_err();
     let left = tree(cache.path());
     assert!(left.iter().all(|name| name.ends_with(".incomplete")), "{left:?}");
-    assert_eq!(hub(&server, &cache).find(&name(), true).unwrap(), None);
+    assert_eq!(hub.find(&name(), true).unwrap(), None);
     assert!(!error.to_string().contains('\n'));
     error
 }
@@ -126,15 +131,14 @@ fn broken_and_silent_connections_are_taken_up_where_they_ended() {
 #[test]
 fn a_download_that_failed_is_resumed() {
     let bytes = noise(LEN);
-    let server = Server::new(&[(FILE, bytes.clone())], Manners::default());
-    let cache = tempfile::tempdir().unwrap();
+    let (server, cache, hub) = start(&[(FILE, bytes.clone())], Manners::default());
     let repo = cache.path().join("models--owner--model");
     fs::create_dir_all(repo.join("blobs")).unwrap();
     let partial = repo.join("blobs").join(format!("{}.incomplete", sha256(&bytes)));
     for (len, first) in [(300_001, 300_001), (LEN, 0)] {
         fs::write(&partial, &bytes[..len]).unwrap();
         server.seen.lock().unwrap().clear();
-        assert!(fs::read(pull(&hub(&server, &cache)).unwrap().path).unwrap() == bytes);
+        assert!(fs::read(pull(&hub).unwrap().path).unwrap() == bytes);
         assert!(server.starts().iter().all(|start| *start >= first), "{:?}", server.starts());
         fs::remove_dir_all(repo.join("snapshots")).unwrap();
         fs::remove_file(repo.join("blobs").join(sha256(&bytes))).unwrap();
@@ -142,7 +146,7 @@ fn a_download_that_failed_is_resumed() {
     // A beginning that is wrong or too long costs a second download, not a failure.
     for wrong in [vec![7; 300_001], vec![7; LEN + 5]] {
         fs::write(&partial, wrong).unwrap();
-        assert!(fs::read(pull(&hub(&server, &cache)).unwrap().path).unwrap() == bytes);
+        assert!(fs::read(pull(&hub).unwrap().path).unwrap() == bytes);
         fs::remove_file(repo.join("blobs").join(sha256(&bytes))).unwrap();
     }
 }
@@ -151,9 +155,8 @@ fn a_download_that_failed_is_resumed() {
 fn what_was_received_before_a_failure_is_kept() {
     let bytes = noise(LEN);
     let manners = Manners { cut: Some(700_000), times: 1, then: Some(403), ..Manners::default() };
-    let server = Server::new(&[(FILE, bytes.clone())], manners);
-    let cache = tempfile::tempdir().unwrap();
-    let hub = Hub { range: LEN as u64, ..hub(&server, &cache) };
+    let (server, _cache, hub) = start(&[(FILE, bytes.clone())], manners);
+    let hub = Hub { range: LEN as u64, ..hub };
     assert!(matches!(pull(&hub), Err(HubError::Status { status: 403, .. })));
     assert_eq!(hub.list()[0].size, 700_000);
     *server.manners.lock().unwrap() = Manners::default();
@@ -223,9 +226,8 @@ fn names_that_lead_out_of_the_folder_are_not_files() {
     ];
     let names = names.map(str::to_owned).to_vec();
     succeeds(Manners { names: names.clone(), ..Manners::default() });
-    let server = Server::new(&[], Manners { names, ..Manners::default() });
-    let cache = tempfile::tempdir().unwrap();
-    assert!(matches!(pull(&hub(&server, &cache)), Err(HubError::Repo { .. })));
+    let (_server, _cache, hub) = start(&[], Manners { names, ..Manners::default() });
+    assert!(matches!(pull(&hub), Err(HubError::Repo { .. })));
     assert!(ModelName::parse("hf:a/b:../../evil.gguf").is_err());
 }
 
@@ -233,10 +235,9 @@ fn names_that_lead_out_of_the_folder_are_not_files() {
 fn the_token_goes_to_the_hub_alone() {
     let bytes = noise(LEN);
     let other = Server::new(&[(FILE, bytes.clone())], Manners::default());
-    let server =
-        Server::new(&[(FILE, bytes)], Manners { redirect: Some(other.url.clone()), ..Manners::default() });
-    let cache = tempfile::tempdir().unwrap();
-    pull(&Hub { token: Some("secret".into()), ..hub(&server, &cache) }).unwrap();
+    let (server, _cache, hub) =
+        start(&[(FILE, bytes)], Manners { redirect: Some(other.url.clone()), ..Manners::default() });
+    pull(&Hub { token: Some("secret".into()), ..hub }).unwrap();
     let authorised = |server: &Server| {
         let seen = server.seen.lock().unwrap();
         seen.iter().map(|seen| seen.headers.get("authorization").cloned()).collect::<Vec<_>>()
@@ -252,9 +253,7 @@ fn the_token_goes_to_the_hub_alone() {
 fn one_of_several_files_is_taken_where_the_name_says_which() {
     let files =
         [("a-f16.gguf", vec![1; 10]), ("a-i2_s.gguf", vec![2; 10]), ("sub/a-tq1_0.gguf", vec![3; 10])];
-    let server = Server::new(&files, Manners::default());
-    let cache = tempfile::tempdir().unwrap();
-    let hub = hub(&server, &cache);
+    let (_server, cache, hub) = start(&files, Manners::default());
     assert_eq!(fs::read(pull(&hub).unwrap().path).unwrap(), [2; 10]);
     let named = ModelName::parse("hf:owner/model:sub/a-tq1_0.gguf").unwrap().unwrap();
     assert_eq!(fs::read(hub.pull(&named, false, &|_| {}).unwrap().path).unwrap(), [3; 10]);
@@ -272,8 +271,8 @@ fn one_of_several_files_is_taken_where_the_name_says_which() {
     assert_eq!(tree(cache.path()), [""; 0]);
     assert_eq!(hub.remove(&name()).unwrap(), None);
 
-    let server = Server::new(&[("a.gguf", vec![1]), ("b.gguf", vec![2])], Manners::default());
-    let error = pull(&self::hub(&server, &cache)).unwrap_err().to_string();
+    let (_server, _cache, hub) = start(&[("a.gguf", vec![1]), ("b.gguf", vec![2])], Manners::default());
+    let error = pull(&hub).unwrap_err().to_string();
     assert!(error.contains("hf:owner/model:a.gguf") && error.contains("b.gguf"), "{error}");
 }
 
@@ -286,12 +285,9 @@ fn a_checkpoint_comes_as_a_folder() {
         hash.iter().map(|b| format!("{b:02x}")).collect::<String>()
     };
     let config = br#"{"quantization_config":{"quant_method":"bitnet"}}"#.to_vec();
-    let server = Server::new(
-        &[("config.json", config.clone()), ("model.safetensors", config.clone()), ("README.md", vec![1])],
-        Manners { etag: Some(git(&config)), ..Manners::default() },
-    );
-    let cache = tempfile::tempdir().unwrap();
-    let hub = hub(&server, &cache);
+    let files =
+        [("config.json", config.clone()), ("model.safetensors", config.clone()), ("README.md", vec![1])];
+    let (_server, _cache, hub) = start(&files, Manners { etag: Some(git(&config)), ..Manners::default() });
     let error = pull(&hub).unwrap_err().to_string();
     assert!(error.contains("bitnet convert"), "{error}");
     let folder = hub.pull(&name(), true, &|_| {}).unwrap().path;
@@ -307,9 +303,8 @@ fn a_checkpoint_comes_as_a_folder() {
 
 #[test]
 fn without_a_server_the_error_names_it() {
-    let cache = tempfile::tempdir().unwrap();
-    let server = Server::new(&[], Manners::default());
-    let hub = Hub { endpoint: "http://127.0.0.1:1".into(), ..hub(&server, &cache) };
+    let (_server, _cache, hub) = start(&[], Manners::default());
+    let hub = Hub { endpoint: "http://127.0.0.1:1".into(), ..hub };
     let error = pull(&hub).unwrap_err();
     assert!(matches!(error, HubError::Unreachable { .. }), "{error}");
     assert!(error.to_string().contains("127.0.0.1:1") && error.to_string().contains("refused"), "{error}");

@@ -7,18 +7,10 @@ mod common;
 use bitnet::gguf::Gguf;
 use bitnet::kernels::{Kernels, KvType, Logits, best, supported};
 use bitnet::model::Strategy;
-use bitnet::{Engine, Error, Feed, SequenceId, Wanted};
-use common::{MODELS, Tensors, engine, engine_as, engine_with, fixture, gguf, ids};
+use bitnet::{Error, Feed, SequenceId, Wanted};
+use common::{MODELS, OPTIONS, Tensors, bits, build, engine, engine_with, feed, fixture, gguf, ids, last};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-
-fn bits(logits: &[f32]) -> Vec<u32> {
-    logits.iter().map(|x| x.to_bits()).collect()
-}
-
-fn feed(engine: &mut Engine, sequence: SequenceId, tokens: &[u32]) -> Vec<u32> {
-    bits(engine.feed(&[Feed { sequence, tokens, wanted: Wanted::All(Logits::Every) }]).unwrap())
-}
 
 fn alone(
     gguf: &Arc<Gguf>,
@@ -60,7 +52,7 @@ fn sparse_and_dense() {
         // Enough for every way in which a matrix is multiplied.
         let tokens = &tokens[..24];
         let reference = {
-            let mut engine = engine_as(&gguf, Strategy::DENSE, supported()[0], 1, 512, 1);
+            let mut engine = build(&gguf, Strategy::DENSE, supported()[0], 1, OPTIONS);
             let sequence = engine.open();
             feed(&mut engine, sequence, tokens)
         };
@@ -74,7 +66,7 @@ fn sparse_and_dense() {
         let floors: Vec<f32> = reference.chunks(vocab).map(floor).collect();
         for kernels in supported() {
             for strategy in [Strategy::SPARSE, Strategy::DENSE] {
-                let mut engine = engine_as(&gguf, strategy, kernels, 2, 512, 1);
+                let mut engine = build(&gguf, strategy, kernels, 2, OPTIONS);
                 let sequence = engine.open();
                 for chunk in [1, 3, 512] {
                     engine.truncate(sequence, 0);
@@ -165,9 +157,7 @@ fn every_cache_type() {
             let mut engine = engine_with(&gguf, kernels, threads, 64, 2, ty);
             // In pages that another sequence has left behind.
             let before = engine.open();
-            engine
-                .feed(&[Feed { sequence: before, tokens: &tokens[40..], wanted: Wanted::Nothing }])
-                .unwrap();
+            last(&mut engine, before, &tokens[40..]).unwrap();
             engine.close(before);
             let sequence = engine.open();
             tokens.chunks(chunk).flat_map(|tokens| feed(&mut engine, sequence, tokens)).collect::<Vec<_>>()
@@ -215,16 +205,11 @@ fn a_refused_feed_changes_nothing() {
         ),
         (vec![1; 631], "641 tokens do not fit in the context of 640 tokens".to_owned()),
     ] {
-        let error =
-            engine.feed(&[Feed { sequence, tokens: &bad, wanted: Wanted::Last(Logits::Every) }]).unwrap_err();
-        assert_eq!(error.to_string(), message);
+        assert_eq!(last(&mut engine, sequence, &bad).unwrap_err().to_string(), message);
         assert_eq!(engine.tokens(sequence), &tokens[..10]);
     }
     let other = engine.open();
-    let full = vec![1; 600];
-    let error = engine
-        .feed(&[Feed { sequence: other, tokens: &full, wanted: Wanted::Last(Logits::Every) }])
-        .unwrap_err();
+    let error = last(&mut engine, other, &[1; 600]).unwrap_err();
     assert_eq!(error.to_string(), "the key/value cache is full: 10 pages of 64 tokens are in use");
     assert!(feed(&mut engine, sequence, &tokens[10..]) == reference[10 * vocab..]);
 }
@@ -239,8 +224,7 @@ fn a_cancelled_feed_leaves_no_trace() {
     engine.cancel_by(flag.clone());
     let first = feed(&mut engine, sequence, &tokens[..40]);
     flag.store(true, Relaxed);
-    let cancelled = engine.feed(&[Feed { sequence, tokens: &[7, 8, 9], wanted: Wanted::All(Logits::Every) }]);
-    assert!(matches!(cancelled, Err(Error::Cancelled)));
+    assert!(matches!(last(&mut engine, sequence, &[7, 8, 9]), Err(Error::Cancelled)));
     flag.store(false, Relaxed);
     assert!([first, feed(&mut engine, sequence, &tokens[40..])].concat() == reference);
 }

@@ -4,9 +4,9 @@
 mod common;
 
 use bitnet::generate::{Sampler, SamplerConfig, StopConditions, generate};
-use bitnet::kernels::{KvType, Logits, PAGE, best, supported};
-use bitnet::{Engine, Feed, SavedError, SequenceId, Wanted};
-use common::{engine_with, gguf};
+use bitnet::kernels::{KvType, PAGE, best, supported};
+use bitnet::{Engine, SavedError, SequenceId};
+use common::{engine_with, feed, gguf, last};
 use sha2::{Digest, Sha256};
 use std::ops::ControlFlow;
 
@@ -16,16 +16,11 @@ fn tokens(count: usize) -> Vec<u32> {
     (0..count as u32).map(|i| 3 + i * 7 % 200).collect()
 }
 
-fn logits(engine: &mut Engine, sequence: SequenceId, tokens: &[u32]) -> Vec<u32> {
-    let feed = Feed { sequence, tokens, wanted: Wanted::All(Logits::Every) };
-    engine.feed(&[feed]).unwrap().iter().map(|x| x.to_bits()).collect()
-}
-
 /// An engine that read `prompt`, and the file of its first `len` tokens.
 fn saved(model: &str, ty: KvType, prompt: &[u32], len: usize) -> (Engine, SequenceId, Vec<u8>) {
     let mut engine = engine_with(&gguf(model), best(), 2, 64, 1, ty);
     let sequence = engine.open();
-    engine.feed(&[Feed { sequence, tokens: prompt, wanted: Wanted::Nothing }]).unwrap();
+    last(&mut engine, sequence, prompt).unwrap();
     let mut file = Vec::new();
     engine.save(sequence, len, &mut file, || true).unwrap();
     (engine, sequence, file)
@@ -46,14 +41,14 @@ fn what_follows_has_the_same_bits() {
     for model in ["demo", "gqa", "ragged"] {
         for ty in KvType::ALL {
             let (mut first, sequence, file) = saved(model, ty, &prompt, prompt.len());
-            let expected = logits(&mut first, sequence, &rest);
+            let expected = feed(&mut first, sequence, &rest);
             // Another instruction set, other threads and steps.
             let mut second = engine_with(&gguf(model), supported()[0], 1, 7, 1, ty);
             let sequence = second.open();
             let len = file.len() as u64;
             second.restore(sequence, &mut &file[..], len, Some(&prompt)).unwrap();
             assert_eq!(second.tokens(sequence), prompt);
-            assert_eq!(logits(&mut second, sequence, &rest), expected, "{model} {ty:?}");
+            assert_eq!(feed(&mut second, sequence, &rest), expected, "{model} {ty:?}");
         }
     }
 }

@@ -9,8 +9,8 @@ use bitnet::generate::{
 use bitnet::kernels::best;
 use bitnet::model::Strategy;
 use bitnet::text::Specials;
-use bitnet::{Engine, EngineOptions, Feed, Wanted};
-use common::{OPTIONS, build};
+use bitnet::{Engine, EngineOptions};
+use common::{OPTIONS, build, last};
 use std::ops::ControlFlow;
 
 const REPETITIVE: &str =
@@ -44,14 +44,10 @@ fn seen(
     let flat = vec![0.0; engine.model().config().vocab_size];
     let draws = (0..4).map(|_| sampler.sample(&flat, &[]).unwrap()).collect();
     // What the cache holds is what these tokens give.
-    let last = [7];
-    let wanted = || Wanted::Last(bitnet::kernels::Logits::Every);
     if cached.len() < engine.options().context {
-        let kept = engine.feed(&[Feed { sequence, tokens: &last, wanted: wanted() }]).unwrap().to_vec();
+        let kept = last(engine, sequence, &[7]).unwrap();
         engine.truncate(sequence, 0);
-        let tokens = [&cached[..], &last].concat();
-        let anew = engine.feed(&[Feed { sequence, tokens: &tokens, wanted: wanted() }]).unwrap();
-        assert!(kept == anew);
+        assert!(kept == last(engine, sequence, &[&cached[..], &[7]].concat()).unwrap());
     }
     engine.close(sequence);
     (generated, texts, cached, draws)
@@ -157,8 +153,7 @@ fn every_end_is_the_same() {
 fn other_sequences_may_leave_no_room_for_proposals() {
     let mut engine = engine(256, 512);
     let other = engine.open();
-    let tokens_of_other = vec![1; 130];
-    engine.feed(&[Feed { sequence: other, tokens: &tokens_of_other, wanted: Wanted::Nothing }]).unwrap();
+    last(&mut engine, other, &[1; 130]).unwrap();
     // One page is left to the sequence, whose caller ends it exactly with that; proposals reach beyond.
     let prompt = engine.model().prompt(REPETITIVE, Specials::AsText).unwrap();
     let sequence = engine.open();

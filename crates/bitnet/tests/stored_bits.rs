@@ -7,11 +7,10 @@
 mod common;
 
 use bitnet::generate::{Sampler, SamplerConfig};
-use bitnet::kernels::{Kernels, Logits, best, supported};
+use bitnet::kernels::{Kernels, best, supported};
 use bitnet::{Feed, Wanted};
-use common::{MODELS, Tensors, engine, fixture, gguf, ids};
+use common::{MODELS, Tensors, engine, feed, fixture, gguf, ids, sha256};
 use serde_json::json;
-use sha2::{Digest, Sha256};
 
 const POSITIONS: usize = 200;
 const PROMPT: usize = 16;
@@ -36,9 +35,8 @@ fn check(kernels: &'static Kernels) {
         let tokens = &ids(&golden)[..POSITIONS];
         let mut engine = engine(&gguf(name), kernels, 2, 64, 1);
         let sequence = engine.open();
-        let logits = engine.feed(&[Feed { sequence, tokens, wanted: Wanted::All(Logits::Every) }]).unwrap();
-        let hash = Sha256::digest(logits.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<_>>());
-        let hash: String = hash.iter().map(|b| format!("{b:02x}")).collect();
+        let logits = feed(&mut engine, sequence, tokens);
+        let hash = sha256(logits.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<_>>().as_slice());
 
         engine.truncate(sequence, 0);
         let mut history = tokens[..PROMPT].to_vec();

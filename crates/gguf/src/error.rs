@@ -20,56 +20,41 @@ pub enum Error {
 }
 
 /// The ways in which a file can be malformed. Positions are absolute, in bytes; dimensions the fastest first.
-#[allow(missing_docs)] // the names and messages of the fields say it all
+#[allow(missing_docs)] // the messages say it all
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Fault {
-    /// The file ends inside a header field.
     #[error("truncated: {needed} more bytes expected, the file has {left}")]
     Short { needed: u64, left: u64 },
-    /// The file ends before a tensor does.
     #[error("truncated: the tensor needs bytes {start}..{end}, the file has {len}")]
     Truncated { start: u64, end: u64, len: u64 },
-    /// The first four bytes are something else.
     #[error("expected \"GGUF\", found \"{}\": this is not a GGUF file", found.escape_ascii())]
     Magic { found: [u8; 4] },
-    /// The version reads as a small number in the other byte order.
     #[error("this is a big-endian file (version {version}), only little-endian files are supported")]
     BigEndian { version: u32 },
-    /// A version without support.
     #[error("expected GGUF version 2 or 3, found {found}")]
     Version { found: u32 },
-    /// A count of things that cannot fit in the rest of the file.
     #[error("expected at most {left} bytes, found a count of {count} entries of at least {each} bytes")]
     Count { count: u64, each: u64, left: u64 },
-    /// More of something than this crate accepts.
     #[error("expected at most {limit} {what}, found {found}")]
     Limit { what: &'static str, found: u64, limit: u64 },
-    /// A string that is not UTF-8.
     #[error("expected UTF-8, found a bad sequence {valid} bytes into the string")]
     Utf8 { valid: u64 },
-    /// A number that is no metadata type.
     #[error("expected a value type 0 to 12, found {id}")]
     ValueType { id: u32 },
-    /// A boolean that is neither 0 nor 1.
     #[error("expected a boolean of 0 or 1, found {found}")]
     Bool { found: u8 },
-    /// A key or a tensor name that was already used.
     #[error("expected a unique name, found it already at byte {first}")]
     Duplicate { first: u64 },
-    /// `general.alignment` that is no alignment.
     #[error("expected a power of two from 8 to {}, found {found}", crate::MAX_ALIGNMENT)]
     Alignment { found: String },
-    /// Dimensions that make no tensor of this type.
     #[error("dimensions {dims:?} of type {ty}: {problem}")]
     Shape { dims: Vec<u64>, ty: TensorType, problem: &'static str },
-    /// A number that is no known tensor type.
     #[error("expected a known tensor type, found {id}")]
     TensorType { id: u32 },
-    /// A tensor that does not start at a multiple of the alignment, from the start of the data section.
+    /// The offset counts from the start of the data section.
     #[error("expected a data offset that is a multiple of {alignment}, found {found}")]
     Misaligned { found: u64, alignment: u64 },
-    /// Two tensors that share bytes.
     #[error(
         "expected data of its own, found byte {start} in {other}, which has bytes {other_start}..{other_end}"
     )]

@@ -42,23 +42,6 @@ pub struct Gguf {
 }
 
 impl Gguf {
-    /// Copies bytes of the file from `offset` on to `out`, without making its pages memory of this process.
-    ///
-    /// # Errors
-    /// Where the file ends before that, or cannot be read.
-    pub fn read_at(&self, offset: u64, out: &mut [u8]) -> std::io::Result<()> {
-        self.bytes.read_at(offset, out)
-    }
-}
-
-impl AsRef<[u8]> for Gguf {
-    /// The whole file.
-    fn as_ref(&self) -> &[u8] {
-        self.bytes.as_slice()
-    }
-}
-
-impl Gguf {
     /// Maps a file and parses its directory.
     ///
     /// As with every memory map, the file must not be changed while it is open: changed weights give changed results, and
@@ -105,6 +88,11 @@ impl Gguf {
     /// Length of the file in bytes.
     pub fn byte_len(&self) -> u64 {
         self.bytes.as_slice().len() as u64
+    }
+
+    /// Copies bytes of the file from `offset` on to `out`, without making its pages memory of this process.
+    pub fn read_at(&self, offset: u64, out: &mut [u8]) -> std::io::Result<()> {
+        self.bytes.read_at(offset, out)
     }
 
     /// All keys and values in the order of the file.
@@ -192,6 +180,13 @@ impl Gguf {
     /// Advice: without effect on bytes that are not mapped and on systems other than Unix.
     pub fn advise_dontneed(&self, range: Range<u64>) {
         self.bytes.advise_dontneed(range);
+    }
+}
+
+impl AsRef<[u8]> for Gguf {
+    /// The whole file.
+    fn as_ref(&self) -> &[u8] {
+        self.bytes.as_slice()
     }
 }
 

@@ -7,6 +7,7 @@ use crate::error::thing;
 use crate::types::product;
 use crate::value::{Cursor, Read};
 use crate::{Array, Error, Fault, MAX_ALIGNMENT, TensorInfo, TensorType, Value, ValueType};
+use std::collections::HashMap;
 use std::ops::Range;
 
 /// Most keys, and most tensors, of a file: it bounds the directory's memory whatever the file says.
@@ -29,9 +30,9 @@ pub(crate) struct Directory {
     pub(crate) alignment: u64,
     pub(crate) data_offset: u64,
     pub(crate) entries: Vec<Entry>,
-    entries_by_key: Vec<u32>,
+    entries_by_key: HashMap<String, usize>,
     pub(crate) tensors: Vec<TensorInfo>,
-    tensors_by_name: Vec<u32>,
+    tensors_by_name: HashMap<String, usize>,
 }
 
 /// A key, and where its value is.
@@ -57,13 +58,11 @@ impl Entry {
 
 impl Directory {
     pub(crate) fn entry(&self, key: &str) -> Option<&Entry> {
-        let at = self.entries_by_key.binary_search_by(|&i| self.entries[i as usize].key.as_str().cmp(key));
-        Some(&self.entries[self.entries_by_key[at.ok()?] as usize])
+        Some(&self.entries[*self.entries_by_key.get(key)?])
     }
 
     pub(crate) fn tensor(&self, name: &str) -> Option<&TensorInfo> {
-        let at = self.tensors_by_name.binary_search_by(|&i| self.tensors[i as usize].name.as_str().cmp(name));
-        Some(&self.tensors[self.tensors_by_name[at.ok()?] as usize])
+        Some(&self.tensors[*self.tensors_by_name.get(name)?])
     }
 
     pub(crate) fn parse(file: &str, bytes: &[u8]) -> Result<Self, Error> {
@@ -71,28 +70,8 @@ impl Directory {
         let mut cursor = Cursor::new(bytes, 0);
         let (version, n_tensors, n_keys) = header(&mut cursor).map_err(|f| malformed("header".into(), f))?;
 
-        let mut entries = Vec::with_capacity(n_keys as usize);
-        let mut starts = Vec::with_capacity(n_keys as usize);
-        for i in 0..n_keys {
-            starts.push(cursor.pos());
-            let key = cursor.name().map_err(|f| malformed(format!("name of key {i}"), f))?;
-            let entry = entry(&mut cursor, key).map_err(|f| malformed(thing("key", key), f))?;
-            entries.push(entry);
-        }
-        let entries_by_key = sorted(&entries, |e| &e.key)
-            .map_err(|(a, b)| malformed(thing("key", &entries[b].key), duplicate(&starts, a, b)))?;
-
-        let mut tensors = Vec::with_capacity(n_tensors as usize);
-        starts.clear();
-        for i in 0..n_tensors {
-            starts.push(cursor.pos());
-            let name = cursor.name().map_err(|f| malformed(format!("name of tensor {i}"), f))?;
-            let info = tensor(&mut cursor, name).map_err(|f| malformed(thing("tensor", name), f))?;
-            tensors.push(info);
-        }
-        let tensors_by_name = sorted(&tensors, |t| &t.name)
-            .map_err(|(a, b)| malformed(thing("tensor", &tensors[b].name), duplicate(&starts, a, b)))?;
-
+        let (entries, entries_by_key, _) = named(file, &mut cursor, "key", n_keys, entry)?;
+        let (tensors, tensors_by_name, starts) = named(file, &mut cursor, "tensor", n_tensors, tensor)?;
         let mut directory =
             Self { version, alignment: 0, data_offset: 0, entries, entries_by_key, tensors, tensors_by_name };
         directory.alignment =
@@ -188,6 +167,28 @@ fn count(cursor: &mut Cursor<'_>, what: &'static str, each: u64, skip: u64) -> R
     Ok(found)
 }
 
+/// So many keys or tensors in order, their indices by name, and where each begins.
+fn named<T>(
+    file: &str,
+    cursor: &mut Cursor<'_>,
+    kind: &str,
+    count: u64,
+    read: impl Fn(&mut Cursor<'_>, &str) -> Read<T>,
+) -> Result<(Vec<T>, HashMap<String, usize>, Vec<u64>), Error> {
+    let (mut items, mut by_name, mut starts) = (Vec::new(), HashMap::new(), Vec::new());
+    for i in 0..count as usize {
+        let start = cursor.pos();
+        starts.push(start);
+        let name = cursor.name().map_err(|f| Error::malformed(file, format!("name of {kind} {i}"), f))?;
+        let item = match by_name.insert(name.to_owned(), i) {
+            Some(first) => Err((start, Fault::Duplicate { first: starts[first] })),
+            None => read(cursor, name),
+        };
+        items.push(item.map_err(|f| Error::malformed(file, thing(kind, name), f))?);
+    }
+    Ok((items, by_name, starts))
+}
+
 /// What follows the name of a key.
 fn entry(cursor: &mut Cursor<'_>, key: &str) -> Read<Entry> {
     let ty = cursor.value_type()?;
@@ -233,21 +234,4 @@ pub(crate) fn data_len(ty: TensorType, dims: &[u64]) -> Result<u64, Fault> {
         None if !ty.size_is_known() => Ok(0),
         None => Err(shape("expected whole blocks of elements")),
     }
-}
-
-/// Indices in the order of the names; if a name occurs twice, the indices of both.
-fn sorted<T>(items: &[T], name: impl Fn(&T) -> &str) -> Result<Vec<u32>, (usize, usize)> {
-    let mut order: Vec<u32> = (0..items.len() as u32).collect();
-    order.sort_by_key(|&i| name(&items[i as usize]));
-    for pair in order.windows(2) {
-        let (a, b) = (pair[0] as usize, pair[1] as usize);
-        if name(&items[a]) == name(&items[b]) {
-            return Err((a, b));
-        }
-    }
-    Ok(order)
-}
-
-fn duplicate(starts: &[u64], first: usize, second: usize) -> (u64, Fault) {
-    (starts[second], Fault::Duplicate { first: starts[first] })
 }

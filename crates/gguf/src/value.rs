@@ -6,66 +6,110 @@ pub(crate) const MAX_DEPTH: u64 = 4;
 /// Longest key or tensor name, in bytes: the limit of the GGUF specification for keys.
 pub(crate) const MAX_NAME: u64 = 65_535;
 
-/// Defines types and values by a list of them: name, Rust type, name for a person, and least size of an encoded value in
-/// bytes, which is exact but for strings and arrays.
+/// Defines types and values by two lists: name, Rust type, name for a person, number in a file; and the least size in
+/// bytes of what is no number.
 macro_rules! values {
-    ($($name:ident($of:ty), $text:literal, $size:literal;)+) => {
+    (
+        numbers { $($number:ident($of:ty), $text:literal, $id:literal;)+ }
+        others { $($other:ident($other_of:ty), $other_text:literal, $other_id:literal, $size:literal;)+ }
+    ) => {
         /// The type of a metadata value or of an array's elements. The discriminant is its number in a file.
         #[allow(missing_docs)] // the names say it all
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         #[repr(u32)]
         pub enum ValueType {
-            $($name,)+
+            $($number = $id,)+
+            $($other = $other_id,)+
         }
 
-        const VALUE_TYPES: &[(ValueType, &str, u64)] = &[$((ValueType::$name, $text, $size)),+];
+        /// Type, name, and size of an encoded value in bytes, for strings and arrays the least.
+        const VALUE_TYPES: &[(ValueType, &str, u64)] = &[
+            $((ValueType::$number, $text, size_of::<$of>() as u64),)+
+            $((ValueType::$other, $other_text, $size),)+
+        ];
 
         /// A metadata value; strings and arrays borrow from the file.
         #[allow(missing_docs)] // the names say it all
         #[derive(Debug, Clone, Copy, PartialEq)]
         pub enum Value<'a> {
-            $($name($of),)+
+            $($number($of),)+
+            $($other($other_of),)+
         }
 
         impl Value<'_> {
             /// The value's type.
             pub fn ty(&self) -> ValueType {
                 match self {
-                    $(Self::$name(_) => ValueType::$name,)+
+                    $(Self::$number(_) => ValueType::$number,)+
+                    $(Self::$other(_) => ValueType::$other,)+
                 }
+            }
+
+            /// Appends the value as it stands in a file, without its type.
+            pub(crate) fn encode(&self, out: &mut Vec<u8>) {
+                match *self {
+                    $(Self::$number(x) => out.extend(x.to_le_bytes()),)+
+                    Self::Bool(x) => out.push(x.into()),
+                    Self::Str(x) => {
+                        out.extend((x.len() as u64).to_le_bytes());
+                        out.extend(x.as_bytes());
+                    }
+                    Self::Array(x) => {
+                        out.extend((x.element as u32).to_le_bytes());
+                        out.extend((x.len as u64).to_le_bytes());
+                        out.extend(x.bytes);
+                    }
+                }
+            }
+        }
+
+        impl<'a> Cursor<'a> {
+            /// A value that lies in `depth` arrays.
+            pub(crate) fn value(&mut self, ty: ValueType, depth: u64) -> Read<Value<'a>> {
+                Ok(match ty {
+                    $(ValueType::$number => Value::$number(<$of>::from_le_bytes(self.array()?)),)+
+                    ValueType::Bool => Value::Bool(self.bool()?),
+                    ValueType::Str => Value::Str(self.str()?),
+                    ValueType::Array => Value::Array(self.array_value(depth + 1)?),
+                })
             }
         }
     };
 }
 
 values! {
-    U8(u8), "u8", 1;
-    I8(i8), "i8", 1;
-    U16(u16), "u16", 2;
-    I16(i16), "i16", 2;
-    U32(u32), "u32", 4;
-    I32(i32), "i32", 4;
-    F32(f32), "f32", 4;
-    Bool(bool), "bool", 1;
-    Str(&'a str), "str", 8;
-    Array(Array<'a>), "array", 12;
-    U64(u64), "u64", 8;
-    I64(i64), "i64", 8;
-    F64(f64), "f64", 8;
+    numbers {
+        U8(u8), "u8", 0;
+        I8(i8), "i8", 1;
+        U16(u16), "u16", 2;
+        I16(i16), "i16", 3;
+        U32(u32), "u32", 4;
+        I32(i32), "i32", 5;
+        F32(f32), "f32", 6;
+        U64(u64), "u64", 10;
+        I64(i64), "i64", 11;
+        F64(f64), "f64", 12;
+    }
+    others {
+        Bool(bool), "bool", 7, 1;
+        Str(&'a str), "str", 8, 8;
+        Array(Array<'a>), "array", 9, 12;
+    }
 }
 
 impl ValueType {
     fn from_id(id: u32) -> Option<Self> {
-        VALUE_TYPES.get(id as usize).map(|row| row.0)
+        VALUE_TYPES.iter().map(|row| row.0).find(|ty| *ty as u32 == id)
+    }
+
+    /// Name and least size in bytes.
+    fn row(self) -> (&'static str, u64) {
+        VALUE_TYPES.iter().find(|row| row.0 == self).map_or(("", 1), |row| (row.1, row.2))
     }
 
     /// "u32", "str".
     pub fn name(self) -> &'static str {
-        VALUE_TYPES[self as usize].1
-    }
-
-    fn min_size(self) -> u64 {
-        VALUE_TYPES[self as usize].2
+        self.row().0
     }
 }
 
@@ -81,7 +125,7 @@ impl<'a> Value<'a> {
             Self::I32(x) => Some(x.into()),
             Self::U64(x) => Some(x.into()),
             Self::I64(x) => Some(x.into()),
-            Self::F32(_) | Self::F64(_) | Self::Bool(_) | Self::Str(_) | Self::Array(_) => None,
+            _ => None,
         }
     }
 
@@ -107,32 +151,6 @@ impl<'a> Value<'a> {
     /// An array.
     pub fn as_array(&self) -> Option<Array<'a>> {
         if let Self::Array(x) = *self { Some(x) } else { None }
-    }
-
-    /// Appends the value as it stands in a file, without its type.
-    pub(crate) fn encode(&self, out: &mut Vec<u8>) {
-        match *self {
-            Self::U8(x) => out.push(x),
-            Self::I8(x) => out.extend(x.to_le_bytes()),
-            Self::U16(x) => out.extend(x.to_le_bytes()),
-            Self::I16(x) => out.extend(x.to_le_bytes()),
-            Self::U32(x) => out.extend(x.to_le_bytes()),
-            Self::I32(x) => out.extend(x.to_le_bytes()),
-            Self::F32(x) => out.extend(x.to_le_bytes()),
-            Self::Bool(x) => out.push(x.into()),
-            Self::Str(x) => {
-                out.extend((x.len() as u64).to_le_bytes());
-                out.extend(x.as_bytes());
-            }
-            Self::Array(x) => {
-                out.extend((x.element as u32).to_le_bytes());
-                out.extend((x.len as u64).to_le_bytes());
-                out.extend(x.bytes);
-            }
-            Self::U64(x) => out.extend(x.to_le_bytes()),
-            Self::I64(x) => out.extend(x.to_le_bytes()),
-            Self::F64(x) => out.extend(x.to_le_bytes()),
-        }
     }
 }
 
@@ -190,11 +208,6 @@ impl<'a> Array<'a> {
         use ValueType::*;
         matches!(self.element, U8 | I8 | U16 | I16 | U32 | I32 | U64 | I64)
             .then(|| self.values().filter_map(|v| v.as_int()))
-    }
-
-    /// The elements of an array of booleans.
-    pub fn bools(&self) -> Option<impl Iterator<Item = bool> + use<'a>> {
-        (self.element == ValueType::Bool).then(|| self.values().filter_map(|v| v.as_bool()))
     }
 
     /// The elements of an array of arrays.
@@ -323,25 +336,6 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// A value that lies in `depth` arrays.
-    pub(crate) fn value(&mut self, ty: ValueType, depth: u64) -> Read<Value<'a>> {
-        Ok(match ty {
-            ValueType::U8 => Value::U8(u8::from_le_bytes(self.array()?)),
-            ValueType::I8 => Value::I8(i8::from_le_bytes(self.array()?)),
-            ValueType::U16 => Value::U16(u16::from_le_bytes(self.array()?)),
-            ValueType::I16 => Value::I16(i16::from_le_bytes(self.array()?)),
-            ValueType::U32 => Value::U32(self.u32()?),
-            ValueType::I32 => Value::I32(i32::from_le_bytes(self.array()?)),
-            ValueType::F32 => Value::F32(f32::from_le_bytes(self.array()?)),
-            ValueType::Bool => Value::Bool(self.bool()?),
-            ValueType::Str => Value::Str(self.str()?),
-            ValueType::Array => Value::Array(self.array_value(depth + 1)?),
-            ValueType::U64 => Value::U64(self.u64()?),
-            ValueType::I64 => Value::I64(i64::from_le_bytes(self.array()?)),
-            ValueType::F64 => Value::F64(f64::from_le_bytes(self.array()?)),
-        })
-    }
-
     /// Checks every element and steps over them.
     fn array_value(&mut self, depth: u64) -> Read<Array<'a>> {
         if depth > MAX_DEPTH {
@@ -349,7 +343,8 @@ impl<'a> Cursor<'a> {
             return Err((self.pos(), fault));
         }
         let element = self.value_type()?;
-        let len = self.count(element.min_size(), 0)?;
+        let (_, size) = element.row();
+        let len = self.count(size, 0)?;
         let start = self.pos;
         match element {
             ValueType::Str => {
@@ -363,7 +358,7 @@ impl<'a> Cursor<'a> {
                 }
             }
             _ => {
-                self.take(len * element.min_size())?; // no overflow: count() compared it with the file's length
+                self.take(len * size)?; // no overflow: count() compared it with the file's length
             }
         }
         Ok(Array::new(element, len as usize, &self.bytes[start..self.pos]))

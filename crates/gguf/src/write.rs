@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
+use tempfile::NamedTempFile;
 
 /// Collects the directory of a GGUF version 3 file, then writes the file.
 ///
@@ -55,14 +56,8 @@ impl Writer {
     /// Adds a key. `general.alignment` also sets the alignment of this file, 32 bytes without it.
     pub fn meta(&mut self, key: &str, value: Value<'_>) -> Result<(), Error> {
         let refuse = |problem| Err(refused(&self.path, thing("key", key), problem));
-        if key.len() as u64 > MAX_NAME {
-            return refuse(format!("the name has {} bytes, at most {MAX_NAME} are allowed", key.len()));
-        }
-        if self.keys.len() as u64 == MAX_ENTRIES {
-            return refuse(format!("at most {MAX_ENTRIES} keys are allowed"));
-        }
-        if self.keys.contains(key) {
-            return refuse("it was already written".into());
+        if let Some(problem) = unfit(key, &self.keys) {
+            return refuse(problem);
         }
         if value.as_array().is_some_and(|array| depth(array) > MAX_DEPTH) {
             return refuse(format!("arrays are nested more than {MAX_DEPTH} deep"));
@@ -103,19 +98,14 @@ impl Writer {
     /// Declares a tensor: one to four dimensions, fastest first. The data follows in the order of declaration.
     pub fn tensor(&mut self, name: &str, dims: &[u64], ty: TensorType) -> Result<(), Error> {
         let refuse = |problem| refused(&self.path, thing("tensor", name), problem);
-        if name.len() as u64 > MAX_NAME {
-            return Err(refuse(format!("the name has {} bytes, at most {MAX_NAME} are allowed", name.len())));
-        }
-        if self.tensors.len() as u64 == MAX_ENTRIES {
-            return Err(refuse(format!("at most {MAX_ENTRIES} tensors are allowed")));
+        if let Some(problem) = unfit(name, &self.names) {
+            return Err(refuse(problem));
         }
         if !ty.size_is_known() {
             return Err(refuse(format!("the size of type {ty} is not known")));
         }
         let byte_len = data_len(ty, dims).map_err(|fault| refuse(fault.to_string()))?;
-        if !self.names.insert(name.to_owned()) {
-            return Err(refuse("it was already declared".into()));
-        }
+        self.names.insert(name.to_owned());
         self.tensors.push(Declared { name: name.to_owned(), dims: dims.to_owned(), ty, byte_len });
         Ok(())
     }
@@ -161,6 +151,17 @@ impl Writer {
         out.resize(out.len().next_multiple_of(self.alignment as usize), 0);
         out
     }
+}
+
+/// Why a file cannot have a key or a tensor of this name, beside those that are there.
+fn unfit(name: &str, there: &HashSet<String>) -> Option<String> {
+    if name.len() as u64 > MAX_NAME {
+        return Some(format!("the name has {} bytes, at most {MAX_NAME} are allowed", name.len()));
+    }
+    if there.len() as u64 == MAX_ENTRIES {
+        return Some(format!("at most {MAX_ENTRIES} of them are allowed"));
+    }
+    there.contains(name).then(|| "it is already there".into())
 }
 
 /// Levels of arrays.
@@ -271,9 +272,7 @@ fn io_error(path: &Path, action: &'static str, error: io::Error) -> Error {
 /// removed if this is dropped before.
 pub struct AtomicFile {
     destination: PathBuf,
-    /// Empty once the file has its name.
-    temporary: PathBuf,
-    file: BufWriter<File>,
+    file: BufWriter<NamedTempFile>,
 }
 
 impl AtomicFile {
@@ -283,43 +282,37 @@ impl AtomicFile {
         if fs::metadata(destination).is_ok_and(|m| !m.is_file()) {
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, "not a regular file"));
         }
-        let name = destination.file_name().ok_or(io::ErrorKind::InvalidFilename)?;
-        let mut attempt = 0;
-        loop {
-            let mut temporary = OsString::from(".");
-            temporary.push(name);
-            temporary.push(format!(".{}-{attempt}.tmp", std::process::id()));
-            let temporary = destination.with_file_name(temporary);
-            match File::create_new(&temporary) {
-                Ok(file) => {
-                    let file = BufWriter::with_capacity(1 << 20, file);
-                    return Ok(Self { destination: destination.to_owned(), temporary, file });
-                }
-                // Another writer of this process, or a file left by a killed one.
-                Err(e) if e.kind() == io::ErrorKind::AlreadyExists && attempt < 1000 => attempt += 1,
-                Err(e) => return Err(e),
-            }
-        }
+        let mut prefix = OsString::from(".");
+        prefix.push(destination.file_name().ok_or(io::ErrorKind::InvalidFilename)?);
+        prefix.push(".");
+        let mut builder = tempfile::Builder::new();
+        // Created here, for others than its owner may read it.
+        let file = builder
+            .prefix(&prefix)
+            .suffix(".tmp")
+            .make_in(folder(destination), |path| File::create_new(path))?;
+        Ok(Self { destination: destination.to_owned(), file: BufWriter::with_capacity(1 << 20, file) })
     }
 
     /// Where the bytes are until [`commit`](Self::commit); all of them after [`TensorWriter::end`].
     pub fn temporary(&self) -> &Path {
-        &self.temporary
+        self.file.get_ref().path()
     }
 
     /// Gives the file its name, durably: an older file of that name is replaced at once or not at all.
-    pub fn commit(mut self) -> io::Result<()> {
-        self.file.flush()?;
-        self.file.get_ref().sync_all()?;
-        fs::rename(&self.temporary, &self.destination)?;
-        self.temporary = PathBuf::new();
+    pub fn commit(self) -> io::Result<()> {
+        let file = self.file.into_inner()?;
+        file.as_file().sync_all()?;
+        file.persist(&self.destination)?;
         // The rename itself is durable once the folder is.
         #[cfg(unix)]
-        if let Some(folder) = self.destination.parent() {
-            File::open(if folder.as_os_str().is_empty() { Path::new(".") } else { folder })?.sync_all()?;
-        }
+        File::open(folder(&self.destination))?.sync_all()?;
         Ok(())
     }
+}
+
+fn folder(file: &Path) -> &Path {
+    file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 impl Write for AtomicFile {
@@ -329,13 +322,5 @@ impl Write for AtomicFile {
 
     fn flush(&mut self) -> io::Result<()> {
         self.file.flush()
-    }
-}
-
-impl Drop for AtomicFile {
-    fn drop(&mut self) {
-        if self.temporary != PathBuf::new() {
-            let _ = fs::remove_file(&self.temporary);
-        }
     }
 }

@@ -2,10 +2,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a test helper fails by panicking")]
 
+mod touch;
+
 use bitnet_gguf::{Error, Fault, Gguf, TensorType, Value, ValueType, Writer};
 use proptest::prelude::*;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use touch::touch;
 
 /// Remembers the bytes that the current thread has allocated since a reset.
 struct Counting;
@@ -127,28 +130,6 @@ fn nested(levels: usize) -> Vec<u8> {
         out.extend([&ARRAY.to_le_bytes()[..], &one].concat());
     }
     [&out[..], &U32.to_le_bytes(), &one, &[7, 0, 0, 0]].concat()
-}
-
-/// Uses everything that a parsed file offers.
-fn touch(file: &Gguf) {
-    fn array(a: bitnet_gguf::Array<'_>) {
-        assert_eq!(a.values().count(), a.len());
-        for inner in a.arrays().into_iter().flatten() {
-            array(inner);
-        }
-    }
-    for (key, value) in file.metadata() {
-        assert_eq!(file.get(key).map(|v| v.ty()), Some(value.ty()));
-        assert_eq!(file.get_u32(key).is_ok(), value.as_int().is_some_and(|x| u32::try_from(x).is_ok()));
-        assert_eq!(file.get_str(key).is_ok(), value.as_str().is_some());
-        value.as_array().into_iter().for_each(array);
-    }
-    for t in file.tensors() {
-        assert_eq!(file.tensor(&t.name), Some(t));
-        assert_eq!(file.tensor_bytes(t).len() as u64, t.byte_len);
-        assert_eq!(t.offset % file.alignment() as u64, 0);
-        assert!(t.byte_len > 0 && t.n_elements() > 0);
-    }
 }
 
 #[test]

@@ -41,10 +41,14 @@ fn rows_of(trits: &[i8], columns: usize) -> Vec<u8> {
     bytes
 }
 
-fn matrix(trits: &[i8], columns: usize, scale: f32) -> TernaryMatrix {
-    let (rows, bytes) = (trits.len() / columns, rows_of(trits, columns));
+fn shared(bytes: Vec<u8>) -> Bytes {
     let n = bytes.len();
-    TernaryMatrix::new(Bytes::new(Arc::new(bytes), 0..n), Layout::Rows, rows, columns, scale)
+    Bytes::new(Arc::new(bytes), 0..n)
+}
+
+fn matrix(trits: &[i8], columns: usize, scale: f32) -> TernaryMatrix {
+    let bytes = shared(rows_of(trits, columns));
+    TernaryMatrix::new(bytes, Layout::Rows, trits.len() / columns, columns, scale)
 }
 
 /// The same in base 3, packed by `compute`.
@@ -53,8 +57,7 @@ fn packed(trits: &[i8], columns: usize, scale: f32, compute: &Compute) -> Ternar
     let mut bytes = vec![0; Layout::Base3.bytes(rows, columns)];
     let packed = bytes.chunks_mut(base3::row_bytes(columns));
     stored.chunks(row_bytes(columns)).zip(packed).for_each(|(row, packed)| compute.pack_base3(row, packed));
-    let n = bytes.len();
-    TernaryMatrix::new(Bytes::new(Arc::new(bytes), 0..n), Layout::Base3, rows, columns, scale)
+    TernaryMatrix::new(shared(bytes), Layout::Base3, rows, columns, scale)
 }
 
 fn by_columns(trits: &[i8], columns: usize, scale: f32) -> TernaryMatrix {
@@ -65,8 +68,7 @@ fn by_columns(trits: &[i8], columns: usize, scale: f32) -> TernaryMatrix {
             stored.chunks(row_bytes(columns)).flat_map(|row| row[64 * chunk..][..64].to_vec()).collect();
         columns::transpose(&strip, out);
     }
-    let n = bytes.len();
-    TernaryMatrix::new(Bytes::new(Arc::new(bytes), 0..n), Layout::Columns, rows, columns, scale)
+    TernaryMatrix::new(shared(bytes), Layout::Columns, rows, columns, scale)
 }
 
 /// What `f` gives for each kernel set and thread count; all must be equal, and one of them is returned.
@@ -200,30 +202,23 @@ fn extreme_codes_do_not_overflow() {
     for columns in [256 * 40, 256 * 41 + 128] {
         let ones = vec![1; 2 * columns];
         let (w, v) = (matrix(&ones, columns, 1.0), by_columns(&ones, columns, 1.0));
+        let norm = vec![1.0; columns];
         for sign in [1.0, -1.0] {
             let x = vec![sign; 9 * columns];
             let out = everywhere(|compute| {
-                let mut q = QuantizedRows::new(9, columns);
                 let mut work = Workspace::new(columns, compute.pool().threads());
-                compute.norm_quantize(&x, &vec![1.0; columns], 1e-5, Layout::Rows, &mut work, &mut q);
-                let (mut out, mut out2) = (vec![0.0; 18], vec![0.0; 18]);
-                compute.linear(&q, &mut work, [(&packed(&ones, columns, 1.0, compute), &mut out2)]);
-                compute.linear(&q, &mut work, [(&w, &mut out)]);
-                assert_eq!(bits(&out), bits(&out2), "base 3");
-                compute.norm_quantize(&x, &vec![1.0; columns], 1e-5, Layout::Columns, &mut work, &mut q);
-                compute.linear(&q, &mut work, [(&v, &mut out2)]);
-                assert_eq!(bits(&out), bits(&out2));
-                compute.norm_quantize(
-                    &x[..columns],
-                    &vec![1.0; columns],
-                    1e-5,
-                    Layout::Columns,
-                    &mut work,
-                    &mut q,
-                );
-                compute.linear(&q, &mut work, [(&v, &mut out2[..2])]);
-                assert_eq!(bits(&out), bits(&out2));
-                bits(&out)
+                let mut product = |tokens, layout, matrix: &TernaryMatrix| {
+                    let mut q = QuantizedRows::new(tokens, columns);
+                    compute.norm_quantize(&x[..tokens * columns], &norm, 1e-5, layout, &mut work, &mut q);
+                    let mut out = vec![0.0; 2 * tokens];
+                    compute.linear(&q, &mut work, [(matrix, &mut out)]);
+                    bits(&out)
+                };
+                let out = product(9, Layout::Rows, &w);
+                assert_eq!(out, product(9, Layout::Rows, &packed(&ones, columns, 1.0, compute)), "base 3");
+                assert_eq!(out, product(9, Layout::Columns, &v));
+                assert_eq!(out[..2], product(1, Layout::Columns, &v));
+                out
             });
             assert!(out.iter().all(|&y| (f32::from_bits(y) - sign * columns as f32).abs() < 0.1));
         }
@@ -350,8 +345,7 @@ fn head_embedding_rope_and_sums_are_the_same_everywhere() {
                     .flat_map(|_| ((random.next() & 0xbbff) as u16).to_le_bytes())
                     .collect(),
             };
-            let n = bytes.len();
-            let w = FloatMatrix::new(Bytes::new(Arc::new(bytes), 0..n), ty, rows, columns);
+            let w = FloatMatrix::new(shared(bytes), ty, rows, columns);
             let (embedded, logits) = everywhere(|compute| {
                 let mut embedded = vec![f32::NAN; rows * columns];
                 compute.embed(&w, &(0..rows as u32).collect::<Vec<_>>(), &mut embedded).unwrap();
@@ -395,14 +389,12 @@ fn screened_head(random: &mut Random, rows: usize, columns: usize, compute: &Com
     (0..rows).step_by(97).for_each(|r| weights[r * columns + r % columns] *= 20.0);
     weights[..columns].fill(0.25);
     let bytes: Vec<u8> = weights.iter().flat_map(|w| w.to_le_bytes()).collect();
-    let n = bytes.len();
-    let matrix = FloatMatrix::new(Bytes::new(Arc::new(bytes), 0..n), FloatType::F32, rows, columns);
+    let matrix = FloatMatrix::new(shared(bytes), FloatType::F32, rows, columns);
     let mut copy = vec![0; Screen::bytes(rows, columns)];
     for (part, out) in copy.chunks_mut(Screen::bytes(Screen::PART, columns)).enumerate() {
         compute.screen_part(&matrix, part, out);
     }
-    let n = copy.len();
-    Head { matrix, screen: Some(Screen::new(Bytes::new(Arc::new(copy), 0..n), rows, columns)) }
+    Head { matrix, screen: Some(Screen::new(shared(copy), rows, columns)) }
 }
 
 #[test]

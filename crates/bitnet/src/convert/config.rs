@@ -81,11 +81,8 @@ impl Keys<'_> {
             Json::Null => "nothing".to_owned(),
             json => json.to_string(),
         };
-        ConvertError::checkpoint(
-            self.path,
-            format!("key {key:?}"),
-            format!("expected {expected}, found {found}"),
-        )
+        let problem = format!("expected {expected}, found {found}");
+        ConvertError::checkpoint(self.path, format!("key {key:?}"), problem)
     }
 
     /// Fails unless the value is null or one of these.
@@ -165,30 +162,22 @@ impl HfConfig {
             return Err(keys.error("quantization_config.quant_method", "\"bitnet\""));
         }
         // What transformers takes where the keys are absent: packed weights and a scale to divide by.
-        let packed = match (
-            keys.get("quantization_config.quantization_mode").as_str().unwrap_or("offline"),
-            keys.get("quantization_config.linear_class").as_str().unwrap_or("bitlinear"),
-        ) {
+        const MODE: &str = "quantization_config.quantization_mode";
+        const CLASS: &str = "quantization_config.linear_class";
+        let mode = keys.get(MODE).as_str().unwrap_or("offline");
+        let packed = match (mode, keys.get(CLASS).as_str().unwrap_or("bitlinear")) {
             _ if family == Family::OneBitLlm => None,
             ("online", "autobitlinear") => None,
             ("offline", "autobitlinear") => Some(ScaleDirection::Multiply),
             ("offline", "bitlinear") => Some(ScaleDirection::Divide),
-            ("online", _) => return Err(keys.error("quantization_config.linear_class", "\"autobitlinear\"")),
-            ("offline", _) => {
-                return Err(
-                    keys.error("quantization_config.linear_class", "\"autobitlinear\" or \"bitlinear\"")
-                );
-            }
-            _ => {
-                return Err(keys.error("quantization_config.quantization_mode", "\"online\" or \"offline\""));
-            }
+            ("online", _) => return Err(keys.error(CLASS, "\"autobitlinear\"")),
+            ("offline", _) => return Err(keys.error(CLASS, "\"autobitlinear\" or \"bitlinear\"")),
+            _ => return Err(keys.error(MODE, "\"online\" or \"offline\"")),
         };
         keys.only("quantization_config.use_rms_norm", &[false.into()])?;
         // The head is never converted.
-        keys.only(
-            "quantization_config.modules_to_not_convert",
-            &[Json::from(["lm_head"]), Json::Array(Vec::new())],
-        )?;
+        let unconverted = [Json::from(["lm_head"]), Json::Array(Vec::new())];
+        keys.only("quantization_config.modules_to_not_convert", &unconverted)?;
         keys.only("attention_bias", &[false.into()])?;
         keys.only("mlp_bias", &[false.into()])?;
         keys.only("rope_parameters.partial_rotary_factor", &[1.into(), 1.0.into()])?;
@@ -210,9 +199,8 @@ impl HfConfig {
         let head_dim = match keys.get("head_dim") {
             Json::Null if hidden_size.is_multiple_of(n_heads) => hidden_size / n_heads,
             Json::Null => {
-                return Err(
-                    keys.error("num_attention_heads", format_args!("a divisor of hidden_size {hidden_size}"))
-                );
+                let expected = format_args!("a divisor of hidden_size {hidden_size}");
+                return Err(keys.error("num_attention_heads", expected));
             }
             _ => keys.size("head_dim")?,
         };
@@ -237,10 +225,11 @@ impl HfConfig {
             n_kv_heads,
             head_dim,
             rms_norm_eps: keys.float("rms_norm_eps", 1e-12..=0.1)?,
-            rope_theta: theta
-                .map_or(Ok(if family == Family::BitNet { 500_000.0 } else { 10_000.0 }), |key| {
-                    keys.float(key, 1.0..=1e12)
-                })?,
+            rope_theta: match theta {
+                Some(key) => keys.float(key, 1.0..=1e12)?,
+                None if family == Family::BitNet => 500_000.0,
+                None => 10_000.0,
+            },
             rope_scaling: rope_scaling(&keys)?,
             tied: keys.get("tie_word_embeddings") == true,
             bos: keys.token("bos_token_id", vocab_size)?,

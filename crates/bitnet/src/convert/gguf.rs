@@ -8,7 +8,7 @@ use bitnet_kernels::ternary::pack;
 
 use super::output::{Output, decode, encode};
 use super::{ConvertError, Meter, Options, Report, Result, Tell};
-use crate::model::stored::{EXACT_SCALES, ExactScales, exact_scales, is_ternary, row_format};
+use crate::model::stored::{EXACT_SCALES, ExactScales, is_ternary, misfit, row_format, scale_of, unpack_row};
 
 /// Weights in a piece of a tensor.
 const PIECE: usize = 1 << 18;
@@ -18,7 +18,8 @@ pub(super) fn to_gguf(input: &Path, out: &Path, options: Options, progress: &mut
     let exact = ExactScales::read(&gguf);
     let mut scales = Vec::new();
     for tensor in gguf.tensors().iter().filter(|tensor| is_ternary(tensor)) {
-        scales.push(scale_of(&gguf, tensor, &exact)?);
+        let scale = scale_of(&gguf, tensor, &exact).map_err(|problem| error(&gguf, tensor, problem))?;
+        scales.push(scale.unwrap_or(1.0));
     }
     if scales.is_empty() {
         let thing = format!("{} tensors", gguf.tensors().len());
@@ -61,8 +62,8 @@ pub(super) fn to_gguf(input: &Path, out: &Path, options: Options, progress: &mut
             }
             _ => tensor.ty,
         };
-        if is_ternary(tensor) {
-            check_columns(&gguf, tensor, ty)?;
+        if let Some(problem) = misfit(&tensor.dims, ty).filter(|_| is_ternary(tensor)) {
+            return Err(error(&gguf, tensor, problem));
         }
         writer.tensor(&tensor.name, &tensor.dims, ty)?;
         read += tensor.byte_len;
@@ -71,7 +72,10 @@ pub(super) fn to_gguf(input: &Path, out: &Path, options: Options, progress: &mut
     }
 
     let mut meter = Meter { progress, done: 0, total: read + written };
-    let mut output = Output::new(writer, out)?;
+    let architecture = gguf.get_str("general.architecture")?.unwrap_or("unknown");
+    let embedding = gguf.tensors().iter().position(|tensor| tensor.name == "token_embd.weight");
+    let embedding = embedding.map_or(TensorType::F32, |at| types[at]);
+    let mut output = Output::new(writer, out, architecture, embedding)?;
     let mut scales = scales.into_iter();
     for (tensor, &ty) in gguf.tensors().iter().zip(&types) {
         if is_ternary(tensor) {
@@ -113,17 +117,7 @@ pub(super) fn to_gguf(input: &Path, out: &Path, options: Options, progress: &mut
         }
         gguf.advise_dontneed(tensor.range());
     }
-    let embedding = gguf.tensors().iter().position(|tensor| tensor.name == "token_embd.weight");
-    let (ternary_weights, zero_weights) = output.weights;
-    Ok(Report {
-        architecture: gguf.get_str("general.architecture")?.unwrap_or("unknown").to_owned(),
-        tensors: types.len(),
-        ternary_weights,
-        zero_weights,
-        embedding: embedding.map_or(TensorType::F32, |at| types[at]),
-        trits: output.finish(&mut meter)?,
-        notices,
-    })
+    output.finish(&mut meter, notices)
 }
 
 /// Keeps the scales where the type rounds them.
@@ -137,7 +131,7 @@ pub(super) fn write_scales(input: &Path, writer: &mut Writer, ty: TensorType, sc
         return Err(ConvertError::checkpoint(input, "a scale", format!("{bad} cannot be stored in {ty}")));
     }
     if scales.iter().any(|&scale| format.stored_scale(scale) != scale) {
-        writer.meta_array(EXACT_SCALES, ValueType::F32, exact_scales(scales))?;
+        writer.meta_array(EXACT_SCALES, ValueType::F32, scales.iter().copied().map(Value::F32))?;
     }
     Ok(())
 }
@@ -161,20 +155,6 @@ pub(super) fn fits(x: f32, ty: TensorType) -> bool {
         }
 }
 
-/// Why a matrix of these dimensions, the fastest first, does not fill the blocks of a type of ternary weights.
-pub(super) fn misfit(dims: &[u64], ty: TensorType) -> Option<String> {
-    let (block, weights, rows, hint) = match row_format(ty) {
-        Some(format) => (format.block(), dims[0], "rows of ", ": use I2_S"),
-        None => (pack::BLOCK, dims.iter().product(), "", ""),
-    };
-    (!weights.is_multiple_of(block as u64))
-        .then(|| format!("{rows}{weights} weights do not fill the blocks of {block} of {ty}{hint}"))
-}
-
-fn check_columns(gguf: &Gguf, tensor: &TensorInfo, ty: TensorType) -> Result<()> {
-    misfit(&tensor.dims, ty).map_or(Ok(()), |problem| Err(error(gguf, tensor, problem)))
-}
-
 fn error(gguf: &Gguf, tensor: &TensorInfo, problem: impl Into<String>) -> ConvertError {
     let thing = format!("tensor {:?} at byte {}", tensor.name, tensor.offset);
     ConvertError::checkpoint(Path::new(gguf.name()), thing, problem)
@@ -188,9 +168,8 @@ pub(super) fn read_ternary(
     exact: &ExactScales<'_>,
     take: &mut dyn FnMut(&[i8], u64) -> Result<()>,
 ) -> Result<Option<f32>> {
-    let bytes = gguf.tensor_bytes(tensor);
-    let n = tensor.n_elements() as usize;
-    check_columns(gguf, tensor, tensor.ty)?;
+    let (bytes, n) = (gguf.tensor_bytes(tensor), tensor.n_elements() as usize);
+    let scale = scale_of(gguf, tensor, exact).map_err(|problem| error(gguf, tensor, problem))?;
     let Some(format) = row_format(tensor.ty) else {
         let (codes, tail) = bytes.split_at(n / 4);
         for (i, piece) in codes.chunks(PIECE / 4).enumerate() {
@@ -200,52 +179,19 @@ pub(super) fn read_ternary(
             let last = (i + 1) * PIECE >= n;
             take(&trits, (piece.len() + if last { tail.len() } else { 0 }) as u64)?;
         }
-        let scale = f32::from_le_bytes([tail[0], tail[1], tail[2], tail[3]]);
-        return if scale.is_finite() {
-            Ok(Some(scale))
-        } else {
-            Err(error(gguf, tensor, "the scale is not finite"))
-        };
+        return Ok(scale);
     };
-    let columns = tensor.dims[0] as usize;
+    let (columns, row_bytes) = (tensor.dims[0] as usize, format.row_bytes(tensor.dims[0] as usize));
     let rows = (PIECE / columns).max(1);
     let mut trits = vec![0; rows * columns];
-    let mut scale: Option<f32> = None;
-    for (i, piece) in bytes.chunks(rows * format.row_bytes(columns)).enumerate() {
+    for (i, piece) in bytes.chunks(rows * row_bytes).enumerate() {
         let mut filled = 0;
-        for (r, row) in piece.chunks(format.row_bytes(columns)).enumerate() {
-            let at = |problem: String| error(gguf, tensor, format!("row {}: {problem}", i * rows + r));
-            let found = format.unpack_row(row, &mut trits[filled..filled + columns]);
-            match (scale, found.map_err(|e| at(e.to_string()))?) {
-                (Some(scale), Some(found)) if scale.to_bits() != found.to_bits() => {
-                    return Err(at(format!("its scale is {found}, others have {scale}: this is no BitNet")));
-                }
-                (_, Some(found)) if !found.is_finite() => return Err(at(format!("its scale is {found}"))),
-                (None, found) => scale = found,
-                _ => {}
-            }
+        for (r, (row, trits)) in piece.chunks(row_bytes).zip(trits.chunks_mut(columns)).enumerate() {
+            unpack_row(row, format, i * rows + r, scale.unwrap_or(1.0), trits)
+                .map_err(|problem| error(gguf, tensor, problem))?;
             filled += columns;
         }
         take(&trits[..filled], piece.len() as u64)?;
     }
-    Ok(exact.of(tensor, format, scale))
-}
-
-/// The scale of a ternary tensor, without reading more than it takes to find it.
-fn scale_of(gguf: &Gguf, tensor: &TensorInfo, exact: &ExactScales<'_>) -> Result<f32> {
-    check_columns(gguf, tensor, tensor.ty)?;
-    let bytes = gguf.tensor_bytes(tensor);
-    let Some(format) = row_format(tensor.ty) else {
-        let tail = bytes.get(tensor.n_elements() as usize / 4..).and_then(|tail| tail.first_chunk());
-        return Ok(tail.map_or(1.0, |tail| f32::from_le_bytes(*tail)));
-    };
-    let columns = tensor.dims[0] as usize;
-    let mut trits = vec![0; columns];
-    for row in bytes.chunks(format.row_bytes(columns)) {
-        let found = format.unpack_row(row, &mut trits).map_err(|e| error(gguf, tensor, e.to_string()))?;
-        if found.is_some() {
-            return Ok(exact.of(tensor, format, found).unwrap_or(1.0));
-        }
-    }
-    Ok(exact.of(tensor, format, None).unwrap_or(1.0))
+    Ok(scale)
 }

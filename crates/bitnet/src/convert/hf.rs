@@ -7,11 +7,11 @@ use bitnet_kernels::half::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 
 use super::checkpoint::{Checkpoint, Tensor};
 use super::config::{Family, HfConfig, ScaleDirection};
-use super::gguf::{fits, misfit, write_scales};
+use super::gguf::{fits, write_scales};
 use super::output::{Output, decode, encode};
 use super::vocab::HfTokenizer;
 use super::{ConvertError, HeadType, Meter, Options, Report, Result, Tell};
-use crate::model::stored::Pairs;
+use crate::model::stored::{Pairs, misfit};
 
 pub(super) fn to_gguf(dir: &Path, out: &Path, options: Options, progress: &mut Tell<'_>) -> Result<Report> {
     let config = HfConfig::read(&dir.join("config.json"))?;
@@ -21,7 +21,7 @@ pub(super) fn to_gguf(dir: &Path, out: &Path, options: Options, progress: &mut T
     if tokenizer.is_none() {
         notices.push("no tokenizer: the file will have no vocabulary".to_owned());
     }
-    let parts = parts(dir, &config, &checkpoint, &mut notices)?;
+    let mut parts = parts(dir, &config, &checkpoint, &mut notices)?;
     let ternary = options.ternary.tensor_type();
 
     // The type of an embedding, and so the length of the file, may depend on its values.
@@ -29,31 +29,23 @@ pub(super) fn to_gguf(dir: &Path, out: &Path, options: Options, progress: &mut T
         Kind::Norm => 1,
         Kind::Embedding if options.head == HeadType::Auto => 2,
         Kind::Embedding => 1,
-        Kind::Ternary => 2,
+        Kind::Master { .. } => 2,
         Kind::Packed { .. } => 4,
     };
     let total = parts.iter().map(|part| part.tensor.byte_len * passes(part)).sum();
     let mut run = Run { meter: Meter { progress, done: 0, total }, notices };
-    let mut scales = Vec::new();
-    let mut inverses = Vec::new();
-    let mut types = Vec::new();
-    for part in &parts {
-        types.push(match part.kind {
+    for part in &mut parts {
+        part.ty = match &mut part.kind {
             Kind::Norm => TensorType::F32,
             Kind::Embedding => run.embedding_type(&part.tensor, options.head)?,
-            Kind::Ternary | Kind::Packed { .. } => ternary,
-        });
-        match part.kind {
-            Kind::Ternary => {
-                let inverse = run.inverse_scale(&part.tensor)?;
-                scales.push(1.0 / inverse);
-                inverses.push(inverse);
+            Kind::Master { inverse } => {
+                *inverse = run.inverse_scale(&part.tensor)?;
+                ternary
             }
-            Kind::Packed { scale } => scales.push(scale),
-            Kind::Norm | Kind::Embedding => {}
-        }
+            Kind::Packed { .. } => ternary,
+        };
         // Verifying reads what is written.
-        run.meter.total += types.last().and_then(|ty| ty.byte_len(&part.dims())).unwrap_or(0);
+        run.meter.total += part.ty.byte_len(&part.dims()).unwrap_or(0);
     }
 
     let mut writer = Writer::new(out);
@@ -64,35 +56,28 @@ pub(super) fn to_gguf(dir: &Path, out: &Path, options: Options, progress: &mut T
         tokenizer.write(&mut writer)?;
     }
     writer.meta("general.quantization_version", Value::U32(2))?;
+    let scales: Vec<f32> = parts.iter().filter_map(Part::scale).collect();
     write_scales(dir, &mut writer, ternary, &scales)?;
-    for (part, &ty) in parts.iter().zip(&types) {
-        part.check(ty)?;
-        writer.tensor(&part.name, &part.dims(), ty)?;
+    for part in &parts {
+        if part.scale().is_some()
+            && let Some(problem) = misfit(&part.dims(), part.ty)
+        {
+            return Err(part.tensor.error(problem));
+        }
+        writer.tensor(&part.name, &part.dims(), part.ty)?;
     }
     let rope_factors = config.rope_factors();
     if let Some(factors) = &rope_factors {
         writer.tensor(ROPE_FREQS, &[factors.len() as u64], TensorType::F32)?;
     }
 
-    let mut output = Output::new(writer, out)?;
-    let (mut scales, mut inverses) = (scales.into_iter(), inverses.into_iter());
-    for (part, &ty) in parts.iter().zip(&types) {
-        match part.kind {
-            Kind::Norm | Kind::Embedding => {
-                output.bytes(&part.name, |take| run.floats(&part.tensor, ty, take))?;
-            }
-            Kind::Ternary => {
-                let (scale, inverse) = (scales.next().unwrap_or(1.0), inverses.next().unwrap_or(1.0));
-                output.ternary(&part.name, ty, part.columns(), scale, |take| {
-                    part.in_order(take, |take| run.quantize(&part.tensor, inverse, take))
-                })?;
-            }
-            Kind::Packed { .. } => {
-                let scale = scales.next().unwrap_or(1.0);
-                output.ternary(&part.name, ty, part.columns(), scale, |take| {
-                    part.in_order(take, |take| run.unpack(&part.tensor, take))
-                })?;
-            }
+    let mut output = Output::new(writer, out, config.architecture(), parts[0].ty)?;
+    for part in &parts {
+        match part.scale() {
+            None => output.bytes(&part.name, |take| run.floats(&part.tensor, part.ty, take))?,
+            Some(scale) => output.ternary(&part.name, part.ty, part.columns(), scale, |take| {
+                part.in_order(take, |take| run.trits(part, take))
+            })?,
         }
     }
     if let Some(factors) = &rope_factors {
@@ -100,16 +85,7 @@ pub(super) fn to_gguf(dir: &Path, out: &Path, options: Options, progress: &mut T
         output.bytes(ROPE_FREQS, |take| take(&bytes))?;
         run.meter.total += bytes.len() as u64;
     }
-    let (ternary_weights, zero_weights) = output.weights;
-    Ok(Report {
-        architecture: config.architecture().to_owned(),
-        tensors: parts.len() + usize::from(rope_factors.is_some()),
-        ternary_weights,
-        zero_weights,
-        embedding: types[0],
-        trits: output.finish(&mut run.meter)?,
-        notices: run.notices,
-    })
+    output.finish(&mut run.meter, run.notices)
 }
 
 /// llama.cpp's name for the divisors of the RoPE frequencies.
@@ -121,6 +97,8 @@ struct Part<'a> {
     name: String,
     tensor: Tensor<'a>,
     kind: Kind,
+    /// Its type there.
+    ty: TensorType,
     /// The order of its rows there.
     pairs: Option<Pairs>,
 }
@@ -132,8 +110,10 @@ type Take<'a> = dyn FnMut(&[i8]) -> Result<()> + 'a;
 enum Kind {
     Norm,
     Embedding,
-    /// Master weights, to be made ternary.
-    Ternary,
+    /// Master weights, to be multiplied with this and rounded.
+    Master {
+        inverse: f32,
+    },
     /// Ternary weights, four a byte.
     Packed {
         scale: f32,
@@ -148,6 +128,15 @@ impl Part<'_> {
             *rows *= 4;
         }
         dims
+    }
+
+    /// The scale of a ternary matrix.
+    fn scale(&self) -> Option<f32> {
+        match self.kind {
+            Kind::Norm | Kind::Embedding => None,
+            Kind::Master { inverse } => Some(1.0 / inverse),
+            Kind::Packed { scale } => Some(scale),
+        }
     }
 
     fn columns(&self) -> usize {
@@ -168,14 +157,6 @@ impl Part<'_> {
         }
         ordered.chunks(1 << 18).try_for_each(take)
     }
-
-    /// Refuses weights that do not fill the blocks of a type.
-    fn check(&self, ty: TensorType) -> Result<()> {
-        match self.kind {
-            Kind::Norm | Kind::Embedding => Ok(()),
-            _ => misfit(&self.dims(), ty).map_or(Ok(()), |problem| Err(self.tensor.error(problem))),
-        }
-    }
 }
 
 /// All tensors in the order of the file, the embedding first; refuses a checkpoint that has fewer or more.
@@ -185,7 +166,8 @@ fn parts<'a>(
     checkpoint: &'a Checkpoint,
     notices: &mut Vec<String>,
 ) -> Result<Vec<Part<'a>>> {
-    use Kind::*;
+    use Kind::{Embedding, Norm, Packed};
+    const MASTER: Kind = Kind::Master { inverse: 1.0 };
     let (hidden, ff) = (config.hidden_size, config.intermediate_size);
     let (q, kv) = (config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim);
     let (attn_sub_norm, ffn_sub_norm) = match config.family {
@@ -194,23 +176,23 @@ fn parts<'a>(
     };
     let layer = [
         ("attn_norm", "input_layernorm", vec![hidden], Norm),
-        ("attn_q", "self_attn.q_proj", vec![q, hidden], Ternary),
-        ("attn_k", "self_attn.k_proj", vec![kv, hidden], Ternary),
-        ("attn_v", "self_attn.v_proj", vec![kv, hidden], Ternary),
+        ("attn_q", "self_attn.q_proj", vec![q, hidden], MASTER),
+        ("attn_k", "self_attn.k_proj", vec![kv, hidden], MASTER),
+        ("attn_v", "self_attn.v_proj", vec![kv, hidden], MASTER),
         ("attn_sub_norm", attn_sub_norm, vec![q], Norm),
-        ("attn_output", "self_attn.o_proj", vec![hidden, q], Ternary),
+        ("attn_output", "self_attn.o_proj", vec![hidden, q], MASTER),
         ("ffn_norm", "post_attention_layernorm", vec![hidden], Norm),
-        ("ffn_gate", "mlp.gate_proj", vec![ff, hidden], Ternary),
-        ("ffn_up", "mlp.up_proj", vec![ff, hidden], Ternary),
+        ("ffn_gate", "mlp.gate_proj", vec![ff, hidden], MASTER),
+        ("ffn_up", "mlp.up_proj", vec![ff, hidden], MASTER),
         ("ffn_sub_norm", ffn_sub_norm, vec![ff], Norm),
-        ("ffn_down", "mlp.down_proj", vec![hidden, ff], Ternary),
+        ("ffn_down", "mlp.down_proj", vec![hidden, ff], MASTER),
     ];
     let mut parts = Vec::new();
     let mut scale_names = Vec::new();
     let sub_norms = config.family != Family::Llama;
     let mut add = |name: String, hf: &str, shape: &[u64], kind| {
         let (tensor, kind) = match (kind, config.packed) {
-            (Ternary, Some(direction)) => {
+            (Kind::Master { .. }, Some(direction)) => {
                 let [rows, columns] = *shape else { unreachable!("matrices have two dimensions") };
                 let scale_name = format!("{hf}_scale");
                 let scale = checkpoint.scalar(&scale_name)?;
@@ -228,7 +210,7 @@ fn parts<'a>(
             _ => (checkpoint.tensor(hf, shape, false)?, kind),
         };
         let pairs = config.pairs().filter(|_| name.contains("attn_q") || name.contains("attn_k"));
-        parts.push(Part { name, tensor, kind, pairs });
+        parts.push(Part { name, tensor, kind, ty: TensorType::F32, pairs });
         Ok(())
     };
     add("token_embd.weight".into(), "model.embed_tokens.weight", &[config.vocab_size, hidden], Embedding)?;
@@ -329,6 +311,13 @@ impl Run<'_> {
         })?;
         let mean = ((sum / tensor.elements() as f64) as f32).max(1e-5);
         Ok(1.0 / mean)
+    }
+
+    fn trits(&mut self, part: &Part<'_>, take: &mut Take<'_>) -> Result<()> {
+        match part.kind {
+            Kind::Master { inverse } => self.quantize(&part.tensor, inverse, take),
+            _ => self.unpack(&part.tensor, take),
+        }
     }
 
     /// Master weights as trits.

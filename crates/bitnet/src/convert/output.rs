@@ -11,7 +11,7 @@ use bitnet_kernels::ternary::pack;
 use sha2::{Digest, Sha256};
 
 use super::gguf::read_ternary;
-use super::{ConvertError, Meter, Result};
+use super::{ConvertError, Meter, Report, Result};
 use crate::model::stored::{ExactScales, is_ternary, row_format};
 
 /// The ternary weights of a file.
@@ -31,9 +31,6 @@ pub struct Trits {
 
 impl Trits {
     /// Reads all ternary weights of a file, checking each.
-    ///
-    /// # Errors
-    /// As for the input of a conversion.
     pub fn read(gguf: &Gguf) -> Result<Self, ConvertError> {
         let exact = ExactScales::read(gguf);
         let mut all = BTreeMap::new();
@@ -99,13 +96,27 @@ pub(super) struct Output<'a> {
     data: TensorWriter<AtomicFile>,
     path: &'a Path,
     expected: BTreeMap<String, Expected>,
-    /// Number of ternary weights, and of zeros among them.
-    pub(super) weights: (u64, u64),
+    /// What is to be told of it, but for the hash.
+    report: Report,
 }
 
 impl<'a> Output<'a> {
-    pub(super) fn new(writer: Writer, path: &'a Path) -> Result<Self> {
-        Ok(Self { data: writer.create()?, path, expected: BTreeMap::new(), weights: (0, 0) })
+    pub(super) fn new(
+        writer: Writer,
+        path: &'a Path,
+        architecture: &str,
+        embedding: TensorType,
+    ) -> Result<Self> {
+        let report = Report {
+            architecture: architecture.to_owned(),
+            tensors: 0,
+            ternary_weights: 0,
+            zero_weights: 0,
+            embedding,
+            trits: String::new(),
+            notices: Vec::new(),
+        };
+        Ok(Self { data: writer.create()?, path, expected: BTreeMap::new(), report })
     }
 
     /// Writes a ternary tensor of rows of `columns` weights, which `read` hands over in pieces.
@@ -127,8 +138,8 @@ impl<'a> Output<'a> {
             ConvertError::checkpoint(path, format!("tensor {name:?}"), error.to_string())
         };
         read(&mut |trits| {
-            self.weights.0 += trits.len() as u64;
-            self.weights.1 += trits.iter().filter(|&&trit| trit == 0).count() as u64;
+            self.report.ternary_weights += trits.len() as u64;
+            self.report.zero_weights += trits.iter().filter(|&&trit| trit == 0).count() as u64;
             pending.extend(trits);
             let whole = pending.len() / unit * unit;
             bytes.clear();
@@ -167,9 +178,9 @@ impl<'a> Output<'a> {
         Ok(())
     }
 
-    /// Reads the whole file again, and gives it its name if it is right. Returns the hash of its trits.
-    pub(super) fn finish(self, meter: &mut Meter<'_>) -> Result<String> {
-        let Self { data, path, expected, .. } = self;
+    /// Reads the whole file again, and gives it its name if it is right.
+    pub(super) fn finish(self, meter: &mut Meter<'_>, notices: Vec<String>) -> Result<Report> {
+        let Self { data, path, expected, report } = self;
         let file = data.end()?;
         let gguf = Gguf::open(file.temporary())?;
         let refuse = |tensor: &TensorInfo| ConvertError::Verify {
@@ -209,7 +220,7 @@ impl<'a> Output<'a> {
         let trits = joined(all.into_values());
         drop(gguf);
         file.commit().map_err(|e| ConvertError::io(path, "write", e))?;
-        Ok(trits)
+        Ok(Report { tensors: expected.len(), trits, notices, ..report })
     }
 }
 

@@ -56,7 +56,7 @@ impl HfTokenizer {
         if matches!(vocab.split, Split::Sentence { .. }) {
             vocab.scores.resize(size, 0.0);
         }
-        Tokenizer::new(&vocab.vocab()).map_err(broken)?;
+        Tokenizer::new(&vocab).map_err(broken)?;
 
         let settings_path = dir.join("tokenizer_config.json");
         let settings: Json = if settings_path.exists() { read_json(&settings_path)? } else { Json::Null };

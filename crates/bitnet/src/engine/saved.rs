@@ -26,36 +26,28 @@ const HEADER: usize = 56;
 const MAX_TOKENS: u32 = 1 << 24;
 
 /// Why a saved sequence was refused.
-#[allow(missing_docs)] // the names and messages of the fields say it all
+#[allow(missing_docs)] // the messages say it all
 #[derive(Debug, thiserror::Error)]
 pub enum SavedError {
-    /// It cannot be read or written.
     #[error(transparent)]
     Io(#[from] io::Error),
-    /// Something else.
     #[error("not a prompt cache: it does not begin with BITNETKV")]
     NotOne,
-    /// Of another version of this program.
     #[error(
         "written by another version of this program (format {format}, definition {definition}): remove it"
     )]
     Version { format: u32, definition: u32 },
-    /// Of another model.
     #[error("made with another model; its keys and values mean nothing to this one: name another file")]
     OtherModel,
-    /// Of another cache type.
     #[error(
         "holds keys and values of another type: take --cache-type {}, or name another file",
         found.map_or("?", KvType::name)
     )]
     CacheType { found: Option<KvType> },
-    /// Not as long as its number of tokens asks for.
     #[error("damaged: {found} bytes long, {tokens} tokens take {expected}: remove it")]
     Length { found: u64, tokens: u32, expected: u64 },
-    /// A checksum does not fit.
     #[error("damaged: page {page} is not what was written: remove it")]
     Damaged { page: usize },
-    /// The model has no file that could be recognised.
     #[error("a model of random weights has no identity")]
     NoIdentity,
 }
@@ -119,11 +111,7 @@ impl Engine {
         wanted: Option<&[u32]>,
     ) -> Result<(), SavedError> {
         assert!(self.tokens(sequence).is_empty(), "a sequence to read into is empty");
-        let result = self.read_pages(sequence, file, len, wanted);
-        if result.is_err() {
-            self.truncate(sequence, 0);
-        }
-        result
+        self.read_pages(sequence, file, len, wanted).inspect_err(|_| self.truncate(sequence, 0))
     }
 
     fn read_pages(
@@ -134,17 +122,14 @@ impl Engine {
         wanted: Option<&[u32]>,
     ) -> Result<(), SavedError> {
         let mut header = [0; HEADER];
-        if len < 8 {
+        let there = len.min(HEADER as u64) as usize;
+        file.read_exact(&mut header[..there])?;
+        if !header.starts_with(MAGIC) {
             return Err(SavedError::NotOne);
         }
-        file.read_exact(&mut header[..8])?;
-        if header[..8] != *MAGIC {
-            return Err(SavedError::NotOne);
-        }
-        if len < HEADER as u64 {
+        if there < HEADER {
             return Err(SavedError::Length { found: len, tokens: 0, expected: HEADER as u64 });
         }
-        file.read_exact(&mut header[8..])?;
         let number =
             |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
         let tokens = number(52);

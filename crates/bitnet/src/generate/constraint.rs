@@ -22,14 +22,8 @@ pub trait Guide: Send {
     /// Where that takes too much time or memory to find out.
     fn mask(&mut self, mask: &mut [u32]) -> Result<bool, ConstraintError>;
     /// Takes in a token that may follow.
-    ///
-    /// # Errors
-    /// As [`Self::mask`], or if it may not follow.
     fn push(&mut self, token: u32) -> Result<(), ConstraintError>;
     /// Takes the last `count` tokens back.
-    ///
-    /// # Errors
-    /// As [`Self::push`].
     fn pop(&mut self, count: usize) -> Result<(), ConstraintError>;
 }
 

@@ -67,14 +67,13 @@ impl Output {
 
     /// What the bytes of another token bring to light.
     pub(super) fn push(&mut self, bytes: &[u8]) -> (&str, Option<usize>) {
-        let out = self.stops.push(self.text.push(bytes));
-        (out.text, out.stop)
+        self.stops.push(self.text.push(bytes))
     }
 
     /// What was held back: the start of a stop string that did not come, an unfinished character.
     pub(super) fn finish(&mut self) -> (String, Option<usize>) {
-        let out = self.stops.push(self.text.finish());
-        let (mut tail, matched) = (out.text.to_owned(), out.stop);
+        let (tail, matched) = self.stops.push(self.text.finish());
+        let mut tail = tail.to_owned();
         if matched.is_none() {
             tail.push_str(&self.stops.finish());
         }

@@ -1,8 +1,9 @@
 //! The cache folder: one folder a repository, with `blobs`, `refs` and `snapshots`.
 
 use super::HubError;
+use bitnet_gguf::AtomicFile;
 use std::fs::{self, File, TryLockError};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 /// A model in the cache, or what has arrived of a file.
@@ -98,13 +99,14 @@ impl Repo {
 
     /// Lets a revision mean a commit.
     pub(super) fn write_ref(&self, revision: &str, commit: &str) -> Result<(), HubError> {
-        let folder = self.folder.join("refs");
-        let path = folder.join(revision);
-        let temporary = folder.join(format!(".{revision}.{}.tmp", std::process::id()));
-        fs::create_dir_all(&folder)
-            .and_then(|()| fs::write(&temporary, commit))
-            .and_then(|()| fs::rename(&temporary, &path))
-            .map_err(HubError::io(&path, "write"))
+        let path = self.folder.join("refs").join(revision);
+        let write = || {
+            fs::create_dir_all(self.folder.join("refs"))?;
+            let mut file = AtomicFile::create(&path)?;
+            file.write_all(commit.as_bytes())?;
+            file.commit()
+        };
+        write().map_err(HubError::io(&path, "write"))
     }
 
     /// Removes the repository or one file of it: the bytes freed, None if it is not there.

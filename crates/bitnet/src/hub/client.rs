@@ -17,29 +17,14 @@ const MAX_PAUSE: Duration = Duration::from_secs(120);
 /// Longest answer in JSON: a repository of 10,000 files has some 2 MB.
 const MAX_JSON: u64 = 32 << 20;
 
-/// The checksum of a file, in lower-case hexadecimal digits.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Digest {
-    /// SHA-256 of a large file.
-    Sha256(String),
-    /// SHA-1 of a small file as git stores it.
-    Git(String),
-}
-
-impl Digest {
-    pub(super) fn hex(&self) -> &str {
-        match self {
-            Self::Sha256(hex) | Self::Git(hex) => hex,
-        }
-    }
-}
-
 /// What the hub says about a file.
 #[derive(Clone, Debug)]
 pub(super) struct FileMeta {
     /// The commit, 40 hexadecimal digits.
     pub(super) commit: String,
-    pub(super) digest: Digest,
+    /// In lower-case hexadecimal digits: the 64 of the SHA-256 of a large file, or the 40 of the SHA-1 of a small one as git
+    /// stores it.
+    pub(super) digest: String,
     pub(super) size: u64,
 }
 
@@ -135,20 +120,16 @@ impl<'a> Client<'a> {
         let url = self.resolve_url(repo, revision, file);
         let (_, response) = self.retry(|| self.follow("HEAD", &url, None, true))?;
         let headers = response.headers();
-        let refuse = |problem: &str| HubError::Server { url: shown(&url), problem: problem.to_owned() };
+        let refuse = |problem: &str| HubError::server(&url, problem);
         let commit = check_commit(&url, header(headers, "x-repo-commit"))?;
         let etag = header(headers, "x-linked-etag").or_else(|| header(headers, "etag"));
         let hex = etag.unwrap_or_default().trim_start_matches("W/").trim_matches('"');
         let is_hex = hex.bytes().all(|b| b.is_ascii_hexdigit() && !b.is_ascii_uppercase());
-        let digest = match hex.len() {
-            64 if is_hex => Digest::Sha256(hex.to_owned()),
-            40 if is_hex => Digest::Git(hex.to_owned()),
-            _ => {
-                return Err(refuse(
-                    "the server tells no checksum (ETag) of the file, so it could not be verified",
-                ));
-            }
-        };
+        if !is_hex || ![64, 40].contains(&hex.len()) {
+            let problem = "the server tells no checksum (ETag) of the file, so it could not be verified";
+            return Err(refuse(problem));
+        }
+        let digest = hex.to_owned();
         let own = if response.status().is_success() { header(headers, "content-length") } else { None };
         let size = header(headers, "x-linked-size").or(own).and_then(|size| size.parse().ok());
         let size = size.ok_or_else(|| refuse("the server does not tell the size of the file"))?;
@@ -160,10 +141,8 @@ impl<'a> Client<'a> {
         let mut bytes = Vec::new();
         let mut body = response.body_mut().as_reader().take(MAX_JSON);
         body.read_to_end(&mut bytes).map_err(|error| Failure::passing(url, error))?;
-        serde_json::from_slice(&bytes).map_err(|error| {
-            HubError::Server { url: shown(url), problem: format!("not the JSON of a repository: {error}") }
-                .into()
-        })
+        let refuse = |error| HubError::server(url, format!("not the JSON of a repository: {error}")).into();
+        serde_json::from_slice(&bytes).map_err(refuse)
     }
 
     /// Sends a request and follows redirects, the last address coming back with the answer: 200 or 206. With
@@ -177,12 +156,11 @@ impl<'a> Client<'a> {
     ) -> Result<(String, Response<Body>), Failure> {
         let mut at = url.to_owned();
         for _ in 0..=MAX_REDIRECTS {
-            let bad = |problem: String| HubError::Server { url: shown(&at), problem };
-            let origin = Origin::of(&at).ok_or_else(|| bad("this is no address of a server".into()))?;
+            let bad = |problem: &str| HubError::server(&at, problem);
+            let origin = Origin::of(&at).ok_or_else(|| bad("this is no address of a server"))?;
             if self.endpoint.secure && !origin.secure {
-                return Err(
-                    bad("the server sends the reader on to an address without encryption".into()).into()
-                );
+                let problem = "the server sends the reader on to an address without encryption";
+                return Err(bad(problem).into());
             }
             let mut request = if method == "HEAD" { self.agent.head(&at) } else { self.agent.get(&at) };
             if let Some(token) = self.hub.token.as_ref().filter(|_| origin == self.endpoint) {
@@ -198,7 +176,7 @@ impl<'a> Client<'a> {
                 301 | 302 | 303 | 307 | 308 => {
                     let location = header(response.headers(), "location");
                     let next = location.and_then(|to| join(&at, to));
-                    let next = next.ok_or_else(|| bad("a redirect to nowhere".into()))?;
+                    let next = next.ok_or_else(|| bad("a redirect to nowhere"))?;
                     let away = Origin::of(&next).is_none_or(|origin| origin != self.endpoint);
                     let told = header(response.headers(), "x-linked-etag").is_some();
                     if stay && (away || told) {
@@ -209,8 +187,7 @@ impl<'a> Client<'a> {
                 status => return Err(self.refusal(&at, status, response.headers())),
             }
         }
-        Err(HubError::Server { url: shown(url), problem: format!("more than {MAX_REDIRECTS} redirects") }
-            .into())
+        Err(HubError::server(url, format!("more than {MAX_REDIRECTS} redirects")).into())
     }
 
     fn refusal(&self, url: &str, status: u16, headers: &HeaderMap) -> Failure {
@@ -264,14 +241,12 @@ pub(super) fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> 
 
 fn check_commit(url: &str, commit: Option<&str>) -> Result<String, HubError> {
     let is_commit = |commit: &&str| commit.len() == 40 && commit.bytes().all(|b| b.is_ascii_hexdigit());
-    commit.filter(is_commit).map(str::to_owned).ok_or_else(|| HubError::Server {
-        url: shown(url),
-        problem: "no commit of a repository in the answer: this is no Hugging Face hub".into(),
-    })
+    let problem = "no commit of a repository in the answer: this is no Hugging Face hub";
+    commit.filter(is_commit).map(str::to_owned).ok_or_else(|| HubError::server(url, problem))
 }
 
 /// An address as a person may see it: without the signatures of a download.
-fn shown(url: &str) -> String {
+pub(super) fn shown(url: &str) -> String {
     url.split(['?', '#']).next().unwrap_or_default().to_owned()
 }
 

@@ -2,8 +2,8 @@
 //! beginning of the file, whoever stops when.
 
 use super::HubError;
-use super::client::{Client, Digest, Failure, FileMeta, header};
-use sha2::Digest as _;
+use super::client::{Client, Failure, FileMeta, header};
+use sha2::digest::{Digest, DynDigest};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
@@ -11,37 +11,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Connections at a time. Each holds at most one range in memory.
-const CONNECTIONS: usize = 8;
+const CONNECTIONS: u64 = 8;
 /// Bytes read from a connection at once.
 const PIECE: usize = 256 << 10;
 
-enum Hasher {
-    Sha256(sha2::Sha256),
-    Git(sha1::Sha1),
-}
+type Hasher = Box<dyn DynDigest + Send>;
 
-impl Hasher {
-    fn new(meta: &FileMeta) -> Self {
-        match meta.digest {
-            Digest::Sha256(_) => Self::Sha256(sha2::Sha256::new()),
-            // Git hashes a header with the file.
-            Digest::Git(_) => Self::Git(sha1::Sha1::new_with_prefix(format!("blob {}\0", meta.size))),
-        }
-    }
-
-    fn update(&mut self, bytes: &[u8]) {
-        match self {
-            Self::Sha256(hasher) => hasher.update(bytes),
-            Self::Git(hasher) => hasher.update(bytes),
-        }
-    }
-
-    fn hex(self) -> String {
-        let bytes = match self {
-            Self::Sha256(hasher) => hasher.finalize().to_vec(),
-            Self::Git(hasher) => hasher.finalize().to_vec(),
-        };
-        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+fn hasher(meta: &FileMeta) -> Hasher {
+    match meta.digest.len() {
+        64 => Box::new(sha2::Sha256::new()),
+        // Git hashes a header with the file.
+        _ => Box::new(sha1::Sha1::new_with_prefix(format!("blob {}\0", meta.size))),
     }
 }
 
@@ -54,6 +34,8 @@ struct Job<'a> {
     /// Bytes that are here, written or in memory.
     arrived: AtomicU64,
     progress: &'a (dyn Fn(u64) + Sync),
+    /// Whether the server sends ranges. If not, one connection reads whole files and passes over what is here.
+    ranged: bool,
     state: Mutex<State>,
     turn: Condvar,
 }
@@ -64,7 +46,7 @@ struct State {
     /// Bytes in the file and in the hash.
     written: u64,
     file: File,
-    hasher: Option<Hasher>,
+    hasher: Hasher,
     /// Where the last redirect led, so that the hub is not asked for every range.
     location: Option<String>,
     failure: Option<Stop>,
@@ -105,26 +87,26 @@ pub(super) fn download(
             path,
             arrived: written.into(),
             progress,
+            ranged,
             state: Mutex::new(State {
                 next: written,
                 written,
                 file: file.try_clone().map_err(HubError::io(path, "open"))?,
-                hasher: Some(hasher),
+                hasher,
                 location: None,
                 failure: None,
             }),
             turn: Condvar::new(),
         };
-        let found = match if ranged { job.in_ranges() } else { job.whole() } {
-            Ok(hasher) => hasher.hex(),
+        let found = match job.run() {
+            Ok(hasher) => hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect::<String>(),
             Err(Stop::Failure(failure)) => return Err(failure.error),
             Err(Stop::NoRanges) => {
-                file.set_len(0).map_err(HubError::io(path, "write"))?;
                 ranged = false;
                 continue;
             }
         };
-        if found == meta.digest.hex() {
+        if found == meta.digest {
             return file.sync_all().map_err(HubError::io(path, "write"));
         }
         file.set_len(0).map_err(HubError::io(path, "write"))?;
@@ -132,7 +114,7 @@ pub(super) fn download(
         if written == 0 {
             std::fs::remove_file(path).map_err(HubError::io(path, "remove"))?;
             let file = url.rsplit('/').next().unwrap_or_default().to_owned();
-            let expected = meta.digest.hex().to_owned();
+            let expected = meta.digest.clone();
             return Err(HubError::Checksum { file, expected, found });
         }
     }
@@ -144,7 +126,7 @@ fn prefix(file: &mut File, meta: &FileMeta) -> std::io::Result<(u64, Hasher)> {
         file.set_len(0)?;
     }
     file.seek(SeekFrom::Start(0))?;
-    let (mut hasher, mut written, mut piece) = (Hasher::new(meta), 0, vec![0; PIECE]);
+    let (mut hasher, mut written, mut piece) = (hasher(meta), 0, vec![0; PIECE]);
     loop {
         let n = file.read(&mut piece)?;
         if n == 0 {
@@ -160,36 +142,32 @@ impl Job<'_> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn in_ranges(&self) -> Result<Hasher, Stop> {
-        let ranges = (self.meta.size - self.lock().written).div_ceil(self.client.hub.range.max(1));
+    fn run(self) -> Result<Hasher, Stop> {
+        let (range, most) =
+            if self.ranged { (self.client.hub.range.max(1), CONNECTIONS) } else { (u64::MAX, 1) };
+        let ranges = (self.meta.size - self.lock().written).div_ceil(range);
         std::thread::scope(|scope| {
-            for _ in 0..ranges.min(CONNECTIONS as u64) {
+            for _ in 0..ranges.min(most) {
                 scope.spawn(|| {
-                    if let Err(stop) = self.work() {
+                    if let Err(stop) = self.work(range) {
                         self.lock().failure.get_or_insert(stop);
                         self.turn.notify_all();
                     }
                 });
             }
         });
-        self.end()
-    }
-
-    fn end(&self) -> Result<Hasher, Stop> {
-        let mut state = self.lock();
-        match (state.failure.take(), state.hasher.take()) {
-            (None, Some(hasher)) if state.written == self.meta.size => Ok(hasher),
-            (Some(stop), _) => Err(stop),
-            _ => Err(self.nonsense("the download ended early".into()).into()),
+        let (url, size) = (self.url, self.meta.size);
+        let State { failure, hasher, written, .. } =
+            self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
+        match failure {
+            None if written == size => Ok(hasher),
+            Some(stop) => Err(stop),
+            None => Err(HubError::server(url, "the download ended early").into()),
         }
     }
 
-    fn nonsense(&self, problem: String) -> HubError {
-        HubError::Server { url: self.url.to_owned(), problem }
-    }
-
     /// Takes ranges until there are none left.
-    fn work(&self) -> Result<(), Stop> {
+    fn work(&self, range: u64) -> Result<(), Stop> {
         let mut buffer = Vec::new();
         loop {
             let (start, end) = {
@@ -198,7 +176,7 @@ impl Job<'_> {
                     return Ok(());
                 }
                 let start = state.next;
-                state.next = self.meta.size.min(start.saturating_add(self.client.hub.range.max(1)));
+                state.next = self.meta.size.min(start.saturating_add(range));
                 (start, state.next)
             };
             let (mut at, mut tries) = (start, 0);
@@ -232,9 +210,7 @@ impl Job<'_> {
     fn write(&self, state: &mut State, buffer: &mut Vec<u8>) -> Result<(), HubError> {
         let State { file, hasher, written, .. } = state;
         file.write_all(buffer).map_err(HubError::io(self.path, "write"))?;
-        if let Some(hasher) = hasher {
-            hasher.update(buffer);
-        }
+        hasher.update(buffer);
         *written += buffer.len() as u64;
         buffer.clear();
         self.turn.notify_all();
@@ -255,12 +231,13 @@ impl Job<'_> {
             failure
         })?;
         self.lock().location = Some(location);
+        let whole = response.status() == 200;
         let length = header(response.headers(), "content-length").and_then(|n| n.parse().ok());
-        if length.is_some_and(|n: u64| response.status() == 200 && n != self.meta.size) {
+        if length.is_some_and(|n: u64| whole && n != self.meta.size) {
             let problem = format!("expected {} bytes, the server sends {length:?}", self.meta.size);
-            return Err(self.nonsense(problem).into());
+            return Err(HubError::server(self.url, problem).into());
         }
-        if response.status() == 200 && (*at, end) != (0, self.meta.size) {
+        if whole && self.ranged && (*at, end) != (0, self.meta.size) {
             return Err(Stop::NoRanges);
         }
         if response.status() == 206 {
@@ -268,13 +245,17 @@ impl Job<'_> {
             let (start, last, size) = (*at, end - 1, self.meta.size);
             let problem = format!("expected the bytes {start}-{last}/{size}, the server sends {found}");
             let expected = found.strip_prefix("bytes ").and_then(|range| range.split_once('/'));
-            let (range, total) = expected.ok_or_else(|| self.nonsense(problem.clone()))?;
+            let (range, total) = expected.ok_or_else(|| HubError::server(self.url, problem.clone()))?;
             let starts = range.split_once('-').is_some_and(|(first, _)| first.parse() == Ok(start));
             if !starts || total != "*" && total.parse() != Ok(size) {
-                return Err(self.nonsense(problem).into());
+                return Err(HubError::server(self.url, problem).into());
             }
         }
         let mut body = response.body_mut().as_reader();
+        if whole {
+            let passed = std::io::copy(&mut body.by_ref().take(*at), &mut std::io::sink());
+            passed.map_err(|error| Failure::passing(self.url, error))?;
+        }
         while *at < end {
             let from = buffer.len();
             let want = (PIECE as u64).min(end - *at) as usize;
@@ -296,32 +277,5 @@ impl Job<'_> {
             }
         }
         Ok(())
-    }
-
-    /// Reads the whole file in one go from a server that knows no ranges, anew after each break.
-    fn whole(&self) -> Result<Hasher, Stop> {
-        let mut tries = 0;
-        loop {
-            let (mut at, mut buffer) = (0, Vec::new());
-            match self.fetch(&mut at, self.meta.size, &mut buffer) {
-                Ok(()) => return self.end(),
-                Err(Stop::NoRanges) => {
-                    let problem = "the server sends other bytes than were asked for";
-                    return Err(self.nonsense(problem.into()).into());
-                }
-                Err(Stop::Failure(failure)) => {
-                    tries += 1;
-                    self.client.pause(failure, tries)?;
-                    let mut state = self.lock();
-                    let State { file, hasher, written, .. } = &mut *state;
-                    file.set_len(0)
-                        .and_then(|()| file.seek(SeekFrom::Start(0)))
-                        .map_err(HubError::io(self.path, "write"))?;
-                    *written = 0;
-                    *hasher = Some(Hasher::new(self.meta));
-                    self.arrived.store(0, Ordering::Relaxed);
-                }
-            }
-        }
     }
 }

@@ -104,6 +104,10 @@ impl HubError {
         move |error| Self::Io { path, action, error }
     }
 
+    fn server(url: &str, problem: impl Into<String>) -> Self {
+        Self::Server { url: client::shown(url), problem: problem.into() }
+    }
+
     fn repo(name: &ModelName, problem: impl Into<String>) -> Self {
         Self::Repo { repo: name.repo.clone(), problem: problem.into() }
     }
@@ -230,16 +234,16 @@ impl Hub {
         meta: &FileMeta,
         progress: &(dyn Fn(Progress<'_>) + Sync),
     ) -> Result<bool, HubError> {
-        let blob = repo.blob(meta.digest.hex());
+        let blob = repo.blob(&meta.digest);
         let state = Progress { file, done: 0, total: meta.size, waiting: false };
         let here = || fs::metadata(&blob).is_ok_and(|m| m.is_file() && m.len() == meta.size);
         let mut cached = here();
         if !cached {
-            let _lock = repo.lock(meta.digest.hex(), || progress(Progress { waiting: true, ..state }))?;
+            let _lock = repo.lock(&meta.digest, || progress(Progress { waiting: true, ..state }))?;
             // Another process may have brought it while this one waited.
             cached = here();
             if !cached {
-                let partial = repo.partial(meta.digest.hex());
+                let partial = repo.partial(&meta.digest);
                 let url = client.resolve_url(&name.repo, &meta.commit, file);
                 download::download(client, &url, meta, &partial, &|done| {
                     progress(Progress { done, ..state });
@@ -247,7 +251,7 @@ impl Hub {
                 fs::rename(&partial, &blob).map_err(HubError::io(&blob, "put into place"))?;
             }
         }
-        repo.link(&meta.commit, file, meta.digest.hex())?;
+        repo.link(&meta.commit, file, &meta.digest)?;
         Ok(cached)
     }
 

@@ -1,5 +1,6 @@
 //! What a model is, read from the metadata of its file.
 
+use super::stored::floats;
 use crate::Error;
 use bitnet_gguf::{Gguf, TensorInfo, TensorType};
 use bitnet_kernels::{Activation, KvShape, KvType, TernaryMatrix};
@@ -64,6 +65,10 @@ impl Keys<'_> {
         Error::Model { file: self.gguf.name().to_owned(), thing: thing.into(), problem: problem.into() }
     }
 
+    pub(crate) fn bad_tensor(&self, tensor: &TensorInfo, problem: impl Into<String>) -> Error {
+        self.error(format!("tensor {:?} at byte {}", tensor.name, tensor.offset), problem)
+    }
+
     fn key(&self, suffix: &str) -> String {
         format!("{}.{suffix}", self.arch)
     }
@@ -99,12 +104,8 @@ impl Keys<'_> {
 
 /// The tensor `name`, or the error that says it is missing.
 pub(crate) fn require<'a>(keys: &Keys<'a>, name: &str) -> Result<&'a TensorInfo, Error> {
-    keys.gguf.tensor(name).ok_or_else(|| {
-        keys.error(
-            format!("tensor {name:?}"),
-            format!("missing (the file lists {})", keys.gguf.tensors().len()),
-        )
-    })
+    let missing = || format!("missing (the file lists {})", keys.gguf.tensors().len());
+    keys.gguf.tensor(name).ok_or_else(|| keys.error(format!("tensor {name:?}"), missing()))
 }
 
 /// The tensor that llama.cpp keeps the divisors of Llama 3.1 in, times the one factor of linear scaling.
@@ -118,14 +119,12 @@ fn rope_factors(keys: &Keys<'_>, rope_dim: usize) -> Result<Vec<f32>, Error> {
     let Some(tensor) = keys.gguf.tensor("rope_freqs.weight") else {
         return Ok(if factor == 1.0 { Vec::new() } else { vec![factor; rope_dim / 2] });
     };
-    let bytes = keys.gguf.tensor_bytes(tensor);
-    let factors = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b) * factor);
-    let factors: Vec<f32> = factors.filter(|x| x.is_finite() && *x > 0.0).collect();
-    if tensor.ty == TensorType::F32 && factors.len() == rope_dim / 2 && bytes.len() == 2 * rope_dim {
+    let factors: Vec<f32> = floats(keys.gguf, tensor).map(|x| x * factor).collect();
+    let good = factors.iter().all(|x| x.is_finite() && *x > 0.0);
+    if tensor.ty == TensorType::F32 && factors.len() == rope_dim / 2 && good {
         return Ok(factors);
     }
-    let thing = format!("tensor \"rope_freqs.weight\" at byte {}", tensor.offset);
-    Err(keys.error(thing, format!("expected {} factors above 0 in F32", rope_dim / 2)))
+    Err(keys.bad_tensor(tensor, format!("expected {} factors above 0 in F32", rope_dim / 2)))
 }
 
 impl Config {
@@ -167,10 +166,9 @@ impl Config {
             return Err(keys.bad("attention.value_length", format!("expected the key length {head_dim}")));
         }
         if head_dim * n_heads > TernaryMatrix::MAX_COLUMNS {
-            return Err(keys.bad(
-                "attention.key_length",
-                format!("{n_heads} heads of {head_dim} are wider than {}", TernaryMatrix::MAX_COLUMNS),
-            ));
+            let problem =
+                format!("{n_heads} heads of {head_dim} are wider than {}", TernaryMatrix::MAX_COLUMNS);
+            return Err(keys.bad("attention.key_length", problem));
         }
         let rope_dim = keys.optional("rope.dimension_count", 2..=head_dim as u64)?.unwrap_or(head_dim);
         if !rope_dim.is_multiple_of(2) {
@@ -181,20 +179,14 @@ impl Config {
         let vocab_size = match keys.optional("vocab_size", 1..=1 << 24)? {
             Some(n) => n,
             None if (1..=1 << 24).contains(&rows) => rows as usize,
-            None => {
-                return Err(keys.error(
-                    format!("tensor \"token_embd.weight\" at byte {}", embedding.offset),
-                    format!("{rows} rows are no vocabulary"),
-                ));
-            }
+            None => return Err(keys.bad_tensor(embedding, format!("{rows} rows are no vocabulary"))),
         };
         let activation = match gguf.get_str(&keys.key("hidden_act"))? {
             Some("relu2") => Activation::Relu2,
             Some("silu") => Activation::Silu,
             Some(other) => {
-                return Err(
-                    keys.bad("hidden_act", format!("expected \"relu2\" or \"silu\", found {other:?}"))
-                );
+                let problem = format!("expected \"relu2\" or \"silu\", found {other:?}");
+                return Err(keys.bad("hidden_act", problem));
             }
             None if arch == LLAMA => by_arch,
             None => {

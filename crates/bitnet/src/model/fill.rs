@@ -31,7 +31,7 @@ pub(super) fn fill(
     let mut done = 0;
     for placed in &planner.placed {
         let (_, tail) = std::mem::take(&mut rest).split_at_mut(placed.range.start - done);
-        let (mut place, tail) = tail.split_at_mut(placed.range.len());
+        let (place, tail) = tail.split_at_mut(placed.range.len());
         (rest, done) = (tail, placed.range.end);
         let part = match placed.store {
             Store::Floats | Store::Blocks(_) | Store::Ternary => PART,
@@ -42,14 +42,8 @@ pub(super) fn fill(
             Store::Columns { rows, .. } => CHUNK * columns::column_bytes(rows),
             Store::Screen { columns, .. } => Screen::bytes(Screen::PART, columns),
         };
-        let mut at = 0;
-        while !place.is_empty() {
-            let (target, tail) = place.split_at_mut(part.min(place.len()));
-            place = tail;
-            let len = target.len();
-            parts.push(Mutex::new(Part { placed, at, target }));
-            at += len;
-        }
+        let targets = place.chunks_mut(part).enumerate();
+        parts.extend(targets.map(|(i, target)| Mutex::new(Part { placed, at: i * part, target })));
     }
     let failure = Mutex::new(None);
     let fail = |error| {
@@ -64,12 +58,16 @@ pub(super) fn fill(
         };
         let mut part = parts[task].lock().unwrap_or_else(PoisonError::into_inner);
         let Part { placed, at, target } = &mut *part;
-        let source = gguf.tensor_bytes(placed.tensor);
-        match placed.store {
+        let (source, offset) = (gguf.tensor_bytes(placed.tensor), placed.tensor.offset);
+        let rows_of = |first: usize, count: usize| {
+            let row = placed.tensor.byte_len / placed.tensor.dims[1];
+            offset + first as u64 * row..offset + (first + count) as u64 * row
+        };
+        // What of the file is done with.
+        let done = match placed.store {
             Store::Floats | Store::Ternary => {
                 target.copy_from_slice(&source[*at..*at + target.len()]);
-                let start = placed.tensor.offset + *at as u64;
-                gguf.advise_dontneed(start..start + target.len() as u64);
+                offset + *at as u64..offset + (*at + target.len()) as u64
             }
             Store::Blocks(format) => {
                 // Every part but the last is a whole number of blocks.
@@ -82,22 +80,18 @@ pub(super) fn fill(
                         *target = bitnet_kernels::half::f32_to_f16(value).to_le_bytes();
                     }
                 }
+                0..0
             }
             Store::Rows { columns, layout, format, pairs } => {
                 let (stored, mut plain) = (layout.bytes(1, columns), vec![0; row_bytes(columns)]);
                 let (first, rows) = (*at / stored, target.len() / stored);
                 for (i, target) in target.chunks_exact_mut(stored).enumerate() {
                     let row = pairs.map_or(first + i, |pairs| pairs.row(first + i));
-                    if let Some(format) = format {
-                        for (chunk, plain) in plain.as_chunks_mut::<{ CHUNK / 4 }>().0.iter_mut().enumerate()
-                        {
-                            match row_chunk(source, format, columns, row, chunk, placed.scale) {
-                                Ok(codes) => *plain = codes,
-                                Err(problem) => return fail(planner.error(placed.tensor, problem)),
-                            }
+                    for (chunk, plain) in plain.as_chunks_mut().0.iter_mut().enumerate() {
+                        match row_chunk(source, format, columns, row, chunk, placed.scale) {
+                            Ok(codes) => *plain = codes,
+                            Err(problem) => return fail(planner.error(placed.tensor, problem)),
                         }
-                    } else {
-                        pad(source, columns, row, &mut plain);
                     }
                     if let Some(byte) = code_three(&plain) {
                         return fail(no_weight(planner, placed, row * plain.len() + byte));
@@ -107,43 +101,28 @@ pub(super) fn fill(
                         _ => target.copy_from_slice(&plain),
                     }
                 }
-                if pairs.is_none() {
-                    let row = placed.tensor.byte_len / placed.tensor.dims[1];
-                    let start = placed.tensor.offset + first as u64 * row;
-                    gguf.advise_dontneed(start..start + rows as u64 * row);
-                }
+                if pairs.is_none() { rows_of(first, rows) } else { 0..0 }
             }
             Store::Columns { rows, columns, format } => {
                 let chunk = *at / (CHUNK * columns::column_bytes(rows));
-                let strip = match format {
-                    None => Ok(strip(source, rows, columns, chunk)),
-                    Some(format) => (0..rows)
-                        .map(|r| row_chunk(source, format, columns, r, chunk, placed.scale))
-                        .collect::<Result<Vec<_>, _>>()
-                        .map(|codes| codes.concat()),
-                };
-                match strip {
-                    Ok(strip) => columns::transpose(&strip, target),
+                let codes = (0..rows).map(|r| row_chunk(source, format, columns, r, chunk, placed.scale));
+                match codes.collect::<Result<Vec<_>, _>>() {
+                    Ok(strip) => columns::transpose(strip.as_flattened(), target),
                     Err(problem) => return fail(planner.error(placed.tensor, problem)),
                 }
                 // The last chunk is done with about last.
-                if (chunk + 1) * CHUNK >= columns {
-                    let start = placed.tensor.offset;
-                    gguf.advise_dontneed(start..start + source.len() as u64);
-                }
+                if (chunk + 1) * CHUNK >= columns { placed.tensor.range() } else { 0..0 }
             }
             Store::Screen { rows, columns, ty } => {
-                let start = placed.tensor.offset as usize;
+                let start = offset as usize;
                 let bytes = Bytes::new(file.clone(), start..start + source.len());
                 let matrix = FloatMatrix::new(bytes, ty, rows, columns);
                 let part = *at / Screen::bytes(Screen::PART, columns);
                 compute.screen_part(&matrix, part, target);
-                let row = (source.len() / rows) as u64;
-                let (first, count) = (part * Screen::PART, target.len() / Screen::bytes(1, columns));
-                let start = placed.tensor.offset + first as u64 * row;
-                gguf.advise_dontneed(start..start + count as u64 * row);
+                rows_of(part * Screen::PART, target.len() / Screen::bytes(1, columns))
             }
-        }
+        };
+        gguf.advise_dontneed(done);
         if matches!(placed.store, Store::Ternary | Store::Columns { .. })
             && let Some(byte) = code_three(target)
         {
@@ -165,48 +144,4 @@ fn code_three(bytes: &[u8]) -> Option<usize> {
     let bad = |b: &u8| b & (b >> 1) & 0x55;
     let piece = bytes.chunks(4096).position(|piece| piece.iter().map(bad).fold(0, |a, b| a | b) != 0)?;
     bytes[piece * 4096..].iter().position(|b| bad(b) != 0).map(|i| piece * 4096 + i)
-}
-
-/// A chunk of every row, padded with zero weights.
-fn strip(source: &[u8], rows: usize, columns: usize, chunk: usize) -> Vec<u8> {
-    const BYTES: usize = CHUNK / 4;
-    let mut strip = Vec::with_capacity(rows * BYTES);
-    if columns.is_multiple_of(CHUNK) {
-        for row in source.chunks_exact(columns / 4).take(rows) {
-            strip.extend_from_slice(&row[BYTES * chunk..][..BYTES]);
-        }
-        return strip;
-    }
-    let mut row = vec![0; row_bytes(columns)];
-    for r in 0..rows {
-        pad(source, columns, r, &mut row);
-        strip.extend_from_slice(&row[BYTES * chunk..][..BYTES]);
-    }
-    strip
-}
-
-/// Writes row `r`, whose weights lie flat in the file, as a padded row.
-fn pad(source: &[u8], columns: usize, r: usize, row: &mut [u8]) {
-    if columns.is_multiple_of(CHUNK) {
-        return row.copy_from_slice(&source[r * row.len()..][..row.len()]);
-    }
-    const ZERO: u8 = 0x55;
-    row.fill(ZERO);
-    let place = |i: usize| (i / 128 * 32 + i % 32, 6 - 2 * (i % 128 / 32));
-    let start = r * columns;
-    if columns.is_multiple_of(32) {
-        // Runs of 32 weights share their shift in the source and in the target.
-        for i in (0..columns).step_by(32) {
-            let ((from, right), (to, left)) = (place(start + i), place(i));
-            let run = &source[from..from + 32];
-            for (t, s) in row[to..to + 32].iter_mut().zip(run) {
-                *t = *t & !(3 << left) | (s >> right & 3) << left;
-            }
-        }
-    } else {
-        for i in 0..columns {
-            let ((from, right), (to, left)) = (place(start + i), place(i));
-            row[to] = row[to] & !(3 << left) | (source[from] >> right & 3) << left;
-        }
-    }
 }

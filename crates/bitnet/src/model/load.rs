@@ -49,7 +49,7 @@ pub struct ModelInfo<'a> {
     pub special: SpecialTokens,
     gguf: &'a Gguf,
     plan: WeightPlan<'a>,
-    vocab: Option<Vocab<'a>>,
+    vocab: Option<Vocab<&'a str>>,
     template: Option<&'a str>,
 }
 
@@ -76,24 +76,14 @@ impl<'a> ModelInfo<'a> {
         MemoryPlan::default().and(self.plan.bytes()).and(vocabulary).and(options.bytes(&self.config, threads))
     }
 
-    /// Reads the weights with all threads of `compute`. `file` is the one that this was read from.
+    /// Reads the weights with all threads of `compute`. `file` is the one that this was read from. One of the threads hands the
+    /// tokenizer to `beside` while the others still read the weights.
     ///
     /// # Errors
     /// What only the weights and the vocabulary themselves can show.
     ///
     /// # Panics
     /// If it is another file.
-    pub fn load(self, file: &Arc<Gguf>, compute: &Compute) -> Result<Model, Error> {
-        self.load_with(file, compute, |_| ())
-    }
-
-    /// As [`Self::load`]; one of the threads hands the tokenizer to `beside` while the others still read the weights.
-    ///
-    /// # Errors
-    /// As [`Self::load`].
-    ///
-    /// # Panics
-    /// As [`Self::load`].
     pub fn load_with(
         self,
         file: &Arc<Gguf>,
@@ -151,13 +141,10 @@ impl Model {
     /// # Errors
     /// As [`ModelInfo::new`], and what only the weights and the vocabulary themselves can show.
     pub fn load(gguf: &Arc<Gguf>, compute: &Compute, strategy: Strategy) -> Result<Self, Error> {
-        ModelInfo::new(gguf, strategy)?.load(gguf, compute)
+        ModelInfo::new(gguf, strategy)?.load_with(gguf, compute, |_| ())
     }
 
     /// A model of the shape of `config` with random weights and no tokenizer, for measuring speed without a file.
-    ///
-    /// # Errors
-    /// [`Error::NoMemory`].
     pub fn random(config: Config, compute: &Compute, strategy: Strategy) -> Result<Self, Error> {
         let weights = Weights::random(&config, compute, strategy)?;
         Ok(Self {
@@ -240,24 +227,23 @@ fn read_vocab<'a>(
     keys: &Keys<'a>,
     config: &Config,
     repairs: &mut Vec<Repair>,
-) -> Result<Option<Vocab<'a>>, Error> {
+) -> Result<Option<Vocab<&'a str>>, Error> {
     let gguf = keys.gguf;
-    let Some(tokens) = gguf.get_array("tokenizer.ggml.tokens")? else { return Ok(None) };
-    let strings = |key: &str, array: bitnet_gguf::Array<'a>| -> Result<Vec<&'a str>, Error> {
-        let strs = array.strs();
-        let strs = strs.ok_or_else(|| keys.error(format!("key {key:?}"), "expected an array of strings"))?;
-        Ok(strs.collect())
+    let wrong = |name: &str, problem: &str| keys.error(format!("key \"tokenizer.ggml.{name}\""), problem);
+    let strings = |name: &str| -> Result<Option<Vec<&'a str>>, Error> {
+        let Some(array) = gguf.get_array(&format!("tokenizer.ggml.{name}"))? else { return Ok(None) };
+        let strs = array.strs().ok_or_else(|| wrong(name, "expected an array of strings"))?;
+        Ok(Some(strs.collect()))
     };
+    let Some(tokens) = strings("tokens")? else { return Ok(None) };
     let sentence = match gguf.get_str("tokenizer.ggml.model")? {
         Some("gpt2") => false,
         Some("llama") => true,
         other => {
-            let problem =
-                format!("expected \"gpt2\" (byte-level BPE) or \"llama\" (SentencePiece), found {other:?}");
-            return Err(keys.error("key \"tokenizer.ggml.model\"", problem));
+            let expected = "\"gpt2\" (byte-level BPE) or \"llama\" (SentencePiece)";
+            return Err(wrong("model", &format!("expected {expected}, found {other:?}")));
         }
     };
-    let tokens = strings("tokenizer.ggml.tokens", tokens)?;
     let split = match gguf.get_str("tokenizer.ggml.pre")? {
         _ if sentence => {
             let no_prefix = gguf.get_bool("tokenizer.ggml.add_space_prefix")? == Some(false);
@@ -275,9 +261,8 @@ fn read_vocab<'a>(
             }
         }
         Some(other) => {
-            let problem =
-                format!("expected \"llama-bpe\", \"falcon\", \"falcon3\" or \"falcon_e\", found {other:?}");
-            return Err(keys.error("key \"tokenizer.ggml.pre\"", problem));
+            let expected = "\"llama-bpe\", \"falcon\", \"falcon3\" or \"falcon_e\"";
+            return Err(wrong("pre", &format!("expected {expected}, found {other:?}")));
         }
         None => {
             let message = "no pre-tokenizer in the metadata: text is split as LLaMA-3 does".to_owned();
@@ -287,38 +272,28 @@ fn read_vocab<'a>(
     };
     if tokens.len() > config.vocab_size {
         let problem = format!("{} tokens, the embedding has {} rows", tokens.len(), config.vocab_size);
-        return Err(keys.error("key \"tokenizer.ggml.tokens\"", problem));
+        return Err(wrong("tokens", &problem));
     }
-    let token_types = match gguf.get_array("tokenizer.ggml.token_type")? {
-        Some(types) => {
-            let ints = types.ints().map(|ints| ints.map(|t| t as i32).collect::<Vec<_>>());
-            match ints {
-                Some(ints) if ints.len() == tokens.len() => ints,
-                _ => {
-                    let problem = format!("expected {} integers, one a token", tokens.len());
-                    return Err(keys.error("key \"tokenizer.ggml.token_type\"", problem));
-                }
-            }
-        }
-        None => vec![1; tokens.len()],
-    };
+    let count = tokens.len();
+    let types = gguf.get_array("tokenizer.ggml.token_type")?.map(|types| {
+        let ints = types.ints().map(|ints| ints.map(|t| t as i32).collect::<Vec<_>>());
+        ints.filter(|ints| ints.len() == count)
+    });
+    let token_types = types.unwrap_or_else(|| Some(vec![1; count]));
+    let token_types =
+        token_types.ok_or_else(|| wrong("token_type", &format!("expected {count} integers, one a token")))?;
     let scores = match gguf.get_array("tokenizer.ggml.scores")? {
         _ if !sentence => Vec::new(),
         scores => {
             let floats = scores.and_then(|scores| scores.f32s()).map(Iterator::collect);
-            floats.ok_or_else(|| {
-                keys.error("key \"tokenizer.ggml.scores\"", "expected floats: SentencePiece needs its scores")
-            })?
+            floats.ok_or_else(|| wrong("scores", "expected floats: SentencePiece needs its scores"))?
         }
     };
-    let merges = match gguf.get_array("tokenizer.ggml.merges")? {
-        Some(merges) => strings("tokenizer.ggml.merges", merges)?,
-        None if sentence => Vec::new(),
-        None => {
-            return Err(
-                keys.error("key \"tokenizer.ggml.merges\"", "missing: byte-level BPE needs its merges")
-            );
+    let merges = match strings("merges")? {
+        None if !sentence => {
+            return Err(wrong("merges", "missing: byte-level BPE needs its merges"));
         }
+        merges => merges.unwrap_or_default(),
     };
     let ignore_merges = split == Split::Llama3;
     Ok(Some(Vocab { tokens, token_types, merges, ignore_merges, scores, split }))
@@ -337,7 +312,7 @@ fn read_key<T: Copy>(keys: &Keys<'_>, (key, names): &Key<T>) -> Result<Option<T>
 fn read_special(
     keys: &Keys<'_>,
     config: &Config,
-    vocab: Option<&Vocab<'_>>,
+    vocab: Option<&Vocab<&str>>,
     repairs: &mut Vec<Repair>,
 ) -> Result<SpecialTokens, Error> {
     let id = |name: &str| -> Result<Option<u32>, Error> {

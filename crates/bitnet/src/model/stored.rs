@@ -1,7 +1,7 @@
 //! How ternary tensors lie in a GGUF file.
 
 use super::config::{Config, LLAMA};
-use bitnet_gguf::{Gguf, TensorInfo, TensorType, Value};
+use bitnet_gguf::{Gguf, TensorInfo, TensorType};
 use bitnet_kernels::ternary::blocks::RowFormat;
 use bitnet_kernels::ternary::{CHUNK, pack};
 use std::collections::HashMap;
@@ -77,47 +77,93 @@ pub(crate) struct ExactScales<'a>(HashMap<&'a str, f32>);
 impl<'a> ExactScales<'a> {
     pub(crate) fn read(gguf: &'a Gguf) -> Self {
         let ternary: Vec<_> = gguf.tensors().iter().filter(|tensor| is_ternary(tensor)).collect();
-        let scales = gguf.get(EXACT_SCALES).and_then(|value| value.as_array());
-        let scales: Vec<_> = match scales {
-            Some(array) if array.len() == ternary.len() => {
-                array.f32s().map(Iterator::collect).unwrap_or_default()
-            }
-            _ => Vec::new(),
-        };
+        let scales = gguf.get(EXACT_SCALES).and_then(|value| value.as_array()?.f32s());
+        let scales: Vec<f32> = scales.into_iter().flatten().collect();
+        let fits = scales.len() == ternary.len();
         let names = ternary.iter().map(|tensor| tensor.name.as_str());
-        Self(if scales.len() == ternary.len() { names.zip(scales).collect() } else { HashMap::new() })
+        Self(names.zip(scales).filter(|_| fits).collect())
     }
 
     /// The scale of a tensor, of which the file's own field says `stored`: that one, unless it is the rounded form of the
     /// exact one. None for a tensor of zeros without either.
     pub(crate) fn of(&self, tensor: &TensorInfo, format: RowFormat, stored: Option<f32>) -> Option<f32> {
         let exact = self.0.get(tensor.name.as_str()).copied().filter(|scale| scale.is_finite());
-        match (stored, exact) {
-            (Some(stored), Some(exact)) if format.stored_scale(exact).to_bits() == stored.to_bits() => {
-                Some(exact)
-            }
-            (None, exact) => exact,
-            (stored, _) => stored,
-        }
+        let rounded = |exact: f32| format.stored_scale(exact).to_bits();
+        let same = |stored: f32| exact.is_some_and(|exact| rounded(exact) == stored.to_bits());
+        if stored.is_none_or(same) { exact } else { stored }
     }
 }
 
-/// The key that [`ExactScales`] reads.
-pub(crate) fn exact_scales(scales: &[f32]) -> impl Iterator<Item = Value<'static>> {
-    scales.iter().map(|&scale| Value::F32(scale))
+/// The values of a tensor of float32.
+pub(crate) fn floats<'a>(gguf: &'a Gguf, tensor: &TensorInfo) -> impl Iterator<Item = f32> + use<'a> {
+    gguf.tensor_bytes(tensor).as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))
 }
 
-/// Chunk `chunk` of row `r` of a type that goes row by row, as I2_S codes padded with zero weights.
+/// Why a matrix of these dimensions, the fastest first, does not fill the blocks of a type of ternary weights.
+pub(crate) fn misfit(dims: &[u64], ty: TensorType) -> Option<String> {
+    let (block, weights, rows, hint) = match row_format(ty) {
+        Some(format) => (format.block(), dims[0], "rows of ", ": use I2_S"),
+        None => (pack::BLOCK, dims.iter().product(), "", ""),
+    };
+    (!weights.is_multiple_of(block as u64))
+        .then(|| format!("{rows}{weights} weights do not fill the blocks of {block} of {ty}{hint}"))
+}
+
+/// The scale of a ternary tensor: that of the first row that has one. None for a tensor of zeros without any.
+pub(crate) fn scale_of(
+    gguf: &Gguf,
+    tensor: &TensorInfo,
+    exact: &ExactScales<'_>,
+) -> Result<Option<f32>, String> {
+    misfit(&tensor.dims, tensor.ty).map_or(Ok(()), Err)?;
+    let bytes = gguf.tensor_bytes(tensor);
+    let Some(format) = row_format(tensor.ty) else {
+        let at = tensor.n_elements() / 4;
+        let tail = bytes.get(at as usize..).and_then(|tail| tail.first_chunk());
+        let (scale, at) = (f32::from_le_bytes(*tail.ok_or("too short for its scale")?), tensor.offset + at);
+        let refusal = || format!("the scale at byte {at} is {scale}, expected a finite number");
+        return scale.is_finite().then_some(Some(scale)).ok_or_else(refusal);
+    };
+    let columns = tensor.dims[0] as usize;
+    let mut trits = vec![0; columns];
+    let mut stored = None;
+    for (r, row) in bytes.chunks_exact(format.row_bytes(columns)).enumerate() {
+        stored = format.unpack_row(row, &mut trits).map_err(|e| format!("row {r}: {e}"))?;
+        if stored.is_some() {
+            break;
+        }
+    }
+    let scale = exact.of(tensor, format, stored);
+    scale.filter(|scale| !scale.is_finite()).map_or(Ok(scale), |scale| Err(format!("the scale is {scale}")))
+}
+
+/// The weights of row `r`, or of a part of it that has the form of a row. All rows must have the scale of the tensor.
+pub(crate) fn unpack_row(
+    row: &[u8],
+    format: RowFormat,
+    r: usize,
+    scale: f32,
+    trits: &mut [i8],
+) -> Result<(), String> {
+    let found = format.unpack_row(row, trits).map_err(|e| format!("row {r}: {e}"))?;
+    let other = found.filter(|found| found.to_bits() != format.stored_scale(scale).to_bits());
+    other.map_or(Ok(()), |found| {
+        Err(format!("row {r}: its scale is {found}, others have {scale}: this is no BitNet"))
+    })
+}
+
+/// Chunk `chunk` of row `r` as I2_S codes padded with zero weights.
 pub(crate) fn row_chunk(
     source: &[u8],
-    format: RowFormat,
+    format: Option<RowFormat>,
     columns: usize,
     r: usize,
     chunk: usize,
     scale: f32,
 ) -> Result<[u8; CHUNK / 4], String> {
-    let row = format.row_bytes(columns);
     let width = CHUNK.min(columns - CHUNK * chunk);
+    let Some(format) = format else { return Ok(flat_chunk(source, r * columns + CHUNK * chunk, width)) };
+    let row = format.row_bytes(columns);
     let prefix = format.row_bytes(0);
     let at = format.row_bytes(CHUNK * chunk);
     let len = format.row_bytes(width);
@@ -130,10 +176,27 @@ pub(crate) fn row_chunk(
         blocks = &short[..len];
     }
     let mut trits = [0; CHUNK];
-    let stored = format.unpack_row(blocks, &mut trits[..width]).map_err(|e| format!("row {r}: {e}"))?;
-    if let Some(found) = stored.filter(|found| found.to_bits() != format.stored_scale(scale).to_bits()) {
-        return Err(format!("row {r}: its scale is {found}, others have {scale}: this is no BitNet"));
-    }
+    unpack_row(blocks, format, r, scale, &mut trits[..width])?;
     let codes = pack::pack_i2s(&trits).map_err(|e| format!("row {r}: {e}"))?;
     codes.first_chunk().copied().ok_or_else(|| "a short chunk".to_owned())
+}
+
+/// `width` of the weights that lie flat in the file, from number `first` on, padded.
+fn flat_chunk(source: &[u8], first: usize, width: usize) -> [u8; CHUNK / 4] {
+    const ZERO: u8 = 0x55;
+    let mut codes = [ZERO; CHUNK / 4];
+    if width == CHUNK && first.is_multiple_of(pack::BLOCK) {
+        codes.copy_from_slice(&source[first / 4..][..CHUNK / 4]);
+        return codes;
+    }
+    let place = |i: usize| (i / 128 * 32 + i % 32, 6 - 2 * (i % 128 / 32));
+    // Runs of 32 weights share their shift in the source and in the target where both begin together.
+    let run = if (first | width).is_multiple_of(32) { 32 } else { 1 };
+    for i in (0..width).step_by(run) {
+        let ((from, right), (to, left)) = (place(first + i), place(i));
+        for (t, s) in codes[to..to + run].iter_mut().zip(&source[from..]) {
+            *t = *t & !(3 << left) | (s >> right & 3) << left;
+        }
+    }
+    codes
 }

@@ -2,7 +2,7 @@
 
 use super::config::{Config, Keys, require};
 use super::fill::fill;
-use super::stored::{ExactScales, Pairs, row_format};
+use super::stored::{ExactScales, Pairs, floats, row_format, scale_of};
 use crate::Error;
 use bitnet_gguf::{Gguf, TensorInfo, TensorType};
 use bitnet_kernels::blocks::BlockFormat;
@@ -56,6 +56,27 @@ pub struct Layer {
 }
 
 impl Layer {
+    /// From norms, sub-norms and matrices, each in the order of the fields.
+    fn new(
+        [attn_norm, ffn_norm]: [Vec<f32>; 2],
+        [attn_sub_norm, ffn_sub_norm]: [Option<Vec<f32>>; 2],
+        [attn_q, attn_k, attn_v, attn_output, ffn_gate, ffn_up, ffn_down]: [TernaryMatrix; 7],
+    ) -> Self {
+        Self {
+            attn_norm,
+            attn_q,
+            attn_k,
+            attn_v,
+            attn_sub_norm,
+            attn_output,
+            ffn_norm,
+            ffn_gate,
+            ffn_up,
+            ffn_sub_norm,
+            ffn_down,
+        }
+    }
+
     /// The ternary matrices.
     pub fn matrices(&self) -> [&TernaryMatrix; 7] {
         [
@@ -155,14 +176,15 @@ impl Strategy {
         self.sparse && vocab_size >= Self::SCREENED_VOCABULARY
     }
 
-    /// Squared ReLU leaves most inputs of the down projection zero, and by columns those weights are never read.
-    fn down_layout(self, config: &Config) -> Layout {
-        match config.activation {
-            Activation::Relu2 if self.sparse && config.intermediate_size <= columns::MAX_COLUMNS => {
-                Layout::Columns
-            }
-            _ => self.rows,
+    /// Of the matrices of a layer, in their order. Squared ReLU leaves most inputs of the last, the down projection, zero, and
+    /// by columns those weights are never read.
+    fn layouts(self, config: &Config) -> [Layout; 7] {
+        let mut layouts = [self.rows; 7];
+        let fits = config.intermediate_size <= columns::MAX_COLUMNS;
+        if self.sparse && config.activation == Activation::Relu2 && fits {
+            layouts[6] = Layout::Columns;
         }
+        layouts
     }
 }
 
@@ -188,7 +210,7 @@ impl<'a> Planner<'a> {
     }
 
     pub(super) fn error(&self, tensor: &TensorInfo, problem: impl Into<String>) -> Error {
-        self.keys.error(format!("tensor {:?} at byte {}", tensor.name, tensor.offset), problem)
+        self.keys.bad_tensor(tensor, problem)
     }
 
     fn place(&mut self, tensor: &'a TensorInfo, bytes: usize, store: Store, scale: f32) -> Range<usize> {
@@ -203,8 +225,7 @@ impl<'a> Planner<'a> {
         if tensor.ty != TensorType::F32 {
             return Err(self.error(tensor, format!("expected type F32, found {}", tensor.ty.name())));
         }
-        let bytes = self.keys.gguf.tensor_bytes(tensor);
-        let norm: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        let norm: Vec<f32> = floats(self.keys.gguf, tensor).collect();
         match norm.iter().position(|x| !x.is_finite()) {
             Some(i) => {
                 Err(self.error(tensor, format!("element {i} is {}, expected a finite number", norm[i])))
@@ -252,23 +273,20 @@ impl<'a> Planner<'a> {
     ) -> Result<TernaryPlace, Error> {
         let tensor = self.shaped(name, &[columns, rows])?;
         let format = row_format(tensor.ty);
-        let scale = match (tensor.ty, format) {
-            (TensorType::I2S, _) => self.i2s_scale(tensor)?,
-            (_, Some(format)) => self.row_scale(tensor, format, columns)?,
-            (TensorType::TL1 | TensorType::TL2, _) => {
-                let name = tensor.ty.name();
-                let problem =
-                    format!("{name} needs tables that are not in the file; convert the model to I2_S");
-                return Err(self.error(tensor, problem));
-            }
-            (other, _) => {
-                let problem = format!(
-                    "expected ternary weights (I2_S, TQ1_0, TQ2_0, IQ1_BN, IQ2_BN or floats), found {}",
-                    other.name()
-                );
-                return Err(self.error(tensor, problem));
-            }
-        };
+        if format.is_none() && tensor.ty != TensorType::I2S {
+            let name = tensor.ty.name();
+            let problem = match tensor.ty {
+                TensorType::TL1 | TensorType::TL2 => {
+                    format!("{name} needs tables that are not in the file; convert the model to I2_S")
+                }
+                _ => format!(
+                    "expected ternary weights (I2_S, TQ1_0, TQ2_0, IQ1_BN, IQ2_BN or floats), found {name}"
+                ),
+            };
+            return Err(self.error(tensor, problem));
+        }
+        let scale = scale_of(self.keys.gguf, tensor, &self.exact);
+        let scale = scale.map_err(|problem| self.error(tensor, problem))?.unwrap_or(1.0);
         let store = match layout {
             Layout::Columns => Store::Columns { rows, columns, format },
             Layout::Rows if columns.is_multiple_of(CHUNK) && format.is_none() && pairs.is_none() => {
@@ -294,41 +312,6 @@ impl<'a> Planner<'a> {
             None => Ok(()),
         }
     }
-
-    fn i2s_scale(&self, tensor: &TensorInfo) -> Result<f32, Error> {
-        // The length was checked when the file was parsed: a quarter byte for each weight and 32 for the scale.
-        let weights = tensor.n_elements() as usize;
-        if !weights.is_multiple_of(128) {
-            return Err(self.error(tensor, format!("{weights} weights do not fill blocks of 128")));
-        }
-        let bytes = self.keys.gguf.tensor_bytes(tensor);
-        match bytes.get(weights / 4..).and_then(|tail| tail.first_chunk::<4>()) {
-            Some(b) if f32::from_le_bytes(*b).is_finite() => Ok(f32::from_le_bytes(*b)),
-            Some(b) => {
-                let (at, scale) = (tensor.offset + weights as u64 / 4, f32::from_le_bytes(*b));
-                Err(self
-                    .error(tensor, format!("the scale at byte {at} is {scale}, expected a finite number")))
-            }
-            None => Err(self.error(tensor, "too short for its scale")),
-        }
-    }
-
-    /// The scale of the first row that has one; whether all others have it too is seen when they are read.
-    fn row_scale(&self, tensor: &TensorInfo, format: RowFormat, columns: usize) -> Result<f32, Error> {
-        let mut trits = vec![0; columns];
-        let bytes = self.keys.gguf.tensor_bytes(tensor);
-        let mut stored = None;
-        for (r, row) in bytes.chunks_exact(format.row_bytes(columns)).enumerate() {
-            stored = format
-                .unpack_row(row, &mut trits)
-                .map_err(|e| self.error(tensor, format!("row {r}: {e}")))?;
-            if stored.is_some() {
-                break;
-            }
-        }
-        let scale = self.exact.of(tensor, format, stored).unwrap_or(1.0);
-        if scale.is_finite() { Ok(scale) } else { Err(self.error(tensor, format!("the scale is {scale}"))) }
-    }
 }
 
 impl Planner<'_> {
@@ -350,10 +333,7 @@ impl Planner<'_> {
             let (codes, columns) = bytes(part)?;
             pack::zero_columns(&codes[..codes.len().min(ROWS * columns / 4)], columns).ok()
         };
-        let norm = |part: &str| {
-            let bytes = gguf.tensor_bytes(tensor(part)?);
-            Some(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b).abs()).collect::<Vec<f32>>())
-        };
+        let norm = |part: &str| Some(floats(gguf, tensor(part)?).map(f32::abs).collect::<Vec<f32>>());
         let down = columns("ffn_down");
         let gate_rows = bytes("ffn_gate").and_then(|(codes, columns)| pack::zero_rows(codes, columns).ok());
         let pairs = [
@@ -386,6 +366,7 @@ impl<'a> WeightPlan<'a> {
         let (q, kv) = (config.q_width(), config.kv_width());
         planner.refuse_unknown()?;
         let pairs = Pairs::of(config);
+        let (rows, down) = (strategy.rows, strategy.layouts(config)[6]);
         let mut layers = Vec::new();
         for i in 0..config.n_layers {
             let name = |part: &str| format!("blk.{i}.{part}.weight");
@@ -396,13 +377,13 @@ impl<'a> WeightPlan<'a> {
                     config.sub_norms.then(|| planner.norm(&name("ffn_sub_norm"), ff)).transpose()?,
                 ],
                 matrices: [
-                    planner.ternary(&name("attn_q"), strategy.rows, pairs, hidden, q)?,
-                    planner.ternary(&name("attn_k"), strategy.rows, pairs, hidden, kv)?,
-                    planner.ternary(&name("attn_v"), strategy.rows, None, hidden, kv)?,
-                    planner.ternary(&name("attn_output"), strategy.rows, None, q, hidden)?,
-                    planner.ternary(&name("ffn_gate"), strategy.rows, None, hidden, ff)?,
-                    planner.ternary(&name("ffn_up"), strategy.rows, None, hidden, ff)?,
-                    planner.ternary(&name("ffn_down"), strategy.down_layout(config), None, ff, hidden)?,
+                    planner.ternary(&name("attn_q"), rows, pairs, hidden, q)?,
+                    planner.ternary(&name("attn_k"), rows, pairs, hidden, kv)?,
+                    planner.ternary(&name("attn_v"), rows, None, hidden, kv)?,
+                    planner.ternary(&name("attn_output"), rows, None, q, hidden)?,
+                    planner.ternary(&name("ffn_gate"), rows, None, hidden, ff)?,
+                    planner.ternary(&name("ffn_up"), rows, None, hidden, ff)?,
+                    planner.ternary(&name("ffn_down"), down, None, ff, hidden)?,
                 ],
             });
         }
@@ -446,8 +427,7 @@ impl<'a> WeightPlan<'a> {
     ) -> Result<Weights, Error> {
         let Self { planner, embedding, head, screen, output_norm, layers, strategy } = self;
         let bytes = planner.end;
-        let mut buffer =
-            HugeBuffer::new(MemoryPart::Weights, bytes).ok_or(Error::NoMemory { what: "weights", bytes })?;
+        let mut buffer = buffer(MemoryPart::Weights, bytes)?;
         let copy = screen.as_ref().map_or(0, ExactSizeIterator::len);
         buffer.counted.shift(MemoryPart::Weights, MemoryPart::HeadCopy, copy);
         fill(&planner, file, &mut buffer, compute, &beside)?;
@@ -470,22 +450,7 @@ impl<'a> WeightPlan<'a> {
             FloatMatrix::new(bytes, ty, vocab, hidden)
         };
         let layers = layers.into_iter().map(|LayerPlan { norms, sub_norms, matrices }| {
-            let [attn_norm, ffn_norm] = norms;
-            let [attn_sub_norm, ffn_sub_norm] = sub_norms;
-            let [attn_q, attn_k, attn_v, attn_output, ffn_gate, ffn_up, ffn_down] = matrices.map(matrix);
-            Layer {
-                attn_norm,
-                attn_q,
-                attn_k,
-                attn_v,
-                attn_sub_norm,
-                attn_output,
-                ffn_norm,
-                ffn_gate,
-                ffn_up,
-                ffn_sub_norm,
-                ffn_down,
-            }
+            Layer::new(norms, sub_norms, matrices.map(matrix))
         });
         let layers = layers.collect();
         let embedding = float(embedding);
@@ -506,9 +471,8 @@ impl Weights {
     /// Bytes that [`Self::random`] takes.
     pub(crate) fn random_bytes(config: &Config, strategy: Strategy) -> PartBytes {
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let [rows @ .., down] = Self::shapes(config);
-        let rows: usize = rows.iter().map(|(rows, columns)| strategy.rows.bytes(*rows, *columns)).sum();
-        let layer = rows + strategy.down_layout(config).bytes(down.0, down.1);
+        let sizes = Self::shapes(config).into_iter().zip(strategy.layouts(config));
+        let layer: usize = sizes.map(|((rows, columns), layout)| layout.bytes(rows, columns)).sum();
         let mut bytes = PartBytes::default();
         bytes[MemoryPart::Weights as usize] = vocab * hidden * 2 + layer * config.n_layers;
         if strategy.screens(vocab) {
@@ -519,30 +483,24 @@ impl Weights {
 
     /// Random weights of the shape of `config`, with an F16 head tied to the embedding: for measuring speed without a file.
     /// Half of the weights are zero.
-    ///
-    /// # Errors
-    /// [`Error::NoMemory`].
     pub fn random(config: &Config, compute: &Compute, strategy: Strategy) -> Result<Self, Error> {
-        let (hidden, ff) = (config.hidden_size, config.intermediate_size);
-        let q = config.q_width();
-        let (shapes, head) = (Self::shapes(config), config.vocab_size * hidden * 2);
-        let layout = |index: usize| if index == 6 { strategy.down_layout(config) } else { strategy.rows };
-        let size = |index: usize| layout(index).bytes(shapes[index].0, shapes[index].1);
-        let bytes = Self::random_bytes(config, strategy)[MemoryPart::Weights as usize];
+        let (hidden, ff, q) = (config.hidden_size, config.intermediate_size, config.q_width());
+        let (shapes, layouts) = (Self::shapes(config), strategy.layouts(config));
+        let size = |index: usize| layouts[index].bytes(shapes[index].0, shapes[index].1);
+        let head = config.vocab_size * hidden * 2;
         let mut buffer =
-            HugeBuffer::new(MemoryPart::Weights, bytes).ok_or(Error::NoMemory { what: "weights", bytes })?;
-        let (head_bytes, ternary) = buffer.split_at_mut(head);
+            buffer(MemoryPart::Weights, Self::random_bytes(config, strategy)[MemoryPart::Weights as usize])?;
+        let (head_bytes, mut rest) = buffer.split_at_mut(head);
         random_words(compute, head_bytes, |r| {
             // Halves of either sign between 2^-6 and 2^-5.
             r & 0x83ff_83ff_83ff_83ff | 0x2400_2400_2400_2400
         });
         // Two random bits added up make a code of 0, 1, 1 or 2.
         let codes = |r: u64| (r & 0x5555_5555_5555_5555) + (r >> 1 & 0x5555_5555_5555_5555);
-        let mut rest = ternary;
         for index in (0..config.n_layers).flat_map(|_| 0..shapes.len()) {
             let (matrix, after) = rest.split_at_mut(size(index));
             rest = after;
-            match layout(index) {
+            match layouts[index] {
                 Layout::Base3 => random_base3(compute, matrix, shapes[index].1, codes),
                 _ => random_words(compute, matrix, codes),
             }
@@ -550,32 +508,14 @@ impl Weights {
         let buffer = Arc::new(buffer);
         let mut end = head;
         let layers = (0..config.n_layers).map(|_| {
-            let mut place = |index: usize| {
-                let (rows, columns) = shapes[index];
-                let start = end;
+            let matrices = std::array::from_fn(|index| {
+                let ((rows, columns), start) = (shapes[index], end);
                 end += size(index);
-                let scale = (2.0 / columns as f32).sqrt();
-                TernaryMatrix::new(
-                    Bytes::new(buffer.clone(), start..end),
-                    layout(index),
-                    rows,
-                    columns,
-                    scale,
-                )
-            };
-            Layer {
-                attn_norm: vec![1.0; hidden],
-                attn_q: place(0),
-                attn_k: place(1),
-                attn_v: place(2),
-                attn_sub_norm: config.sub_norms.then(|| vec![1.0; q]),
-                attn_output: place(3),
-                ffn_norm: vec![1.0; hidden],
-                ffn_gate: place(4),
-                ffn_up: place(5),
-                ffn_sub_norm: config.sub_norms.then(|| vec![1.0; ff]),
-                ffn_down: place(6),
-            }
+                let bytes = Bytes::new(buffer.clone(), start..end);
+                TernaryMatrix::new(bytes, layouts[index], rows, columns, (2.0 / columns as f32).sqrt())
+            });
+            let sub_norms = [q, ff].map(|width| config.sub_norms.then(|| vec![1.0; width]));
+            Layer::new([vec![1.0; hidden], vec![1.0; hidden]], sub_norms, matrices)
         });
         let layers = layers.collect();
         let vocab = config.vocab_size;
@@ -586,6 +526,10 @@ impl Weights {
     }
 }
 
+fn buffer(part: MemoryPart, bytes: usize) -> Result<HugeBuffer, Error> {
+    HugeBuffer::new(part, bytes).ok_or(Error::NoMemory { what: "weights", bytes })
+}
+
 fn random_screen(
     matrix: &FloatMatrix,
     rows: usize,
@@ -593,34 +537,32 @@ fn random_screen(
     compute: &Compute,
 ) -> Result<Screen, Error> {
     let bytes = Screen::bytes(rows, columns);
-    let mut buffer =
-        HugeBuffer::new(MemoryPart::HeadCopy, bytes).ok_or(Error::NoMemory { what: "weights", bytes })?;
-    let parts: Vec<_> = buffer.chunks_mut(Screen::bytes(Screen::PART, columns)).map(Mutex::new).collect();
-    compute.pool().run(parts.len(), |part, _| {
-        let out = &mut *parts[part].lock().unwrap_or_else(PoisonError::into_inner);
+    let mut buffer = buffer(MemoryPart::HeadCopy, bytes)?;
+    in_parts(compute, &mut buffer, Screen::bytes(Screen::PART, columns), |part, out| {
         compute.screen_part(matrix, part, out);
     });
-    drop(parts);
     Ok(Screen::new(Bytes::new(Arc::new(buffer), 0..bytes), rows, columns))
+}
+
+/// Lets all threads `work` on parts of so many bytes, which are numbered.
+fn in_parts(compute: &Compute, bytes: &mut [u8], len: usize, work: impl Fn(usize, &mut [u8]) + Sync) {
+    let parts: Vec<_> = bytes.chunks_mut(len).map(Mutex::new).collect();
+    compute.pool().run(parts.len(), |part, _| {
+        work(part, &mut parts[part].lock().unwrap_or_else(PoisonError::into_inner));
+    });
 }
 
 /// Fills `bytes` with `f` of random words, the same for any number of threads.
 fn random_words(compute: &Compute, bytes: &mut [u8], f: impl Fn(u64) -> u64 + Sync) {
-    let parts: Vec<_> = bytes.chunks_mut(1 << 20).map(Mutex::new).collect();
-    compute.pool().run(parts.len(), |part, _| {
-        let mut state = part as u64 + 1;
-        fill_random(&mut parts[part].lock().unwrap_or_else(PoisonError::into_inner), &mut state, &f);
-    });
+    in_parts(compute, bytes, 1 << 20, |part, bytes| fill_random(bytes, &mut (part as u64 + 1), &f));
 }
 
 /// As [`random_words`], for rows in two bits that are then packed.
 fn random_base3(compute: &Compute, bytes: &mut [u8], columns: usize, f: impl Fn(u64) -> u64 + Sync) {
     let row_bytes = base3::row_bytes(columns);
-    let parts: Vec<_> = bytes.chunks_mut(row_bytes << 10).map(Mutex::new).collect();
-    compute.pool().run(parts.len(), |part, _| {
+    in_parts(compute, bytes, row_bytes << 10, |part, bytes| {
         let (mut state, mut plain) = (part as u64 + 1, vec![0; ternary::row_bytes(columns)]);
-        let mut part = parts[part].lock().unwrap_or_else(PoisonError::into_inner);
-        for row in part.chunks_exact_mut(row_bytes) {
+        for row in bytes.chunks_exact_mut(row_bytes) {
             fill_random(&mut plain, &mut state, &f);
             compute.pack_base3(&plain, row);
         }

@@ -8,22 +8,8 @@ use serde_json::{Value, json};
 use super::split::{Numerals, PATTERN, PREFIX, Prefix, Split};
 use super::tokenizer::{TokenizerError, Vocab, byte_of, shortened};
 
-/// The vocabulary of a `tokenizer.json` or `tokenizer.model`, in the form of GGUF's `tokenizer.ggml` arrays.
-#[derive(Debug, Clone, PartialEq)]
-pub struct HfVocab {
-    /// Token texts by id: in GPT-2's byte alphabet for normal tokens, as they are for all others.
-    pub tokens: Vec<String>,
-    /// One per token: 1 normal, 3 control, 4 user-defined; as SentencePiece has them also 2 unknown, 5 unused, 6 byte.
-    pub token_types: Vec<i32>,
-    /// `left right` in the byte alphabet, in order of rank.
-    pub merges: Vec<String>,
-    /// Whether a piece that is a token is that token, even where the merges would not lead to it.
-    pub ignore_merges: bool,
-    /// SentencePiece's scores, one a token, with which `merges` may be left out; none for byte-level BPE.
-    pub scores: Vec<f32>,
-    /// How a text is cut.
-    pub split: Split,
-}
+/// The vocabulary of a `tokenizer.json` or `tokenizer.model`.
+pub type HfVocab = Vocab<String>;
 
 impl HfVocab {
     /// Reads a `tokenizer.json`; refuses all but byte-level BPE with the splits of LLaMA-3 and Falcon, and SentencePiece's BPE
@@ -79,18 +65,6 @@ impl HfVocab {
         let scores = scored.iter().map(score).collect();
         let ignore_merges = file.model.ignore_merges;
         Ok(Self { tokens, token_types, merges, ignore_merges, scores, split: split.unwrap_or_default() })
-    }
-
-    /// The same, borrowed.
-    pub fn vocab(&self) -> Vocab<'_> {
-        Vocab {
-            tokens: self.tokens.iter().map(String::as_str).collect(),
-            token_types: self.token_types.clone(),
-            merges: self.merges.iter().map(String::as_str).collect(),
-            ignore_merges: self.ignore_merges,
-            scores: self.scores.clone(),
-            split: self.split,
-        }
     }
 }
 

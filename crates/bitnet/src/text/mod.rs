@@ -1,7 +1,6 @@
 //! Text in and out: tokenizer, chat templates and streaming decoder.
 
 mod bpe;
-mod classes;
 mod hf;
 mod jinja;
 mod jinja_guard;
@@ -14,6 +13,6 @@ mod tokenizer;
 pub use hf::HfVocab;
 pub(crate) use split::{AT_SPACES, Key, NUMERALS, PREFIX};
 pub use split::{Numerals, Prefix, Split};
-pub use stream::{StopStrings, Stopped, TextStream};
+pub use stream::{StopStrings, TextStream};
 pub use template::{ChatTemplate, Message, Role, TemplateError, TemplateModel};
 pub use tokenizer::{Specials, Tokenizer, TokenizerError, Vocab};

@@ -10,14 +10,8 @@ impl HfVocab {
     /// Reads the pieces of a `tokenizer.model`; None where it is none, or of another algorithm than BPE.
     pub fn parse_sentencepiece(model: &[u8]) -> Option<Self> {
         const BPE: u64 = 2;
-        let mut vocab = Self {
-            tokens: Vec::new(),
-            token_types: Vec::new(),
-            merges: Vec::new(),
-            ignore_merges: false,
-            scores: Vec::new(),
-            split: Split::Sentence { prefix: Prefix::Each, at_spaces: false },
-        };
+        let split = Split::Sentence { prefix: Prefix::Each, at_spaces: false };
+        let mut vocab = Self { split, ..Self::default() };
         let mut algorithm = 0;
         fields(model, |number, value| match (number, value) {
             (1, Field::Bytes(piece)) => {

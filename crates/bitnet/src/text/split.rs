@@ -2,7 +2,21 @@
 //!
 //! Written by hand because a regex engine with lookahead is slower by a factor and must be compiled at start.
 
-use super::classes::{BOUNDARIES, LETTER, NUMBER, OTHER, PUNCTUATION, SPACE};
+const OTHER: u8 = 0;
+/// `\p{L}`
+const LETTER: u8 = 1;
+/// `\p{N}`
+const NUMBER: u8 = 2;
+/// `\s`
+const SPACE: u8 = 3;
+
+/// Code points where a new class begins, in order: code point << 2 | class. The classes are those of Unicode 16, asked of the
+/// regex engine of Hugging Face's `tokenizers` code point by code point, by `tools/make_tokenizer_goldens.py`. A vocabulary is
+/// bound to the split it was trained with, so they do not follow newer versions.
+const BOUNDARIES: &[u32] = &include!("classes.in");
+
+/// Where punctuation begins, and where it ends, in turns: that of the step "Punctuation", by an older version of Unicode.
+const PUNCTUATION: &[u32] = &include!("punctuation.in");
 
 /// How a text is cut before it is encoded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

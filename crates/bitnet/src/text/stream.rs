@@ -51,97 +51,47 @@ fn may_become_char(bytes: &[u8]) -> bool {
 /// The first is the one that ends first and, of those that end together, the longest.
 #[derive(Debug)]
 pub struct StopStrings {
-    stops: Vec<Stop>,
+    stops: Vec<String>,
     /// Text held back, after the `given` bytes that the last push gave out.
     text: String,
     given: usize,
     stopped: Option<usize>,
 }
 
-/// A stop string with its Knuth-Morris-Pratt automaton.
-#[derive(Debug)]
-struct Stop {
-    bytes: Vec<u8>,
-    /// By length of a start less one: the length of its longest proper end that is a start too.
-    borders: Vec<usize>,
-    /// Length of the longest start of the stop string that the text so far ends with.
-    matched: usize,
-}
-
-/// What [`StopStrings::push`] found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Stopped<'a> {
-    /// Text that is certainly before any stop string.
-    pub text: &'a str,
-    /// The index of the stop string that was found.
-    pub stop: Option<usize>,
-}
-
 impl StopStrings {
     /// An empty stop string is never found.
-    pub fn new<S: AsRef<str>>(stops: &[S]) -> Self {
-        let stops = stops.iter().map(|stop| Stop::new(stop.as_ref())).collect();
-        Self { stops, text: String::new(), given: 0, stopped: None }
+    pub fn new(stops: &[String]) -> Self {
+        Self { stops: stops.to_vec(), text: String::new(), given: 0, stopped: None }
     }
 
-    /// Takes the next part of the stream, and gives out all text that is not the start of a stop string.
-    /// After a stop string nothing more comes.
-    pub fn push(&mut self, text: &str) -> Stopped<'_> {
+    /// Takes the next part of the stream, and gives out all text that is certainly before any stop string, and the index of the
+    /// one that was found. After that nothing more comes.
+    pub fn push(&mut self, text: &str) -> (&str, Option<usize>) {
         self.text.drain(..self.given);
         self.given = 0;
         if self.stopped.is_none() {
-            let before = self.text.len();
             self.text.push_str(text);
-            for (at, byte) in text.bytes().enumerate() {
-                self.stops.iter_mut().for_each(|stop| stop.advance(byte));
-                let found = self.stops.iter().enumerate().filter(|(_, stop)| stop.is_complete());
-                if let Some((index, stop)) = found.max_by_key(|(_, stop)| stop.bytes.len()) {
-                    self.text.truncate(before + at + 1 - stop.bytes.len());
-                    self.given = self.text.len();
-                    self.stopped = Some(index);
-                    return Stopped { text: &self.text, stop: self.stopped };
-                }
+            let stops = self.stops.iter().enumerate().filter(|(_, stop)| !stop.is_empty());
+            let found = stops.clone().filter_map(|(index, stop)| {
+                let start = self.text.find(stop)?;
+                Some((start + stop.len(), start, index))
+            });
+            if let Some((_, start, index)) = found.min() {
+                self.text.truncate(start);
+                self.stopped = Some(index);
             }
-            let held = self.stops.iter().map(|stop| stop.matched).max().unwrap_or(0);
-            self.given = self.text.len() - held;
+            let starts = stops.filter(|_| self.stopped.is_none()).filter_map(|(_, stop)| {
+                stop.char_indices().rev().map(|(len, _)| len).find(|&len| self.text.ends_with(&stop[..len]))
+            });
+            self.given = self.text.len() - starts.max().unwrap_or(0);
         }
-        Stopped { text: &self.text[..self.given], stop: self.stopped }
+        (&self.text[..self.given], self.stopped)
     }
 
     /// The end of the stream: the text that was held back. The matcher is then as new.
     pub fn finish(&mut self) -> String {
-        self.stops.iter_mut().for_each(|stop| stop.matched = 0);
         self.stopped = None;
         let given = std::mem::take(&mut self.given);
         std::mem::take(&mut self.text).split_off(given)
-    }
-}
-
-impl Stop {
-    fn new(text: &str) -> Self {
-        let mut stop = Self { bytes: text.into(), borders: Vec::with_capacity(text.len()), matched: 0 };
-        for (at, byte) in text.bytes().enumerate() {
-            if at > 0 {
-                stop.advance(byte);
-            }
-            stop.borders.push(stop.matched);
-        }
-        stop.matched = 0;
-        stop
-    }
-
-    /// Follows the text by one byte.
-    fn advance(&mut self, byte: u8) {
-        while self.bytes.get(self.matched).is_some_and(|&next| next != byte) {
-            match self.matched.checked_sub(1) {
-                Some(last) => self.matched = self.borders[last],
-                None => return,
-            }
-        }
-        self.matched = (self.matched + 1).min(self.bytes.len());
-    }
-
-    fn is_complete(&self) -> bool {
-        self.matched == self.bytes.len() && self.matched > 0
     }
 }

@@ -62,23 +62,19 @@ impl Message {
 }
 
 /// Why messages could not be made into a prompt. Every message is one line.
-#[allow(missing_docs)] // the names and messages of the fields say it all
+#[allow(missing_docs)] // the messages say it all
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum TemplateError {
     /// The template is not Jinja, or does something that does not work out; the fault is in the template.
     #[error("chat template: {0}")]
     Broken(String),
-    /// The template refuses this conversation.
     #[error("the chat template refuses the conversation: {0}")]
     Refused(String),
-    /// The template was stopped.
     #[error("chat template: stopped, it does not end or makes too much text")]
     Endless,
-    /// The template needs a token that the vocabulary lacks.
     #[error("the chat template {template:?} needs the token {token}, which the vocabulary lacks")]
     MissingToken { template: &'static str, token: &'static str },
-    /// No template of this name.
     #[error("no chat template {0:?}; built in are bitnet, llama3, falcon3 and chatml")]
     Unknown(String),
     /// The model has none, and its vocabulary does not tell which it was trained with.
@@ -86,7 +82,6 @@ pub enum TemplateError {
         "the model has no chat template; if it was trained to chat, --chat-template names one, else use `bitnet run`"
     )]
     None,
-    /// The messages use up all characters that the template could be given in their place.
     #[error("the messages hold every private character of Unicode")]
     Private,
 }
@@ -107,22 +102,21 @@ pub struct TemplateModel<'a> {
 /// A chat template, ready for use.
 pub struct ChatTemplate {
     name: &'static str,
-    form: Form,
+    jinja: Jinja,
     bos: Option<u32>,
     bos_text: String,
     eos_text: String,
     end_of_turn: Option<u32>,
 }
 
-enum Form {
-    /// bitnet-b1.58-2B-4T: its reference encodes header and content apart, which no Jinja can express.
-    BitNet,
-    Jinja(Box<Jinja>),
-}
-
 /// The built-in ones: name, a control token that tells the family, Jinja.
 const BUILT_IN: [(&str, &str, &str); 4] = [
-    (BITNET, EOT, ""),
+    (
+        BITNET,
+        EOT,
+        "{{ bos_token }}{% for m in messages %}{{ m.role | capitalize }}: {{ m.content | trim }}<|eot_id|>{% endfor %}\
+         {% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}",
+    ),
     (
         "llama3",
         "<|start_header_id|>",
@@ -145,6 +139,7 @@ const BUILT_IN: [(&str, &str, &str); 4] = [
          {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
     ),
 ];
+/// bitnet-b1.58-2B-4T: its reference encodes header and content apart, which no Jinja can express.
 const BITNET: &str = "bitnet";
 const EOT: &str = "<|eot_id|>";
 
@@ -155,7 +150,7 @@ impl ChatTemplate {
     /// # Errors
     /// [`TemplateError::Broken`], and whatever a short conversation shows.
     pub fn from_jinja(source: &str, model: TemplateModel<'_>) -> Result<Self, TemplateError> {
-        let template = Self::new("its own", Form::Jinja(Box::new(Jinja::new(source)?)), model);
+        let template = Self::new("its own", source, model)?;
         if let Ok(bitnet) = Self::built_in(BITNET, model) {
             let probe =
                 [(Role::System, "S"), (Role::User, " u"), (Role::Assistant, "a"), (Role::User, "v\n")]
@@ -179,8 +174,7 @@ impl ChatTemplate {
         if !has(model.tokenizer, token) {
             return Err(TemplateError::MissingToken { template, token });
         }
-        let form = if template == BITNET { Form::BitNet } else { Form::Jinja(Box::new(Jinja::new(source)?)) };
-        Self::new(template, form, model).finished(model.tokenizer)
+        Self::new(template, source, model)?.finished(model.tokenizer)
     }
 
     /// The template of a model: the one in its file, or the built-in one that its architecture or vocabulary calls for.
@@ -199,13 +193,14 @@ impl ChatTemplate {
         Self::built_in(name, model)
     }
 
-    fn new(name: &'static str, form: Form, model: TemplateModel<'_>) -> Self {
+    fn new(name: &'static str, source: &str, model: TemplateModel<'_>) -> Result<Self, TemplateError> {
         let text = |id: Option<u32>| {
             let bytes = id.and_then(|id| model.tokenizer.token_bytes(id)).unwrap_or_default();
             String::from_utf8_lossy(bytes).into_owned()
         };
         let (bos_text, eos_text) = (text(model.bos), text(model.eos));
-        Self { name, form, bos: model.bos, bos_text, eos_text, end_of_turn: None }
+        let jinja = Jinja::new(source)?;
+        Ok(Self { name, jinja, bos: model.bos, bos_text, eos_text, end_of_turn: None })
     }
 
     /// Finds out which token ends an answer: the first one after it.
@@ -231,9 +226,6 @@ impl ChatTemplate {
 
     /// The conversation as one text, as Hugging Face's `apply_chat_template` has it; `answer` adds what an answer begins
     /// with. Only for people to read: encoding it would make control tokens of what users wrote.
-    ///
-    /// # Errors
-    /// As [`Self::encode`].
     pub fn render(&self, messages: &[Message], answer: bool) -> Result<String, TemplateError> {
         let contents: Vec<&str> = messages.iter().map(|message| message.content.as_str()).collect();
         self.render_contents(messages, &contents, answer)
@@ -250,9 +242,9 @@ impl ChatTemplate {
         messages: &[Message],
         answer: bool,
     ) -> Result<Vec<u32>, TemplateError> {
-        let mut ids = match &self.form {
-            Form::BitNet => self.encode_bitnet(tokenizer, messages, answer),
-            Form::Jinja(_) => self.encode_rendered(tokenizer, messages, answer)?,
+        let mut ids = match self.name {
+            BITNET => self.encode_bitnet(tokenizer, messages, answer),
+            _ => self.encode_rendered(tokenizer, messages, answer)?,
         };
         if let (Some(bos), [first, second, ..]) = (self.bos, &ids[..])
             && *first == bos
@@ -334,21 +326,8 @@ impl ChatTemplate {
         contents: &[&str],
         answer: bool,
     ) -> Result<String, TemplateError> {
-        let pairs = messages.iter().map(|message| message.role).zip(contents.iter().copied());
-        match &self.form {
-            Form::Jinja(jinja) => jinja.render(
-                pairs.map(|(role, text)| (role.name(), text)),
-                answer,
-                &self.bos_text,
-                &self.eos_text,
-            ),
-            Form::BitNet => {
-                let mut text = self.bos_text.clone();
-                pairs.for_each(|(role, content)| text.extend([header(role), content.trim(), EOT]));
-                text.push_str(if answer { header(Role::Assistant) } else { "" });
-                Ok(text)
-            }
-        }
+        let pairs = messages.iter().map(|message| message.role.name()).zip(contents.iter().copied());
+        self.jinja.render(pairs, answer, &self.bos_text, &self.eos_text)
     }
 }
 

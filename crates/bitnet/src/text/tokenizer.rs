@@ -12,17 +12,17 @@ use hashbrown::hash_table::Entry;
 use hashbrown::{DefaultHashBuilder, HashTable};
 
 use super::bpe::{Merge, Merger, Merges};
-use super::hf::HfVocab;
 use super::split::{Prefix, SPACE_MARK, Split};
 
 /// What a tokenizer is made of, in the form of GGUF's `tokenizer.ggml` arrays.
-pub struct Vocab<'a> {
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Vocab<S> {
     /// Token texts by id: in GPT-2's byte alphabet for normal tokens, as they are for all others.
-    pub tokens: Vec<&'a str>,
+    pub tokens: Vec<S>,
     /// One per token: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 a byte of SentencePiece's (`<0x0A>`).
     pub token_types: Vec<i32>,
     /// `left right` in the byte alphabet; a merge's rank is its index.
-    pub merges: Vec<&'a str>,
+    pub merges: Vec<S>,
     /// Whether a piece that is a token is that token, even where the merges would not lead to it.
     pub ignore_merges: bool,
     /// SentencePiece's scores, one a token, with which `merges` may be left out; none for byte-level BPE.
@@ -31,15 +31,18 @@ pub struct Vocab<'a> {
     pub split: Split,
 }
 
-impl Vocab<'_> {
+impl<S: AsRef<str>> Vocab<S> {
     /// Bytes that the tables of the tokenizer take.
     pub fn table_bytes(&self) -> usize {
         let (tokens, merges) = (self.tokens.len(), self.merges.len());
-        let texts: usize = self.tokens.iter().map(|token| token.len()).sum();
         // A hash table has a power of two of places, at most seven eighths of them taken, and a byte for each.
         let table = |n: usize| (n * 8 / 7 + 1).next_power_of_two() * (size_of::<u32>() + 1) + 64;
         let token = size_of::<u32>() + size_of::<Kind>();
-        texts + tokens * token + table(tokens) + merges * size_of::<Merge>() + table(merges)
+        self.text_bytes() + tokens * token + table(tokens) + merges * size_of::<Merge>() + table(merges)
+    }
+
+    fn text_bytes(&self) -> usize {
+        self.tokens.iter().map(|token| token.as_ref().len()).sum()
     }
 }
 
@@ -56,37 +59,20 @@ pub enum Specials {
 #[allow(missing_docs)] // the names and messages of the fields say it all
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
-    /// The vocabulary's arrays differ in length.
     #[error("the vocabulary has {tokens} tokens but {types} token types or scores")]
     Lengths { tokens: usize, types: usize },
-    /// 2^32 - 1 or more tokens, merges or bytes of token text.
     #[error("the vocabulary is too large")]
     TooLarge,
-    /// A type that byte-level BPE has no use for.
-    #[error("token {id} is of type {found}; expected 1 to 5, or 6 for a byte of SentencePiece's")]
-    TokenType { id: usize, found: i32 },
-    /// A token without text.
-    #[error("token {id} is empty")]
-    EmptyToken { id: usize },
-    /// A normal token with a character that stands for no byte.
-    #[error("token {id} has the character {found:?}, which is not in GPT-2's byte alphabet")]
-    TokenAlphabet { id: usize, found: char },
-    /// Two tokens of one text.
-    #[error("tokens {first} and {id} are the same")]
-    DuplicateToken { first: u32, id: usize },
-    /// A byte of UTF-8 that no token stands for.
+    /// A token of a type that byte-level BPE has no use for, without text, with a character that stands for no byte, or with
+    /// the text of another.
+    #[error("token {id} {problem}")]
+    Token { id: usize, problem: String },
     #[error("no token stands for the byte {byte:#04x}")]
     MissingByte { byte: u8 },
-    /// A merge that is not two non-empty texts with one space between them.
-    #[error("merge {rank} ({text:?}) is not of the form \"left right\" in GPT-2's byte alphabet")]
-    MergeForm { rank: usize, text: String },
-    /// A merge of which the left part, the right part or the result is no normal token.
-    #[error("merge {rank} ({text:?}) needs a token that the vocabulary lacks: its {part}")]
-    MergeToken { rank: usize, text: String, part: &'static str },
-    /// One pair twice in the list.
-    #[error("merges {first} and {rank} are the same")]
-    DuplicateMerge { first: u32, rank: usize },
-    /// An id that is not in the vocabulary.
+    /// A merge that is not two non-empty texts with one space between them, that needs what is no normal token, or that is
+    /// twice in the list.
+    #[error("merge {rank} ({text:?}) {problem}")]
+    Merge { rank: usize, text: String, problem: String },
     #[error("token id {id} is not in the vocabulary of {n_vocab}")]
     UnknownId { id: u32, n_vocab: usize },
     /// A `tokenizer.json` that is not JSON of the expected form.
@@ -140,7 +126,7 @@ pub(super) fn byte_of(token: &str) -> Option<u8> {
 
 impl Tokenizer {
     /// Builds a tokenizer. Nothing in `vocab` is trusted.
-    pub fn new(vocab: &Vocab<'_>) -> Result<Self, TokenizerError> {
+    pub fn new<S: AsRef<str>>(vocab: &Vocab<S>) -> Result<Self, TokenizerError> {
         let n_vocab = vocab.tokens.len();
         let sentence = matches!(vocab.split, Split::Sentence { .. });
         if let Some(types) = [vocab.token_types.len(), if sentence { vocab.scores.len() } else { n_vocab }]
@@ -149,7 +135,7 @@ impl Tokenizer {
         {
             return Err(TokenizerError::Lengths { tokens: n_vocab, types });
         }
-        let n_bytes: usize = vocab.tokens.iter().map(|token| token.len()).sum();
+        let n_bytes = vocab.text_bytes();
         if n_vocab.max(n_bytes).max(vocab.merges.len()) >= u32::MAX as usize {
             return Err(TokenizerError::TooLarge);
         }
@@ -159,17 +145,22 @@ impl Tokenizer {
         let mut kinds = Vec::with_capacity(n_vocab);
         let mut index = HashTable::with_capacity(n_vocab);
         let mut byte_ids = [u32::MAX; 256];
-        for (id, (&token, &token_type)) in vocab.tokens.iter().zip(&vocab.token_types).enumerate() {
+        for (id, (token, &token_type)) in vocab.tokens.iter().zip(&vocab.token_types).enumerate() {
+            let token = token.as_ref();
             let kind = match token_type {
                 1 => Kind::Normal,
                 2 | 3 => Kind::Control,
                 4 => Kind::UserDefined,
                 5 => Kind::Unused,
                 6 if sentence && byte_of(token).is_some() => Kind::Byte,
-                found => return Err(TokenizerError::TokenType { id, found }),
+                other => {
+                    let problem =
+                        format!("is of type {other}; expected 1 to 5, or 6 for a byte of SentencePiece's");
+                    return Err(TokenizerError::Token { id, problem });
+                }
             };
             if token.is_empty() && kind != Kind::Unused {
-                return Err(TokenizerError::EmptyToken { id });
+                return Err(TokenizerError::Token { id, problem: "is empty".into() });
             }
             kinds.push(kind);
             if let Some(byte) = byte_of(token).filter(|_| kind == Kind::Byte) {
@@ -178,8 +169,11 @@ impl Tokenizer {
             } else if sentence {
                 texts.bytes.extend(token.replace(SPACE_MARK, " ").as_bytes());
             } else if kind == Kind::Normal {
-                push_decoded(token, &mut texts.bytes)
-                    .map_err(|found| TokenizerError::TokenAlphabet { id, found })?;
+                push_decoded(token, &mut texts.bytes).map_err(|found| {
+                    let problem =
+                        format!("has the character {found:?}, which is not in GPT-2's byte alphabet");
+                    TokenizerError::Token { id, problem }
+                })?;
             } else {
                 texts.bytes.extend(token.as_bytes());
             }
@@ -188,9 +182,7 @@ impl Tokenizer {
                 let bytes = texts.get(id as u32);
                 let same = |&other: &u32| texts.get(other) == bytes;
                 match index.entry(hasher.hash_one(bytes), same, |&other| hasher.hash_one(texts.get(other))) {
-                    Entry::Occupied(first) => {
-                        return Err(TokenizerError::DuplicateToken { first: *first.get(), id });
-                    }
+                    Entry::Occupied(first) => return Err(same_as(*first.get(), id)),
                     Entry::Vacant(slot) => slot.insert(id as u32),
                 };
                 if let (&[byte], false) = (bytes, sentence) {
@@ -228,16 +220,16 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
-    /// Builds the tokenizer of a Hugging Face `tokenizer.json`.
-    pub fn from_hf_json(json: &[u8]) -> Result<Self, TokenizerError> {
-        Self::new(&HfVocab::parse(json)?.vocab())
-    }
-
-    fn push_merges(&mut self, merges: &[&str]) -> Result<(), TokenizerError> {
+    fn push_merges<S: AsRef<str>>(&mut self, merges: &[S]) -> Result<(), TokenizerError> {
         let mut pair = Vec::new();
         let mut previous = None;
-        for (rank, &text) in merges.iter().enumerate() {
-            let form = || TokenizerError::MergeForm { rank, text: shortened(text) };
+        for (rank, merge) in merges.iter().enumerate() {
+            let text = merge.as_ref();
+            let wrong = |problem: &str| {
+                let problem = problem.to_owned();
+                TokenizerError::Merge { rank, text: shortened(text), problem }
+            };
+            let form = || wrong("is not of the form \"left right\" in GPT-2's byte alphabet");
             let (left, right) = text.split_once(' ').ok_or_else(form)?;
             pair.clear();
             let decode = |part: &str, pair: &mut Vec<u8>| {
@@ -254,7 +246,7 @@ impl Tokenizer {
                 return Err(form());
             }
             let token = |bytes: &[u8], part| {
-                let lacks = || TokenizerError::MergeToken { rank, text: shortened(text), part };
+                let lacks = || wrong(&format!("needs a token that the vocabulary lacks: its {part}"));
                 self.normal_id(bytes).ok_or_else(lacks)
             };
             let left = token(&pair[..middle], "left part")?;
@@ -266,7 +258,7 @@ impl Tokenizer {
             };
             previous = Some(merged);
             let merge = Merge { left, right, merged, order: rank as u32 };
-            self.merges.push(merge).map_err(|first| TokenizerError::DuplicateMerge { first, rank })?;
+            self.merges.push(merge).map_err(|first| wrong(&format!("is the same as merge {first}")))?;
         }
         Ok(())
     }
@@ -289,8 +281,8 @@ impl Tokenizer {
                 Some(Merge { left, right: self.normal_id(&text[at..])?, merged, order })
             });
             for merge in ways.collect::<Vec<_>>() {
-                let twice = |first| TokenizerError::DuplicateMerge { first, rank: order as usize };
-                self.merges.push(merge).map_err(twice)?;
+                // No other token has this text, so no other way these two parts.
+                let _ = self.merges.push(merge);
             }
         }
         Ok(())
@@ -408,6 +400,10 @@ impl Tokenizer {
     }
 }
 
+fn same_as(first: u32, id: usize) -> TokenizerError {
+    TokenizerError::Token { id, problem: format!("is the same as token {first}") }
+}
+
 /// The bytes of all tokens in one block.
 struct Texts {
     bytes: Vec<u8>,
@@ -436,7 +432,7 @@ impl SpecialSet {
             (0..).zip(all).filter(|(_, k)| kinds.contains(k)).map(|(id, _)| id).collect();
         sorted.sort_by_key(|&id| texts.get(id));
         if let Some(pair) = sorted.windows(2).find(|pair| texts.get(pair[0]) == texts.get(pair[1])) {
-            return Err(TokenizerError::DuplicateToken { first: pair[0], id: pair[1] as usize });
+            return Err(same_as(pair[0], pair[1] as usize));
         }
         let mut first_bytes = [false; 256];
         sorted.iter().for_each(|&id| first_bytes[usize::from(texts.get(id)[0])] = true);

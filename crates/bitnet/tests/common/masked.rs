@@ -7,7 +7,6 @@ use bitnet::generate::{
 use bitnet::kernels::Logits;
 use bitnet::text::Specials;
 use bitnet::{Engine, Feed, Wanted};
-use std::ops::ControlFlow;
 use std::sync::Arc;
 
 /// Allows tokens that follow from those before: `share` of 65,536 of them, or one of `forced` times.
@@ -117,11 +116,8 @@ pub(crate) fn same_as_masked(
         let stop = StopConditions { speculation, ..stop.clone() };
         let mut sampler = Sampler::new(config.clone()).unwrap();
         text.clear();
-        let mut emit = |part: &str| {
-            text.push_str(part);
-            ControlFlow::Continue(())
-        };
-        let generated = generate(engine, sequence, &prompt, &mut sampler, &stop, &mut emit).unwrap();
+        let emit = &mut super::writing(&mut text);
+        let generated = generate(engine, sequence, &prompt, &mut sampler, &stop, emit).unwrap();
         assert_eq!((&generated.tokens, &generated.finish), (&tokens, &finish), "{config:?} {speculation:?}");
         // What is in the cache is a beginning of it.
         assert!([&prompt[..], &tokens].concat().starts_with(engine.tokens(sequence)));

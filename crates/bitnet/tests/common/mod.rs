@@ -6,10 +6,13 @@ pub(crate) mod checkpoint;
 pub(crate) mod masked;
 
 use bitnet::convert::{Options, convert};
-use bitnet::gguf::Gguf;
-use bitnet::kernels::{Compute, Kernels, KvType};
+use bitnet::generate::{Generated, Sampler, SamplerConfig, StopConditions, generate};
+use bitnet::gguf::{Gguf, TensorInfo, TensorType, Value as GgufValue, ValueType, Writer};
+use bitnet::kernels::half::bf16_to_f32;
+use bitnet::kernels::{Compute, Kernels, KvType, Logits};
 use bitnet::model::{Model, Strategy};
-use bitnet::{Engine, EngineOptions};
+use bitnet::{Engine, EngineOptions, Error, Feed, SequenceId, Wanted};
+use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -26,11 +29,14 @@ pub(crate) fn fixture(model: &str, file: &str) -> PathBuf {
 pub(crate) const OPTIONS: EngineOptions =
     EngineOptions { context: 640, sequences: 1, max_rows: 512, cache_type: KvType::F32, logits: 1 };
 
+pub(crate) fn demo() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/demo.gguf")
+}
+
 /// The GGUF of a golden model: the shipped one, or converted from the checkpoint beside the fixture.
 pub(crate) fn gguf(model: &str) -> Arc<Gguf> {
     if model == "demo" {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/demo.gguf");
-        return Arc::new(Gguf::open(&path).unwrap());
+        return Arc::new(Gguf::open(&demo()).unwrap());
     }
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("model.gguf");
@@ -45,18 +51,7 @@ pub(crate) fn engine(
     max_rows: usize,
     sequences: usize,
 ) -> Engine {
-    engine_as(gguf, Strategy::SPARSE, kernels, threads, max_rows, sequences)
-}
-
-pub(crate) fn engine_as(
-    gguf: &Arc<Gguf>,
-    strategy: Strategy,
-    kernels: &'static Kernels,
-    threads: usize,
-    max_rows: usize,
-    sequences: usize,
-) -> Engine {
-    build(gguf, strategy, kernels, threads, EngineOptions { max_rows, sequences, ..OPTIONS })
+    engine_with(gguf, kernels, threads, max_rows, sequences, KvType::F32)
 }
 
 pub(crate) fn engine_with(
@@ -67,13 +62,8 @@ pub(crate) fn engine_with(
     sequences: usize,
     cache_type: KvType,
 ) -> Engine {
-    build(
-        gguf,
-        Strategy::SPARSE,
-        kernels,
-        threads,
-        EngineOptions { max_rows, sequences, cache_type, ..OPTIONS },
-    )
+    let options = EngineOptions { max_rows, sequences, cache_type, ..OPTIONS };
+    build(gguf, Strategy::SPARSE, kernels, threads, options)
 }
 
 pub(crate) fn build(
@@ -85,6 +75,79 @@ pub(crate) fn build(
 ) -> Engine {
     let compute = Compute::new(kernels, threads);
     Engine::new(Model::load(gguf, &compute, strategy).unwrap(), compute, options).unwrap()
+}
+
+/// The bits of all logits of tokens that continue a sequence.
+pub(crate) fn feed(engine: &mut Engine, sequence: SequenceId, tokens: &[u32]) -> Vec<u32> {
+    let feed = Feed { sequence, tokens, wanted: Wanted::All(Logits::Every) };
+    bits(engine.feed(&[feed]).unwrap())
+}
+
+/// Those of the last one.
+pub(crate) fn last(engine: &mut Engine, sequence: SequenceId, tokens: &[u32]) -> Result<Vec<u32>, Error> {
+    engine.feed(&[Feed { sequence, tokens, wanted: Wanted::Last(Logits::Every) }]).map(bits)
+}
+
+pub(crate) fn bits(logits: &[f32]) -> Vec<u32> {
+    logits.iter().map(|x| x.to_bits()).collect()
+}
+
+/// What [`generate`] makes of a prompt in a sequence of its own, and the text.
+pub(crate) fn generated(
+    engine: &mut Engine,
+    prompt: &[u32],
+    config: &SamplerConfig,
+    stop: &StopConditions,
+) -> Result<(Generated, String), Error> {
+    let sequence = engine.open();
+    let mut sampler = Sampler::new(config.clone()).unwrap();
+    let mut text = String::new();
+    let generated = generate(engine, sequence, prompt, &mut sampler, stop, &mut writing(&mut text));
+    engine.close(sequence);
+    Ok((generated?, text))
+}
+
+/// Takes a text as it comes.
+pub(crate) fn writing(text: &mut String) -> impl FnMut(&str) -> ControlFlow<()> {
+    |part| {
+        text.push_str(part);
+        ControlFlow::Continue(())
+    }
+}
+
+pub(crate) fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// A file with `edit`ed tensors, `more` tensors of a type, and one more key, an array.
+pub(crate) fn rewritten(
+    gguf: &Gguf,
+    edit: impl Fn(&TensorInfo, &mut Vec<u8>),
+    more: &[(String, TensorType, &[u64], &[u8])],
+) -> Vec<u8> {
+    let mut writer = Writer::new("rewritten".as_ref());
+    for (key, value) in gguf.metadata() {
+        writer.meta(key, value).unwrap();
+    }
+    if gguf.get("list").is_none() {
+        writer.meta_array("list", ValueType::U32, [1, 2].map(GgufValue::U32)).unwrap();
+    }
+    for t in gguf.tensors() {
+        writer.tensor(&t.name, &t.dims, t.ty).unwrap();
+    }
+    for (name, ty, dims, _) in more {
+        writer.tensor(name, dims, *ty).unwrap();
+    }
+    let mut data = writer.write_to(Vec::new()).unwrap();
+    for t in gguf.tensors() {
+        let mut bytes = gguf.tensor_bytes(t).to_vec();
+        edit(t, &mut bytes);
+        data.tensor(&t.name, &bytes).unwrap();
+    }
+    for (name, .., bytes) in more {
+        data.tensor(name, bytes).unwrap();
+    }
+    data.end().unwrap()
 }
 
 /// The tensors of a safetensors file.
@@ -122,10 +185,7 @@ impl Tensors {
         let (dtype, _, bytes) = self.get(name);
         match dtype.as_str() {
             "F32" => bytes.chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect(),
-            "BF16" => bytes
-                .chunks(2)
-                .map(|b| f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16))
-                .collect(),
+            "BF16" => bytes.chunks(2).map(|b| bf16_to_f32(u16::from_le_bytes([b[0], b[1]]))).collect(),
             other => panic!("{name} is {other}"),
         }
     }
