@@ -382,6 +382,25 @@ fn head_embedding_rope_and_sums_are_the_same_everywhere() {
     }
 }
 
+#[test]
+fn positive_columns_are_found() {
+    const SPECIAL: [f32; 7] =
+        [0.0, -0.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::from_bits(1), -1e-45];
+    let mut random = Random(12);
+    for (tokens, columns) in [(1, 1), (1, 15), (1, 16), (2, 37), (3, 256), (1, 1009)] {
+        let mut x = random.floats(tokens * columns);
+        x.iter_mut().step_by(3).zip(SPECIAL.iter().cycle()).for_each(|(x, &special)| *x = special);
+        let live = |c: &u32| (0..tokens).any(|t| x[t * columns + *c as usize] > 0.0);
+        let expected: Vec<u32> = (0..columns as u32).filter(live).collect();
+        let found = everywhere(|compute| {
+            let mut list = vec![7; 3];
+            compute.positive(&x, columns, &mut list);
+            list
+        });
+        assert_eq!(found, expected, "{tokens} of {columns}");
+    }
+}
+
 /// Rows like Gaussians, some with a weight far outside and one all the same, and their screen.
 fn screened_head(random: &mut Random, rows: usize, columns: usize, compute: &Compute) -> Head {
     let mut weights: Vec<f32> =

@@ -232,6 +232,24 @@ impl<const LEVEL: u8> Isa for Neon<LEVEL> {
         }
     }
     #[inline(always)]
+    fn at_least(self, a: Self::F, b: Self::F) -> u16 {
+        let m = each!(vcgeq_f32, a, b);
+        // SAFETY: every CPU of this target has NEON.
+        unsafe {
+            let lo = vmovn_high_u32(vmovn_u32(m[0]), m[1]);
+            let hi = vmovn_high_u32(vmovn_u32(m[2]), m[3]);
+            mask_bits(vmovn_high_u16(vmovn_u16(lo), hi))
+        }
+    }
+    #[inline(always)]
+    fn nonzero(self, codes: &[i8; 16]) -> u16 {
+        // SAFETY: every CPU of this target has NEON; the load is the sixteen bytes.
+        unsafe {
+            let codes = vld1q_s8(codes.as_ptr());
+            mask_bits(vtstq_s8(codes, codes))
+        }
+    }
+    #[inline(always)]
     fn dot_rows<const R: usize>(self, w: [&[u8]; R], ahead: [*const u8; R], a: &[i8]) -> [i32; R] {
         let [dots] = self.dot_tile(w, ahead, [a]);
         dots
@@ -359,6 +377,17 @@ impl<const LEVEL: u8> Isa for Neon<LEVEL> {
 fn ask(p: *const u8) {
     // SAFETY: a prefetch reads nothing and never faults.
     unsafe { asm!("prfm pldl1keep, [{}]", in(reg) p, options(readonly, nostack, preserves_flags)) }
+}
+
+/// A bit for each byte: whether it is 255 and not 0.
+#[inline(always)]
+fn mask_bits(mask: uint8x16_t) -> u16 {
+    const BITS: [u8; 16] = [1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128];
+    // SAFETY: every CPU of this target has NEON; the load is the sixteen bytes.
+    unsafe {
+        let bits = vandq_u8(mask, vld1q_u8(BITS.as_ptr()));
+        u16::from(vaddv_u8(vget_low_u8(bits))) | u16::from(vaddv_u8(vget_high_u8(bits))) << 8
+    }
 }
 
 /// Eight halves as single precision: the intrinsic for it is younger than the compilers that this crate accepts.
