@@ -271,10 +271,6 @@ const fn search(c: u32) -> u8 {
 mod tests {
     use super::*;
 
-    fn split(text: &str) -> Vec<&str> {
-        pieces(text, piece_len).collect()
-    }
-
     #[test]
     fn classes_are_those_of_unicode_16() {
         let mut counts = [0; 4];
@@ -283,15 +279,5 @@ mod tests {
         assert_eq!(counts[usize::from(NUMBER)], 1_911);
         assert_eq!(counts[usize::from(SPACE)], 25);
         assert!(('\0'..=char::MAX).all(|c| c.is_whitespace() == (class_of(c) == SPACE)));
-    }
-
-    #[test]
-    fn alternatives_in_order() {
-        assert_eq!(split("It'S he'llo can'ſt"), ["It", "'S", " he", "'ll", "o", " can", "'ſ", "t"]);
-        assert_eq!(split("12345x²³Ⅷ"), ["123", "45", "x", "²³Ⅷ"]);
-        assert_eq!(split(" !?\r\n\n a\t b"), [" !?\r\n\n", " a", "\t", " b"]);
-        assert_eq!(split("  \n \r\n  x  "), ["  \n \r\n", " ", " x", "  "]);
-        assert_eq!(split("\n  1"), ["\n", " ", " ", "1"]);
-        assert_eq!(split("'\u{301}e(f)\n"), ["'\u{301}", "e", "(f", ")\n"]);
     }
 }
