@@ -240,8 +240,13 @@ fn the_checkpoints_of_1bitllm_have_names_of_their_own() {
         include_bytes!("fixtures/tokenizer/sentencepiece.model"),
     )
     .unwrap();
+    // Their own code reads this one; Hugging Face's the other, where both are there.
+    let json = dir.path().join("tokenizer.json");
+    std::fs::write(&json, "{").unwrap();
     assert!(refusal(&dir).contains("600 tokens, config.json has a vocab_size of 20"), "{}", refusal(&dir));
     std::fs::remove_file(dir.path().join("tokenizer.model")).unwrap();
+    assert!(refusal(&dir).contains("tokenizer.json"), "{}", refusal(&dir));
+    std::fs::remove_file(json).unwrap();
     let (report, gguf) = convert(&dir, HeadType::Auto).unwrap();
     assert_eq!((&report.trits, &report.architecture[..]), (&expected.trits, "bitnet"));
     check(&gguf, &tensors());
@@ -528,6 +533,14 @@ fn tokenizer() -> Value {
     })
 }
 
+/// The same checkpoint with as many rows of the embedding.
+fn with_vocab(mut config: Value, mut tensors: Tensors, vocab: u64) -> (Value, Tensors) {
+    config["vocab_size"] = vocab.into();
+    let embedding = ("BF16", vec![vocab, HIDDEN], vec![0.5; (vocab * HIDDEN) as usize]);
+    tensors.insert("model.embed_tokens.weight".into(), embedding);
+    (config, tensors)
+}
+
 #[test]
 fn tokenizers_of_other_families_come_along() {
     let fixture = |name: &str| {
@@ -550,11 +563,7 @@ fn tokenizers_of_other_families_come_along() {
         files.push((demo.clone(), 4096, "gpt2", pre));
     }
     for (file, vocab, model, pre) in files {
-        let mut config = config();
-        config["vocab_size"] = vocab.into();
-        let mut tensors = tensors();
-        let embedding = ("BF16", vec![vocab, HIDDEN], vec![0.5; (vocab * HIDDEN) as usize]);
-        tensors.insert("model.embed_tokens.weight".into(), embedding);
+        let (config, tensors) = with_vocab(config(), tensors(), vocab);
         let dir = folder(&config, &tensors);
         std::fs::write(dir.path().join("tokenizer.json"), file.to_string()).unwrap();
         let (_, gguf) = convert(&dir, HeadType::Auto).unwrap();
@@ -590,17 +599,14 @@ fn tokenizers_of_other_families_come_along() {
 
 #[test]
 fn the_tokenizer_comes_along() {
-    let mut config = config();
-    config["vocab_size"] = 262.into();
+    let (mut config, tensors) = with_vocab(config(), tensors(), 262);
     config["bos_token_id"] = 257.into();
     config["eos_token_id"] = 258.into();
     config["pad_token_id"] = 258.into();
-    let mut tensors = tensors();
-    let embedding = ("BF16", vec![262, HIDDEN], vec![0.5; 262 * HIDDEN as usize]);
-    tensors.insert("model.embed_tokens.weight".into(), embedding);
     let dir = folder(&config, &tensors);
     let write = |name: &str, json: &Value| std::fs::write(dir.path().join(name), json.to_string()).unwrap();
     write("tokenizer.json", &tokenizer());
+    write("tokenizer.model", &json!("not read where tokenizer.json is there"));
     let (report, gguf) = convert(&dir, HeadType::Auto).unwrap();
     assert_eq!(report.notices, [""; 0]);
     let strings =
