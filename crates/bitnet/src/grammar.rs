@@ -50,7 +50,11 @@ impl Grammar {
     /// Texts of a context-free grammar in llguidance's dialect of Lark, whose first rule is `start`.
     pub fn lark(text: &str) -> Result<Self, ConstraintError> {
         check_length(text)?;
-        Self::new(TopLevelGrammar::from_lark(text.to_owned()))
+        Self::new(TopLevelGrammar::from_lark(text.to_owned())).map_err(|ConstraintError(why)| {
+            let hint =
+                if text.contains("::=") { "; this looks like GBNF, whose ::= is : in Lark" } else { "" };
+            ConstraintError(why + hint)
+        })
     }
 
     /// Texts that a regular expression matches from beginning to end.

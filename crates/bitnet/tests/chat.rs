@@ -116,6 +116,26 @@ fn the_family_is_recognised() {
     assert_eq!(unknown, Some(TemplateError::Unknown("vicuna".into())));
 }
 
+#[test]
+fn messages_of_tools_come_where_the_template_has_a_place_for_them() {
+    let messages: Vec<Message> =
+        serde_json::from_str(r#"[{"role": "user", "content": "7*6?"}, {"role": "tool", "content": "42"}]"#)
+            .unwrap();
+    let encode = |template: ChatTemplate| template.encode(&TOKENIZER, &messages, true);
+    for name in ["bitnet", "llama3", "chatml"] {
+        let ids = encode(ChatTemplate::built_in(name, model("")).unwrap()).unwrap();
+        let text = TOKENIZER.decode(&ids, true).unwrap();
+        assert!(String::from_utf8(text).unwrap().contains("42"), "{name}");
+    }
+    let deaf = "{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}";
+    assert_eq!(encode(ChatTemplate::built_in("falcon3", model("")).unwrap()), Err(TemplateError::NoTools));
+    assert_eq!(encode(jinja(deaf).unwrap()), Err(TemplateError::NoTools));
+    let strict = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% endfor %}";
+    assert_eq!(encode(jinja(strict).unwrap()), Err(TemplateError::Refused("no tools".into())));
+    let calls = r#"{"role": "assistant", "content": "", "tool_calls": []}"#;
+    assert!(serde_json::from_str::<Message>(calls).unwrap_err().to_string().contains("tool_calls"));
+}
+
 /// A control token in a message is text, wherever the message comes in the template.
 #[test]
 fn messages_make_no_control_tokens() {

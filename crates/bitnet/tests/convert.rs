@@ -182,8 +182,13 @@ fn the_checkpoints_of_1bitllm_have_names_of_their_own() {
         include_bytes!("fixtures/tokenizer/sentencepiece.model"),
     )
     .unwrap();
+    // Their own code reads this one; Hugging Face's the other, where both are there.
+    let json = dir.path().join("tokenizer.json");
+    std::fs::write(&json, "{").unwrap();
     assert!(refusal(&dir).contains("600 tokens, config.json has a vocab_size of 20"), "{}", refusal(&dir));
     std::fs::remove_file(dir.path().join("tokenizer.model")).unwrap();
+    assert!(refusal(&dir).contains("tokenizer.json"), "{}", refusal(&dir));
+    std::fs::remove_file(json).unwrap();
     let (report, gguf) = convert(&dir, HeadType::Auto).unwrap();
     assert_eq!((&report.trits, &report.architecture[..]), (&expected.trits, "bitnet"));
     check(&gguf, &tensors());
@@ -511,6 +516,7 @@ fn the_tokenizer_comes_along() {
     let dir = folder_of(config.clone(), 4098);
     let write = |name: &str, json: &Value| std::fs::write(dir.path().join(name), json.to_string()).unwrap();
     write("tokenizer.json", &tokenizer);
+    write("tokenizer.model", &json!("not read where tokenizer.json is there"));
     let (report, gguf) = convert(&dir, HeadType::Auto).unwrap();
     assert_eq!(report.notices, [""; 0]);
     let array = |key| gguf.get_array(key).unwrap().unwrap();

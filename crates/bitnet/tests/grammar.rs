@@ -227,6 +227,7 @@ fn what_is_wrong_is_told_in_a_line() {
         (Grammar::json_schema("false"), "nsatisfiable"),
         (Grammar::lark("start: \"a\"\nb: ("), "line 2"),
         (Grammar::lark("start: thing"), "thing"),
+        (Grammar::lark("root ::= \"a\""), "GBNF"),
         (Grammar::regex("a(b"), "unclosed"),
         (Grammar::lark(&"#".repeat(1 << 20)), "bytes"),
     ] {

@@ -55,7 +55,7 @@ pub fn pull(name: &ModelName, checkpoints: bool, quiet: bool) -> anyhow::Result<
     let hub = settings()?;
     let bar = bar(quiet);
     bar.set_style(ProgressStyle::with_template(
-        "{bar:30} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left  {wide_msg}",
+        "{msg:20!} {wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left",
     )?);
     let waiting = AtomicBool::new(false);
     let pulled = hub.pull(name, checkpoints, &|progress| {

@@ -73,9 +73,16 @@ enum Command {
     Man(commands::man::Args),
 }
 
-/// Ends the program as a wrong option does.
+/// Ends the program as a wrong option of its command does.
 fn usage_error(kind: ErrorKind, message: impl Display) -> ! {
-    Cli::command().error(kind, message).exit()
+    let mut command = Cli::command();
+    command.build();
+    let name = std::env::args_os().nth(1).unwrap_or_default();
+    let error = match command.find_subcommand_mut(&name) {
+        Some(command) => command.error(kind, message),
+        None => command.error(kind, message),
+    };
+    error.exit()
 }
 
 fn main() -> ExitCode {

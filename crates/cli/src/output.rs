@@ -7,7 +7,7 @@ use bitnet::gguf::AtomicFile;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag::{register, register_conditional_shutdown};
 use std::fmt::{self, Display};
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -44,6 +44,15 @@ pub fn print(bytes: &[u8]) -> anyhow::Result<()> {
         io::ErrorKind::BrokenPipe => ReaderLeft.into(),
         _ => anyhow::Error::new(error).context("cannot write to stdout"),
     })
+}
+
+/// Writes a model's text. A terminal obeys control characters, so there they are replaced.
+pub fn print_text(text: &str) -> anyhow::Result<()> {
+    let harmful = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
+    if text.contains(harmful) && io::stdout().is_terminal() {
+        return print(text.replace(harmful, "\u{fffd}").as_bytes());
+    }
+    print(text.as_bytes())
 }
 
 /// Writes a JSON value and a newline to stdout.

@@ -45,7 +45,7 @@ impl GenerateArgs {
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingArgs {
     /// 0: always the most probable token
-    #[arg(long, value_name = "T", default_value_t = 0.8)]
+    #[arg(long, value_name = "T", default_value_t = 0.8, allow_negative_numbers = true)]
     temp: f32,
     /// Only the K most probable tokens; 0: all
     #[arg(long, value_name = "K", default_value_t = 40)]

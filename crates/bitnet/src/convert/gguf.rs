@@ -12,6 +12,8 @@ use crate::model::stored::{EXACT_SCALES, ExactScales, is_ternary, misfit, row_fo
 
 /// Weights in a piece of a tensor.
 const PIECE: usize = 1 << 18;
+/// More bytes than a piece has.
+const MAX_PIECE: u64 = 4 << 20;
 
 pub(super) fn to_gguf(input: &Path, out: &Path, options: Options, progress: &mut Tell<'_>) -> Result<Report> {
     let gguf = Gguf::open(input)?;
@@ -95,7 +97,7 @@ pub(super) fn to_gguf(input: &Path, out: &Path, options: Options, progress: &mut
                 let piece = piece.next_multiple_of(block) as usize;
                 let (mut values, mut encoded) = (Vec::new(), Vec::new());
                 let mut index = 0;
-                for bytes in gguf.tensor_bytes(tensor).chunks(piece) {
+                for bytes in pieces(&gguf, tensor, piece) {
                     if ty == tensor.ty {
                         take(bytes)?;
                     } else {
@@ -160,6 +162,19 @@ fn error(gguf: &Gguf, tensor: &TensorInfo, problem: impl Into<String>) -> Conver
     ConvertError::checkpoint(Path::new(gguf.name()), thing, problem)
 }
 
+/// The bytes of a tensor in pieces. Pages of those before are given back: an embedding may be larger than memory.
+pub(super) fn pieces<'a>(
+    gguf: &'a Gguf,
+    tensor: &'a TensorInfo,
+    size: usize,
+) -> impl Iterator<Item = &'a [u8]> {
+    let mut at = tensor.offset;
+    gguf.tensor_bytes(tensor).chunks(size).inspect(move |piece| {
+        gguf.advise_dontneed(at.saturating_sub(MAX_PIECE).max(tensor.offset)..at);
+        at += piece.len() as u64;
+    })
+}
+
 /// Hands over the trits of a ternary tensor in pieces, with the bytes they took. Returns the scale; None where the
 /// tensor is all zeros and has none.
 pub(super) fn read_ternary(
@@ -184,7 +199,7 @@ pub(super) fn read_ternary(
     let (columns, row_bytes) = (tensor.dims[0] as usize, format.row_bytes(tensor.dims[0] as usize));
     let rows = (PIECE / columns).max(1);
     let mut trits = vec![0; rows * columns];
-    for (i, piece) in bytes.chunks(rows * row_bytes).enumerate() {
+    for (i, piece) in pieces(gguf, tensor, rows * row_bytes).enumerate() {
         let mut filled = 0;
         for (r, (row, trits)) in piece.chunks(row_bytes).zip(trits.chunks_mut(columns)).enumerate() {
             unpack_row(row, format, i * rows + r, scale.unwrap_or(1.0), trits)

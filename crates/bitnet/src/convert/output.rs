@@ -10,7 +10,7 @@ use bitnet_kernels::half::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 use bitnet_kernels::ternary::pack;
 use sha2::{Digest, Sha256};
 
-use super::gguf::read_ternary;
+use super::gguf::{pieces, read_ternary};
 use super::{ConvertError, Meter, Report, Result};
 use crate::model::stored::{ExactScales, is_ternary, row_format};
 
@@ -205,7 +205,7 @@ impl<'a> Output<'a> {
                 }
                 Some(Expected::Bytes(hash)) => {
                     let mut sha = Sha256::new();
-                    for piece in gguf.tensor_bytes(tensor).chunks(1 << 20) {
+                    for piece in pieces(&gguf, tensor, 1 << 20) {
                         sha.update(piece);
                         meter.read(&tensor.name, piece.len() as u64)?;
                     }

@@ -23,21 +23,25 @@ pub enum Role {
     User,
     /// The model.
     Assistant,
+    /// What a tool gave that the model asked for; few templates know it.
+    Tool,
 }
 
 impl Role {
-    /// `system`, `user` or `assistant`.
+    /// `system`, `user`, `assistant` or `tool`.
     pub fn name(self) -> &'static str {
         match self {
             Self::System => "system",
             Self::User => "user",
             Self::Assistant => "assistant",
+            Self::Tool => "tool",
         }
     }
 }
 
 /// A part of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)] // the calls of tools must not get lost without a word
 pub struct Message {
     /// Who says it.
     pub role: Role,
@@ -82,6 +86,9 @@ pub enum TemplateError {
         "the model has no chat template; if it was trained to chat, --chat-template names one, else use `bitnet run`"
     )]
     None,
+    /// The template has no place for what tools give.
+    #[error("the chat template leaves out messages of the role tool; give them as the user's")]
+    NoTools,
     #[error("the messages hold every private character of Unicode")]
     Private,
 }
@@ -127,7 +134,7 @@ const BUILT_IN: [(&str, &str, &str); 4] = [
     (
         "falcon3",
         "<|assistant|>",
-        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\
+        "{% for m in messages if m.role != 'tool' %}<|{{ m.role }}|>\n{{ m.content }}\
          {% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\
          {% if not loop.last or m.role != 'assistant' %}{{ '\\n' }}{% endif %}\
          {% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}",
@@ -234,14 +241,21 @@ impl ChatTemplate {
     /// The conversation's tokens; `answer` adds those that an answer begins with.
     ///
     /// # Errors
-    /// [`TemplateError::Refused`] where the template wants another order of roles, say; [`TemplateError::Broken`] and
-    /// [`TemplateError::Endless`].
+    /// [`TemplateError::Refused`] where the template wants another order of roles, say; [`TemplateError::NoTools`],
+    /// [`TemplateError::Broken`] and [`TemplateError::Endless`].
     pub fn encode(
         &self,
         tokenizer: &Tokenizer,
         messages: &[Message],
         answer: bool,
     ) -> Result<Vec<u32>, TemplateError> {
+        if messages.iter().any(|message| message.role == Role::Tool) {
+            let probe = [(Role::User, "u"), (Role::Assistant, "a"), (Role::Tool, "4711")]
+                .map(|(role, content)| Message::new(role, content));
+            if !self.render(&probe, true)?.contains("4711") {
+                return Err(TemplateError::NoTools);
+            }
+        }
         let mut ids = match self.name {
             BITNET => self.encode_bitnet(tokenizer, messages, answer),
             _ => self.encode_rendered(tokenizer, messages, answer)?,
@@ -336,6 +350,7 @@ fn header(role: Role) -> &'static str {
         Role::System => "System: ",
         Role::User => "User: ",
         Role::Assistant => "Assistant: ",
+        Role::Tool => "Tool: ",
     }
 }
 

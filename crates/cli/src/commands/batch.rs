@@ -151,7 +151,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         Ok(())
     })?;
     let Some(first) = rows.next()? else {
-        args.model.file.note(format_args!("all {} rows are there{}", before.rows, errors(before.errors)));
+        args.model.file.note(format_args!("all rows are there: {}{}", before.rows, errors(before.errors)));
         return Ok(());
     };
     // Rows may come from somebody who takes time; those that are there must not wait for them.
@@ -452,7 +452,7 @@ impl Progress {
         let target = if shown { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let bar = ProgressBar::with_draw_target(total, target);
         bar.set_style(ProgressStyle::with_template(match total {
-            Some(_) => "{bar:30} {pos} of {len} rows{msg}",
+            Some(_) => "{wide_bar} {pos} of {len} rows{msg}",
             None => "{spinner} {pos} rows{msg}",
         })?);
         // What was there before is no speed.

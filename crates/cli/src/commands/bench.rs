@@ -2,11 +2,13 @@
 
 use crate::output;
 use crate::source::{self, Wish};
+use crate::usage_error;
 use anyhow::{Context, Result};
 use bitnet::generate::{Sampler, SamplerConfig};
 use bitnet::kernels::{Compute, HugeBuffer, MemoryPart, TernaryMatrix};
 use bitnet::model::{Config, Layer, Model, Phase};
 use bitnet::{Engine, EngineOptions, Feed, MemoryPlan, SequenceId, Wanted};
+use clap::error::ErrorKind;
 use serde::Serialize;
 use std::fmt::Write;
 use std::time::Instant;
@@ -114,6 +116,9 @@ impl Read {
 }
 
 pub fn run(args: &Args) -> Result<()> {
+    if args.n_prompt == 0 && args.n_gen == 0 {
+        usage_error(ErrorKind::ArgumentConflict, "-p 0 and -n 0 leave nothing to measure");
+    }
     let compute = args.model.compute()?;
     let batch = args.batch as usize;
     // A step has no more rows than the context.

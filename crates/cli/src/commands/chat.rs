@@ -199,13 +199,11 @@ impl Session {
         }
         let start = Instant::now();
         let (mut first_token, mut failure, mut ends_line) = (None, None, true);
-        let terminal = self.terminal;
         let mut emit = |part: &str| {
             if !part.is_empty() {
                 first_token.get_or_insert_with(|| start.elapsed());
                 ends_line = part.ends_with('\n');
-                let shown = if terminal { printable(part) } else { part.into() };
-                failure = output::print(shown.as_bytes()).err();
+                failure = output::print_text(part).err();
             }
             if failure.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
@@ -366,12 +364,6 @@ fn advice(error: Error) -> anyhow::Error {
         ),
         error => error.into(),
     }
-}
-
-/// A model's text for a terminal, which obeys control characters.
-fn printable(text: &str) -> std::borrow::Cow<'_, str> {
-    let harmful = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
-    if text.contains(harmful) { text.replace(harmful, "\u{fffd}").into() } else { text.into() }
 }
 
 fn load(path: &Path) -> anyhow::Result<Vec<Message>> {

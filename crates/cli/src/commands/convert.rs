@@ -61,14 +61,11 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         bail!("{}: this is the input; give another name to write", args.output.display());
     }
     let bar = hub::bar(args.quiet);
-    bar.set_style(ProgressStyle::with_template("{bar:40} {bytes} of {total_bytes} {eta} {wide_msg}")?);
+    bar.set_style(ProgressStyle::with_template("{wide_bar} {bytes} of {total_bytes}, {eta} left")?);
     let interrupted = output::interrupt_flag()?;
     let report = convert(&input, &args.output, options, &mut |progress| {
         bar.set_length(progress.total);
         bar.set_position(progress.done);
-        if bar.message() != progress.tensor {
-            bar.set_message(progress.tensor.to_owned());
-        }
         if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
     bar.finish_and_clear();

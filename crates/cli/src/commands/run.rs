@@ -91,7 +91,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         first_token.get_or_insert_with(|| start.elapsed());
         text.push_str(part);
         if !args.json && !part.is_empty() {
-            failure = output::print(part.as_bytes()).err();
+            failure = output::print_text(part).err();
         }
         if failure.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     };

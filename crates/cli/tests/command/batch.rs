@@ -240,7 +240,7 @@ fn a_bad_row_costs_itself() {
         ("{\"id\": 6}", "either \"prompt\" or \"messages\""),
         ("{\"prompt\": \"x\", \"messages\": []}", "either \"prompt\" or \"messages\""),
         ("{\"prompt\": \"x\", \"temperature\": -1}", "temperature is -1"),
-        ("{\"prompt\": \"x\", \"temp\": \"hot\"}", "invalid type"),
+        ("{\"prompt\": \"x\", \"temp\": \"hot\"}", "expected f32 at column 29"),
         ("{\"prompt\": \"x\", \"max_tokens\": -2}", "max_tokens is -2"),
         ("{\"prompt\": \"x\", \"stop\": \"\"}", "an empty stop string"),
         ("{\"prompt\": \"x\", \"stop\": 3}", "stop must be a string"),
@@ -268,7 +268,7 @@ fn a_bad_row_costs_itself() {
     assert_eq!(json!(ids), json!([1, 5, 6, "long"]));
     // Errors are rows that are done, too.
     let stderr = place.batch(&["in.jsonl", "-o", "out.jsonl", "-n", "3", "-c", "64"]);
-    assert_eq!(stderr, "note: all 32 rows are there, 17 of them with an error\n");
+    assert_eq!(stderr, "note: all rows are there: 32, 17 of them with an error\n");
     assert_eq!(place.rows("out.jsonl"), rows);
 }
 
@@ -314,7 +314,7 @@ fn killed_at_any_moment_it_goes_on() {
         assert_eq!(place.read("out.jsonl"), whole);
     }
     // Done is done, and more rows make more.
-    assert_eq!(place.batch(&["in.jsonl", "-o", "out.jsonl"]), "note: all 60 rows are there\n");
+    assert_eq!(place.batch(&["in.jsonl", "-o", "out.jsonl"]), "note: all rows are there: 60\n");
     place.write("in.jsonl", prompts(62));
     let stderr = place.batch(&["in.jsonl", "-o", "out.jsonl"]);
     assert!(

@@ -86,10 +86,23 @@ mod terminal {
 
     /// A chat on a terminal, with its files in `home`.
     fn chat(home: &Path, args: &[&str]) -> PtySession {
+        chat_with(home, args, "X", "1")
+    }
+
+    /// As [`chat`], with a variable of the environment.
+    fn chat_with(home: &Path, args: &[&str], variable: &str, value: &str) -> PtySession {
         let mut command = Command::cargo_bin("bitnet").unwrap();
         command.args(["chat", "--temp", "0"]).args(args).env("XDG_STATE_HOME", home).env("HOME", home);
-        command.current_dir(home).env("TERM", "xterm").env_remove("NO_COLOR");
+        command.current_dir(home).env("TERM", "xterm").env_remove("NO_COLOR").env_remove("CI");
+        command.env(variable, value);
         spawn_command(command, Some(60_000)).unwrap()
+    }
+
+    /// Ends the chat; what it still printed.
+    fn leave(mut session: PtySession) -> String {
+        session.exp_string(">>> ").unwrap();
+        session.send_control('d').unwrap();
+        session.exp_eof().unwrap()
     }
 
     fn say(session: &mut PtySession, line: &str) {
@@ -149,10 +162,8 @@ mod terminal {
         assert!(history.contains("Once upon a time"));
 
         // The next chat has the history of this one, and goes on with its conversation.
-        let mut s = chat(home.path(), &["-n", "12", "--load", "tale.json", "--no-history", "-q"]);
-        s.exp_string(">>> ").unwrap();
-        s.send_control('d').unwrap();
-        assert!(!s.exp_eof().unwrap().contains("context"));
+        let s = chat(home.path(), &["-n", "12", "--load", "tale.json", "--no-history", "-q"]);
+        assert!(!leave(s).contains("context"));
     }
 
     #[test]
@@ -171,9 +182,7 @@ mod terminal {
         say(&mut s, "/set n 5");
         say(&mut s, "And then?");
         expect(&mut s, "5 tokens");
-        s.exp_string(">>> ").unwrap();
-        s.send_control('d').unwrap();
-        s.exp_eof().unwrap();
+        leave(s);
         assert!(!home.path().join("bitnet").exists());
     }
 
@@ -198,9 +207,7 @@ mod terminal {
         expect(&mut s, "[5 tokens");
         say(&mut s, "/stats");
         expect(&mut s, "answers          1");
-        s.exp_string(">>> ").unwrap();
-        s.send_control('d').unwrap();
-        s.exp_eof().unwrap();
+        leave(s);
     }
 
     #[test]
@@ -209,19 +216,10 @@ mod terminal {
         for (variable, value, coloured) in
             [("X", "1", true), ("NO_COLOR", "1", false), ("TERM", "dumb", false)]
         {
-            let mut command = Command::cargo_bin("bitnet").unwrap();
-            command
-                .args(["chat", "--no-history"])
-                .env("TERM", "xterm")
-                .env_remove("NO_COLOR")
-                .env(variable, value);
-            command.current_dir(home.path()).env_remove("CI");
-            let mut s = spawn_command(command, Some(60_000)).unwrap();
+            let mut s = chat_with(home.path(), &["--no-history"], variable, value);
             let before = s.exp_string("context of").unwrap();
             assert_eq!(before.contains("\x1b[2m"), coloured, "{variable}: {before:?}");
-            s.exp_string(">>> ").unwrap();
-            s.send_control('d').unwrap();
-            s.exp_eof().unwrap();
+            leave(s);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The rows of a batch: where they come from and what they ask for.
 
 use crate::constraint::Form;
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use bitnet::generate::{Sampler, SamplerConfig, StopConditions};
 use bitnet::text::Message;
 use serde::{Deserialize, Deserializer};
@@ -278,14 +278,18 @@ impl Row {
                 Prompt::Text(text.strip_suffix('\n').map(str::to_owned).unwrap_or(text))
             }
             Kind::Json => {
-                let value: Value = serde_json::from_str(&text(&self.raw)?).context("not JSON")?;
+                let text = text(&self.raw)?;
+                let value: Value = serde_json::from_str(&text).context("not JSON")?;
                 ensure!(value.is_object(), "expected an object");
                 match value.get("id") {
                     Some(id @ (Value::String(_) | Value::Number(_))) => self.id = id.clone(),
                     None | Some(Value::Null) => {}
                     Some(_) => bail!("the id must be a string or a number"),
                 }
-                let fields: Fields = serde_json::from_value(value)?;
+                // From the text again, for the place of an error; a row is one line.
+                let fields: Fields = serde_json::from_str(&text).map_err(|error| {
+                    anyhow!(error.to_string().replace(" at line 1 column ", " at column "))
+                })?;
                 macro_rules! take {
                     ($($field:ident),*) => { $(if let Some(value) = fields.$field { c.$field = value; })* };
                 }
