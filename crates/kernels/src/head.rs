@@ -154,19 +154,17 @@ impl Team<'_> {
     }
 }
 
-/// In a token's logits by the screen, makes those of tokens that are not `allowed` negative infinity.
-fn leave_out(allowed: &[u32], out: &mut [f32], tops: &mut [[f32; 2]]) {
+/// Makes the logits of a block negative infinity where their tokens are not `allowed`, and `top` the greatest that is left.
+fn leave_out(allowed: &[u32], block: usize, logits: &mut [f32], top: &mut f32) {
     const WORDS: usize = BLOCK / 32;
-    for (b, (logits, [top, _])) in out.chunks_mut(BLOCK).zip(tops).enumerate() {
-        let words: [u32; WORDS] = std::array::from_fn(|w| allowed.get(b * WORDS + w).copied().unwrap_or(0));
-        if words == [u32::MAX; WORDS] {
-            continue;
-        }
-        *top = f32::NEG_INFINITY;
-        for (i, logit) in logits.iter_mut().enumerate() {
-            *logit = if words[i / 32] >> (i % 32) & 1 == 1 { *logit } else { f32::NEG_INFINITY };
-            *top = if *logit > *top { *logit } else { *top };
-        }
+    let words: [u32; WORDS] = std::array::from_fn(|w| allowed.get(block * WORDS + w).copied().unwrap_or(0));
+    if words == [u32::MAX; WORDS] {
+        return;
+    }
+    *top = f32::NEG_INFINITY;
+    for (i, logit) in logits.iter_mut().enumerate() {
+        *logit = if words[i / 32] >> (i % 32) & 1 == 1 { *logit } else { f32::NEG_INFINITY };
+        *top = if *logit > *top { *logit } else { *top };
     }
 }
 
@@ -229,11 +227,12 @@ impl Compute {
             let same = |&t: &usize| screens(t) == screened && !matches!(wanted(t), Logits::Listed(_));
             let run = (t..tokens).take_while(same).take(most).count();
             let (x, out) = (&x[t * columns..][..run * columns], &mut out[t * rows..][..run * rows]);
+            let mut choices = [Logits::Every; GROUP];
+            choices.iter_mut().zip(t..t + run).for_each(|(choice, t)| *choice = wanted(t));
+            let choices = &choices[..run.min(GROUP)];
             match &head.screen {
-                Some(screen) if screened && self.screen_pass(screen, x, scratch, out) => {
-                    let mut choices = [Logits::Every; GROUP];
-                    choices.iter_mut().zip(t..t + run).for_each(|(choice, t)| *choice = wanted(t));
-                    self.best_of_each(&head.matrix, screen, x, &choices[..run], scratch, out);
+                Some(screen) if screened && self.screen_pass(screen, x, choices, scratch, out) => {
+                    self.best_of_each(&head.matrix, screen, x, choices, scratch, out);
                 }
                 _ => self.all_logits(&head.matrix, x, out),
             }
@@ -252,8 +251,16 @@ impl Compute {
         });
     }
 
-    /// Brings the screen's logits of up to [`GROUP`] tokens to `out`. False where it cannot help.
-    fn screen_pass(&self, screen: &Screen, x: &[f32], scratch: &mut HeadScratch, out: &mut [f32]) -> bool {
+    /// Brings the screen's logits of up to [`GROUP`] tokens to `out`, negative infinity where `choices` leaves one out. False where
+    /// it cannot help.
+    fn screen_pass(
+        &self,
+        screen: &Screen,
+        x: &[f32],
+        choices: &[Logits<'_>],
+        scratch: &mut HeadScratch,
+        out: &mut [f32],
+    ) -> bool {
         let rows = screen.rows();
         let (tokens, blocks) = (out.len() / rows, rows.div_ceil(BLOCK));
         let (probes, columns) = (&mut scratch.probes[..tokens], x.len() / tokens);
@@ -278,6 +285,9 @@ impl Compute {
             for t in 0..tokens {
                 // SAFETY: each block is one task.
                 let (out, top) = unsafe { (out.rows(t * rows + first, count), tops.row(t * blocks + block)) };
+                if let Logits::Best { among: Some(allowed), .. } = choices[t] {
+                    leave_out(allowed, block, &mut logits[t][..count], &mut all[t][0]);
+                }
                 out.copy_from_slice(&logits[t][..count]);
                 top[0] = all[t];
             }
@@ -334,21 +344,18 @@ impl Compute {
         x: &[f32],
         probe: &Probe,
         choice: Logits<'_>,
-        tops: &mut [[f32; 2]],
+        tops: &[[f32; 2]],
         desk: &mut Desk,
         stored: &Rows<'_, u8>,
         out: &mut [f32],
     ) -> Option<HeadCounts> {
-        let Logits::Best { top, also, among } = choice else {
+        let Logits::Best { top, also, .. } = choice else {
             return None;
         };
         // A caller may lower the logits in `also`, and then others take their places.
         let top = top.saturating_add(also.len());
         if top > most_wanted(matrix.rows) {
             return None;
-        }
-        if let Some(allowed) = among {
-            leave_out(allowed, out, tops);
         }
         let Desk { select, list, ranges, exact } = desk;
         let most = most_open(matrix.rows);
