@@ -36,8 +36,9 @@ impl UpCost {
         }
         let cost = if listed { &mut self.listed } else { &mut self.all };
         let seen = time.as_nanos() as f32 / rows as f32;
-        // Something else may have had the CPU meanwhile: one time moves what is known only a little.
-        *cost = Some(cost.map_or(seen, |cost| cost + 0.2 * (seen.min(3.0 * cost) - cost)));
+        // Something else may have had the CPU meanwhile: one time moves what is known only a little, a rare look more.
+        let share = if self.turn == 0 { 0.5 } else { 0.1 };
+        *cost = Some(cost.map_or(seen, |cost| cost + share * (seen.min(3.0 * cost) - cost)));
     }
 }
 
