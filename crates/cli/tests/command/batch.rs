@@ -214,6 +214,9 @@ fn a_full_disk_leaves_what_can_be_continued() {
     place.write("in.jsonl", prompts(20));
     place.batch(&["in.jsonl", "-o", "whole.jsonl"]);
     let program = command(&["batch", "in.jsonl", "-o", "out.jsonl"]);
+    if !Path::new(program.get_program()).ends_with("bitnet") {
+        return; // an emulator makes larger files of its own before the program begins
+    }
     let mut limited = Command::new("sh");
     limited
         .args(["-c", "ulimit -f 1; exec \"$@\"", "sh"])
