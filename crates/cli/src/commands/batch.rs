@@ -116,6 +116,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     if constraint.reads_stdin() && args.inputs.iter().any(|input| input.as_os_str() == "-") {
         usage_error(ErrorKind::ArgumentConflict, "the rows and the schema are both read from stdin");
     }
+    if args.output.as_os_str() == "-" {
+        usage_error(ErrorKind::InvalidValue, "-o -: a later run goes on from the output, so it is a file");
+    }
     let defaults = Defaults {
         sampler: sampling.sampler_from(|| 0).config().clone(),
         stop: args.generate.stop(),

@@ -461,6 +461,7 @@ fn the_cache_has_types() {
     assert!(!text("f16").is_empty() && text("q8") == text("q8_0"));
     assert_eq!(bitnet(&["run", "--cache-type", "q4"]).code, 2);
     assert_eq!(bitnet(&["bench", "-p", "0", "-n", "0"]).code, 2);
+    assert_eq!(bitnet(&["batch", "-", "-o", "-"]).code, 2);
     let rows =
         json(&["bench", "-p", "4", "-n", "2", "-d", "70", "-r", "1", "-o", "json", "--cache-type", "q8"]);
     assert_eq!((&rows[0]["test"], &rows[1]["test"]), (&"pp4 @ d70".into(), &"tg2 @ d70".into()));
