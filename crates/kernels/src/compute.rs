@@ -447,6 +447,27 @@ impl Compute {
         }
     }
 
+    /// Tells that [`Compute::linear`] will be called with these matrices by rows, so that threads without work ask for them.
+    pub fn soon<const N: usize>(&self, matrices: [&TernaryMatrix; N]) {
+        let grain = Self::rows_grain(ternary::row_bytes(matrices[0].columns));
+        let items = matrices.iter().map(|matrix| matrix.rows.next_multiple_of(grain)).sum();
+        self.pool.soon(items, grain, |mut item| {
+            for matrix in matrices {
+                if item < matrix.rows {
+                    let rows = matrix.stored_rows();
+                    return rows.bytes[item * rows.row_bytes..].as_ptr();
+                }
+                item = item.saturating_sub(matrix.rows.next_multiple_of(grain));
+            }
+            std::ptr::null()
+        });
+    }
+
+    /// Rows of a task with few tokens: some 16 KiB.
+    fn rows_grain(row_bytes: usize) -> usize {
+        ((16 << 10) / row_bytes).max(STEP) / STEP * STEP
+    }
+
     /// BitLinear: out (`[tokens][rows]`) = q · matrixᵀ, for several matrices that share their input, in one region.
     ///
     /// # Panics
@@ -461,11 +482,10 @@ impl Compute {
             jobs.into_iter().for_each(|(matrix, out)| self.few_by_columns(q, work, matrix, out));
             return;
         }
-        // Few tokens take some 16 KiB of rows at a time.
         let row_bytes = ternary::row_bytes(q.columns);
         let base3 = jobs.iter().any(|(matrix, _)| matrix.layout == Layout::Base3);
         let grain = match q.way {
-            Way::Rows => ((16 << 10) / row_bytes).max(STEP) / STEP * STEP,
+            Way::Rows => Self::rows_grain(row_bytes),
             Way::Tiles if !base3 => 2 * BLOCK,
             _ => BLOCK,
         };
@@ -558,17 +578,13 @@ impl Compute {
         let row_bytes = ternary::row_bytes(q.columns);
         let out = OutPtr { ptr: out.as_mut_ptr(), stride: matrix.rows };
         let plain = Rows::new(&mut work.plain, BLOCK * work.columns / 4);
-        self.pool.run_ranges(
-            list.len(),
-            ((16 << 10) / row_bytes).max(STEP) / STEP * STEP,
-            |range, worker| {
-                let which = Which::Listed { list: &list[range.start..], count: range.len() };
-                let w = matrix.stored_rows();
-                // SAFETY: each worker runs one task at a time; the rows were checked; no row is listed twice, so nobody else
-                // writes its output.
-                unsafe { self.kernels.gemv_rows(w, which, matrix.scale, q.view(), plain.row(worker), out) }
-            },
-        );
+        self.pool.run_ranges(list.len(), Self::rows_grain(row_bytes), |range, worker| {
+            let which = Which::Listed { list: &list[range.start..], count: range.len() };
+            let w = matrix.stored_rows();
+            // SAFETY: each worker runs one task at a time; the rows were checked; no row is listed twice, so nobody else
+            // writes its output.
+            unsafe { self.kernels.gemv_rows(w, which, matrix.scale, q.view(), plain.row(worker), out) }
+        });
     }
 
     /// Rows of a matrix in two bits, in `plain` where they are stored in fewer.

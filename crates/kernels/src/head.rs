@@ -193,6 +193,13 @@ impl Compute {
         fill_part(matrix.columns, out, decode, screen_row);
     }
 
+    /// Tells that [`Compute::head`] will be called, so that threads without work ask for what it reads first.
+    pub fn head_soon(&self, head: &Head) {
+        if let Some(screen) = &head.screen {
+            self.pool.soon(screen.rows().div_ceil(BLOCK), 1, |block| screen.coarse_at(block * BLOCK));
+        }
+    }
+
     /// Logits: out (`[tokens][vocabulary]`) = x (`[tokens][columns]`) · matrixᵀ, those that `wanted` asks for of each token.
     ///
     /// # Panics

@@ -4,10 +4,11 @@
 //! is a word in memory that spinning workers watch; a worker that has gone to sleep is woken, but the caller never waits
 //! for one that has not yet joined: it closes the region when all tasks are taken and waits only for those inside.
 
+use crate::isa;
 use std::cell::UnsafeCell;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering::*};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -15,10 +16,16 @@ use std::time::{Duration, Instant};
 /// How long an idle worker watches for the next region before it sleeps.
 const SPIN: Duration = Duration::from_micros(200);
 
+/// How much of what it will read an idle worker asks for: a fraction of the second-level cache.
+const SOON: usize = 128 << 10;
+
 /// Bit of the state word that says that a region is open; below it the number of workers inside, above it the epoch.
 const OPEN: u64 = 1 << 31;
 const INSIDE: u64 = OPEN - 1;
 const EPOCH: u64 = 1 << 32;
+
+/// Most runs of items of a region.
+const SLOTS: usize = 64;
 
 type Task<'a> = dyn Fn(usize, usize) + Sync + 'a;
 
@@ -28,6 +35,8 @@ struct Shared {
     job: UnsafeCell<Option<(*const Task<'static>, usize)>>,
     next: AtomicUsize,
     panic: Mutex<Option<Box<dyn std::any::Any + Send>>>,
+    /// Where each worker will read in a region to come.
+    soon: Vec<AtomicPtr<u8>>,
     sleepers: AtomicUsize,
     lock: Mutex<()>,
     wake: Condvar,
@@ -57,6 +66,7 @@ impl Pool {
             job: UnsafeCell::new(None),
             next: AtomicUsize::new(0),
             panic: Mutex::new(None),
+            soon: (1..threads).map(|_| AtomicPtr::default()).collect(),
             sleepers: AtomicUsize::new(0),
             lock: Mutex::new(()),
             wake: Condvar::new(),
@@ -124,17 +134,37 @@ impl Pool {
         }
     }
 
+    /// Runs of items of a region of so many.
+    fn slots(&self, items: usize, grain: usize) -> usize {
+        self.threads().min(SLOTS).min(items.div_ceil(grain)).max(1)
+    }
+    /// Where one of them begins.
+    fn start(items: usize, grain: usize, slots: usize, slot: usize) -> usize {
+        (items * slot / slots).next_multiple_of(grain).min(items)
+    }
+
+    /// Tells that [`Pool::run_ranges`] will be called with so many items and read from `at(i)` on for item i. Workers without
+    /// work, while the caller does what only one can do, ask for the beginning of their run.
+    pub fn soon(&self, items: usize, grain: usize, at: impl Fn(usize) -> *const u8) {
+        let slots = self.slots(items, grain);
+        for (i, soon) in self.shared.soon.iter().enumerate() {
+            let first = if i + 1 < slots { Self::start(items, grain, slots, i + 1) } else { items };
+            let at = if first < items { at(first) } else { std::ptr::null() };
+            soon.store(at.cast_mut(), Relaxed);
+        }
+    }
+
     /// Calls `f(range, worker)` for ranges of at most `grain` items that together make up `0..items`, on all threads. Each
     /// thread has a run of items of its own and goes through it in order, so that it reads memory as one stream; when
     /// it has done it helps the others.
     pub fn run_ranges(&self, items: usize, grain: usize, f: impl Fn(Range<usize>, usize) + Sync) {
-        const SLOTS: usize = 64;
-        let slots = self.threads().min(SLOTS).min(items.div_ceil(grain)).max(1);
-        let start = |slot: usize| (items * slot / slots).next_multiple_of(grain).min(items);
+        let slots = self.slots(items, grain);
+        let start = |slot: usize| Self::start(items, grain, slots, slot);
         let next: [AtomicUsize; SLOTS] =
             std::array::from_fn(|slot| AtomicUsize::new(if slot < slots { start(slot) } else { items }));
-        self.run(slots, |slot, worker| {
-            for slot in (slot..slots).chain(0..slot) {
+        self.run(slots, |_, worker| {
+            let own = worker % slots;
+            for slot in (own..slots).chain(0..own) {
                 let end = if slot + 1 < slots { start(slot + 1) } else { items };
                 loop {
                     let begin = next[slot].fetch_add(grain, Relaxed);
@@ -164,8 +194,8 @@ impl Drop for Pool {
 
 impl Shared {
     fn work(&self, worker: usize) {
-        let mut seen = 0;
-        while let Some(epoch) = self.join_region(seen) {
+        let (mut seen, mut soon) = (0, Soon { at: std::ptr::null(), asked: 0 });
+        while let Some(epoch) = self.join_region(seen, worker, &mut soon) {
             seen = epoch;
             // SAFETY: this worker is counted inside, so the region's owner waits for it, and `job` was written before
             // the region was opened.
@@ -180,7 +210,7 @@ impl Shared {
     }
 
     /// Waits for an open region other than `seen` and enters it. None when the pool ends.
-    fn join_region(&self, seen: u64) -> Option<u64> {
+    fn join_region(&self, seen: u64, worker: usize, soon: &mut Soon) -> Option<u64> {
         let mut idle_since = Instant::now();
         let mut spins = 0u32;
         loop {
@@ -194,6 +224,9 @@ impl Shared {
             }
             if self.quit.load(Relaxed) {
                 return None;
+            }
+            if soon.ask(self.soon[worker - 1].load(Relaxed)) {
+                continue;
             }
             std::hint::spin_loop();
             spins += 1;
@@ -230,6 +263,29 @@ impl Shared {
             self.next.store(usize::MAX / 2, Relaxed);
             self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
         }
+    }
+}
+
+/// What a worker has asked for already.
+struct Soon {
+    at: *const u8,
+    asked: usize,
+}
+
+impl Soon {
+    /// Asks for some more lines from `at` on, if any are left to be asked for.
+    fn ask(&mut self, at: *const u8) -> bool {
+        if at != self.at {
+            *self = Self { at, asked: 0 };
+        }
+        if at.is_null() || self.asked >= SOON {
+            return false;
+        }
+        for _ in 0..4 {
+            isa::prefetch_soon(at.wrapping_add(self.asked));
+            self.asked += 64;
+        }
+        true
     }
 }
 

@@ -33,47 +33,51 @@ impl Compute {
     /// Times how rows are multiplied with one token on this machine, now, in each layout that could be the fastest. That takes
     /// some 30 milliseconds.
     pub fn race_rows(&self) -> RowRace {
-        // More than caches hold, in rows of a common width.
-        const BYTES: usize = 48 << 20;
+        // Rows of a common width, 8 MiB in a run, and for each run others, so that they come from memory.
+        const BYTES: usize = 8 << 20;
         const COLUMNS: usize = RowRace::COLUMNS;
         const ROUNDS: usize = 3;
         let mut race = RowRace { layout: Layout::Rows, times: Vec::new() };
-        let Some(mut buffer) = HugeBuffer::new(MemoryPart::Scratch, BYTES) else { return race };
-        let parts = Rows::new(&mut buffer, BYTES / 64);
+        let layouts =
+            if self.kernels.fast_base3() { &[Layout::Rows, Layout::Base3][..] } else { &[Layout::Rows] };
+        let runs = ROUNDS * layouts.len() * 2;
+        let Some(mut buffer) = HugeBuffer::new(MemoryPart::Scratch, runs * BYTES) else { return race };
+        let parts = Rows::new(&mut buffer, BYTES / 16);
         // SAFETY: each part is one task. Any bytes are weights here.
-        self.pool.run(64, |part, _| unsafe { parts.row(part) }.fill(1));
+        self.pool.run(runs * 16, |part, _| unsafe { parts.row(part) }.fill(1));
         let buffer = Arc::new(buffer);
         let (mut work, mut q) =
             (Workspace::new(COLUMNS, self.pool.threads()), QuantizedRows::new(1, COLUMNS));
         self.quantize(&[1.0; COLUMNS], COLUMNS, Layout::Rows, &mut work, &mut q);
         let mut out = vec![0.0; BYTES / base3::row_bytes(COLUMNS)];
-        let layouts = if self.kernels.fast_base3() { 2 } else { 1 };
-        let mut runners: Vec<_> = [Layout::Rows, Layout::Base3][..layouts]
-            .iter()
-            .map(|&layout| {
+        race.times = layouts.iter().map(|&layout| (layout, f64::INFINITY, f64::INFINITY)).collect();
+        // Every other row, but not in step: by the uppermost bit of multiples of the golden ratio.
+        let half: Vec<u32> =
+            (0..out.len() as u32).filter(|r| r.wrapping_mul(0x9e37_79b9) >> 31 == 1).collect();
+        let mut begin = 0;
+        for _ in 0..ROUNDS {
+            for (layout, all, listed) in &mut race.times {
                 let rows = BYTES / layout.bytes(1, COLUMNS);
-                let bytes = Bytes::new(buffer.clone(), 0..layout.bytes(rows, COLUMNS));
-                // Every other row, but not in step: by the uppermost bit of multiples of the golden ratio.
-                let half: Vec<u32> =
-                    (0..rows as u32).filter(|r| r.wrapping_mul(0x9e37_79b9) >> 31 == 1).collect();
-                (TernaryMatrix::new(bytes, layout, rows, COLUMNS, 1.0), half, [f64::INFINITY; 2])
-            })
-            .collect();
-        for i in 0..ROUNDS * layouts {
-            let (matrix, half, best) = &mut runners[i % layouts];
-            let out = &mut out[..matrix.rows()];
-            let start = Instant::now();
-            self.linear(&q, &mut work, [(matrix, &mut *out)]);
-            let all = start.elapsed();
-            self.linear_listed(&q, &mut work, matrix, half, out);
-            for (best, time) in best.iter_mut().zip([all, start.elapsed() - all]) {
-                *best = best.min(time.as_secs_f64() * 1e9 / matrix.rows() as f64);
+                for (best, list) in
+                    [(all, None), (listed, Some(&half[..half.partition_point(|&r| (r as usize) < rows)]))]
+                {
+                    let bytes = Bytes::new(buffer.clone(), begin..begin + layout.bytes(rows, COLUMNS));
+                    begin += BYTES;
+                    let (matrix, out) =
+                        (TernaryMatrix::new(bytes, *layout, rows, COLUMNS, 1.0), &mut out[..rows]);
+                    let start = Instant::now();
+                    match list {
+                        None => self.linear(&q, &mut work, [(&matrix, out)]),
+                        Some(list) => self.linear_listed(&q, &mut work, &matrix, list, out),
+                    }
+                    *best = best.min(start.elapsed().as_secs_f64() * 1e9 / rows as f64);
+                }
             }
         }
-        race.times = runners.iter().map(|(matrix, _, [all, half])| (matrix.layout(), *all, *half)).collect();
-        // Of what a token reads by rows, two thirds are whole matrices. Several tokens take longer in base 3, which has to gain a little.
+        // Of what a token reads by rows, two thirds are whole matrices; of the others half are needed, and all are read where that
+        // is faster. Several tokens take longer in base 3, which has to gain a little.
         let cost = |&(layout, all, half): &(Layout, f64, f64)| {
-            (2.0 * all + half) * if layout == Layout::Base3 { 1.04 } else { 1.0 }
+            (2.0 * all + half.min(all)) * if layout == Layout::Base3 { 1.04 } else { 1.0 }
         };
         if let Some(best) = race.times.iter().min_by(|a, b| cost(a).total_cmp(&cost(b))) {
             race.layout = best.0;

@@ -105,6 +105,10 @@ impl Screen {
     fn coarse(&self, row: usize, count: usize) -> &[u8] {
         &self.bytes[self.place(row).coarse..][..count * Self::row_bytes(self.columns)]
     }
+    /// Where the codes of a row are.
+    pub(crate) fn coarse_at(&self, row: usize) -> *const u8 {
+        self.coarse(row, 1).as_ptr()
+    }
     fn fine(&self, row: usize) -> &[u8] {
         &self.bytes[self.place(row).fine..][..Self::row_bytes(self.columns)]
     }

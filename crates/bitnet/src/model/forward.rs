@@ -170,6 +170,7 @@ impl Model {
             }
             compute.norm_quantize(x, &layer.attn_norm, eps, Layout::Rows, work, codes);
             profile.lap(Phase::Norm, 0);
+            compute.soon([&layer.attn_output]);
             compute.linear(
                 codes,
                 work,
@@ -188,6 +189,7 @@ impl Model {
                 Some(norm) => compute.norm_quantize(attended, norm, eps, Layout::Rows, work, codes),
                 None => compute.quantize(attended, config.q_width(), Layout::Rows, work, codes),
             }
+            compute.soon([&layer.ffn_gate]);
             compute.linear(codes, work, [(&layer.attn_output, &mut *delta)]);
             compute.add(x, delta);
             profile.lap(Phase::Output, layer.attn_output.byte_len());
@@ -217,6 +219,10 @@ impl Model {
             let norm = layer.ffn_sub_norm.as_deref().map(|norm| (norm, eps));
             compute.activate_quantize(config.activation, gate, up, width, norm, layout, work, codes);
             profile.lap(Phase::Activate, 0);
+            match weights.layers.get(index + 1) {
+                Some(next) => compute.soon([&next.attn_q, &next.attn_k, &next.attn_v]),
+                None => compute.head_soon(&weights.head),
+            }
             compute.linear(codes, work, [(&layer.ffn_down, &mut *delta)]);
             compute.add(x, delta);
             let columns = codes.live_columns().unwrap_or(config.intermediate_size);
@@ -232,6 +238,9 @@ impl Model {
         }
         let (delta, logits) =
             (&delta[..wanted * config.hidden_size], &mut logits[..wanted * config.vocab_size]);
+        if let Some(first) = weights.layers.first() {
+            compute.soon([&first.attn_q, &first.attn_k, &first.attn_v]);
+        }
         compute.head(&weights.head, delta, |i| choice(&rows[ids[i] as usize]), head, logits);
         let counts = head.take_counts();
         profile.count_head(counts);

@@ -8,9 +8,9 @@ use super::{
     row_chunks,
 };
 use crate::attention::FETCH;
-use crate::ternary::base3;
 use crate::ternary::lookup::Places;
 use crate::ternary::tiles::Dots;
+use crate::ternary::{StoredRows, base3};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -266,10 +266,17 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
         VNNI && super::vbmi::detect()
     }
     #[inline(always)]
-    fn base3_dots<const R: usize>(self, w: [&[u8]; R], ahead: [*const u8; R], a: &[i8]) -> [i32; R] {
+    fn base3_dots(
+        self,
+        w: StoredRows<'_>,
+        count: usize,
+        row: impl Fn(usize) -> usize,
+        a: &[i8],
+        put: impl FnMut(usize, i32),
+    ) {
         assert!(self.fast_base3());
         // SAFETY: just detected.
-        unsafe { super::vbmi::dots(self, w, ahead, a) }
+        unsafe { super::vbmi::dots(self, w, count, row, a, put) }
     }
     #[inline(always)]
     fn base3_unpack(self, row: &[u8], out: &mut [u8]) {

@@ -20,12 +20,29 @@ pub(crate) mod scalar;
 mod vbmi;
 
 use crate::screen;
-use crate::ternary::base3;
 use crate::ternary::columns::{self, GROUP};
 use crate::ternary::lookup::{self, GROUPS, LANES, Places};
 use crate::ternary::panel::{self, PANEL};
 use crate::ternary::tiles::Dots;
+use crate::ternary::{StoredRows, base3};
 use std::ops::Range;
+
+/// Asks for the cache line at `p`, which need not be readable, to be brought to the second-level cache.
+#[inline(always)]
+pub(crate) fn prefetch_soon(p: *const u8) {
+    // SAFETY: a prefetch reads nothing and never faults.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(p.cast());
+    }
+    // SAFETY: as above.
+    #[cfg(target_arch = "aarch64")]
+    unsafe {
+        std::arch::asm!("prfm pldl2keep, [{}]", in(reg) p, options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let _ = p;
+}
 
 /// Primitives over sixteen float32 lanes, and the exact integer dot product.
 ///
@@ -119,9 +136,17 @@ pub(crate) trait Isa: Copy {
     fn fast_base3(self) -> bool {
         false
     }
-    /// As [`Isa::dot_rows`], of rows in the layout of [`base3`], where that is fast.
+    /// The dot products of `count` rows in the layout of [`base3`] with one token's activations, where that is fast. As there,
+    /// `row(i)` is the number of the i-th, or for i past the end of any, and `put` takes what it is with the i-th.
     #[inline(always)]
-    fn base3_dots<const R: usize>(self, _w: [&[u8]; R], _ahead: [*const u8; R], _a: &[i8]) -> [i32; R] {
+    fn base3_dots(
+        self,
+        _w: StoredRows<'_>,
+        _count: usize,
+        _row: impl Fn(usize) -> usize,
+        _a: &[i8],
+        _put: impl FnMut(usize, i32),
+    ) {
         unreachable!("not fast")
     }
     /// Unpacks a row in the layout of [`base3`] to two bits.

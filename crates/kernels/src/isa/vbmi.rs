@@ -2,6 +2,7 @@
 
 use super::Isa;
 use super::avx512::sum_lanes;
+use crate::ternary::StoredRows;
 use crate::ternary::base3::{FIFTH, FOUR, HIGH, PLAIN, STORED};
 use std::arch::x86_64::*;
 
@@ -41,61 +42,99 @@ impl Tables {
     }
 }
 
-/// [`super::Isa::base3_dots`].
+/// [`super::Isa::base3_dots`]. The loop over the rows is in here, for a call costs as much as a row.
 ///
 /// # Safety
-/// The CPU must have what [`detect`] looks for, and `ahead` is only asked for.
+/// The CPU must have what [`detect`] looks for.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-pub(super) unsafe fn dots<I: Isa, const R: usize>(
+pub(super) unsafe fn dots<I: Isa>(
     isa: I,
-    w: [&[u8]; R],
-    ahead: [*const u8; R],
+    w: StoredRows<'_>,
+    count: usize,
+    row: impl Fn(usize) -> usize,
     a: &[i8],
-) -> [i32; R] {
+    mut put: impl FnMut(usize, i32),
+) {
+    const R: usize = 4;
     let (blocks, tail) = (a.len() / (4 * PLAIN), a.len() % (4 * PLAIN) / 256);
+    assert_eq!(w.row_bytes, STORED * blocks + 64 * tail);
+    let ahead = isa.ahead().div_ceil(w.row_bytes).max(2);
+    let at = |row: usize| row * w.row_bytes;
     let tables = Tables::load();
-    let masks = [0xc0u8, 0x30, 0x0c, 0x03].map(|mask| _mm512_set1_epi8(mask as i8));
-    let mut sums = [_mm512_setzero_si512(); R];
-    for r in 0..R {
-        assert_eq!(w[r].len(), STORED * blocks + 64 * tail);
-        // Fields are multiplied where they stand in the byte, as with rows in two bits: a row has at most 2^12 chunks, and each
-        // adds less than 2^16 to a lane twice.
-        let mut fields = [_mm512_setzero_si512(); 4];
-        // SAFETY: the lengths were checked: block b has 256 bytes and 1280 codes, each chunk after them 64 and 256.
-        unsafe {
-            let q = |at: usize| _mm512_loadu_si512(a.as_ptr().add(at).cast());
-            for b in 0..blocks {
-                for v in 0..4 {
-                    let at = STORED * b + 64 * v;
-                    let line = _mm512_loadu_si512(w[r].as_ptr().add(at).cast());
-                    isa.prefetch(ahead[r].wrapping_add(at));
-                    let (four, fifth) = tables.codes(line);
-                    let codes = 4 * PLAIN * b;
-                    for f in 0..4 {
-                        let code = _mm512_and_si512(four, masks[f]);
-                        fields[f] = _mm512_dpbusd_epi32(fields[f], code, q(codes + 256 * v + 64 * f));
-                    }
-                    let code = _mm512_and_si512(fifth, masks[0]);
-                    fields[0] = _mm512_dpbusd_epi32(fields[0], code, q(codes + 1024 + 64 * v));
-                }
-            }
-            for c in 0..tail {
-                let at = STORED * blocks + 64 * c;
-                let chunk = _mm512_loadu_si512(w[r].as_ptr().add(at).cast());
-                isa.prefetch(ahead[r].wrapping_add(at));
+    let mut i = 0;
+    while i < count {
+        let some = R.min(count - i);
+        let mut sums = [_mm512_setzero_si512(); R];
+        for r in 0..some {
+            let (begin, next) = (at(row(i + r)), w.bytes.as_ptr().wrapping_add(at(row(i + r + ahead))));
+            // SAFETY: a row has as many blocks and chunks, which was checked above.
+            sums[r] = unsafe { dot(isa, &tables, &w.bytes[begin..][..w.row_bytes], next, a, blocks, tail) };
+        }
+        // SAFETY: AVX-512F is there.
+        let dots = unsafe { sum_lanes(sums) };
+        for r in 0..some {
+            put(i + r, dots[r]);
+        }
+        i += R;
+    }
+}
+
+/// The lanes of a row's dot product.
+///
+/// # Safety
+/// The row has `blocks` blocks of 256 bytes and 1280 codes, and `tail` chunks after them of 64 and 256.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
+unsafe fn dot<I: Isa>(
+    isa: I,
+    tables: &Tables,
+    w: &[u8],
+    ahead: *const u8,
+    a: &[i8],
+    blocks: usize,
+    tail: usize,
+) -> __m512i {
+    let masks = [
+        _mm512_set1_epi8(0xc0u8 as i8),
+        _mm512_set1_epi8(0x30),
+        _mm512_set1_epi8(0x0c),
+        _mm512_set1_epi8(0x03),
+    ];
+    // Fields are multiplied where they stand in the byte, as with rows in two bits: a row has at most 2^12 chunks, and each
+    // adds less than 2^16 to a lane twice.
+    let mut fields = [_mm512_setzero_si512(); 4];
+    // SAFETY: the caller's contract.
+    unsafe {
+        let q = |at: usize| _mm512_loadu_si512(a.as_ptr().add(at).cast());
+        for b in 0..blocks {
+            for v in 0..4 {
+                let at = STORED * b + 64 * v;
+                let line = _mm512_loadu_si512(w.as_ptr().add(at).cast());
+                isa.prefetch(ahead.wrapping_add(at));
+                let (four, fifth) = tables.codes(line);
+                let codes = 4 * PLAIN * b;
                 for f in 0..4 {
-                    let code = _mm512_and_si512(chunk, masks[f]);
-                    let codes = 4 * PLAIN * blocks + 256 * c + 64 * f;
-                    fields[f] = _mm512_dpbusd_epi32(fields[f], code, q(codes));
+                    let code = _mm512_and_si512(four, masks[f]);
+                    fields[f] = _mm512_dpbusd_epi32(fields[f], code, q(codes + 256 * v + 64 * f));
                 }
+                let code = _mm512_and_si512(fifth, masks[0]);
+                fields[0] = _mm512_dpbusd_epi32(fields[0], code, q(codes + 1024 + 64 * v));
             }
         }
-        let [f0, f1, f2, f3] = fields;
-        let high = _mm512_add_epi32(_mm512_srai_epi32::<6>(f0), _mm512_srai_epi32::<4>(f1));
-        sums[r] = _mm512_add_epi32(high, _mm512_add_epi32(_mm512_srai_epi32::<2>(f2), f3));
+        for c in 0..tail {
+            let at = STORED * blocks + 64 * c;
+            let chunk = _mm512_loadu_si512(w.as_ptr().add(at).cast());
+            isa.prefetch(ahead.wrapping_add(at));
+            for f in 0..4 {
+                let code = _mm512_and_si512(chunk, masks[f]);
+                let codes = 4 * PLAIN * blocks + 256 * c + 64 * f;
+                fields[f] = _mm512_dpbusd_epi32(fields[f], code, q(codes));
+            }
+        }
     }
-    // SAFETY: AVX-512F is there.
-    unsafe { sum_lanes(sums) }
+    let [f0, f1, f2, f3] = fields;
+    let high = _mm512_add_epi32(_mm512_srai_epi32::<6>(f0), _mm512_srai_epi32::<4>(f1));
+    _mm512_add_epi32(high, _mm512_add_epi32(_mm512_srai_epi32::<2>(f2), f3))
 }
 
 /// [`super::Isa::base3_unpack`].

@@ -278,6 +278,9 @@ unsafe fn gemv<I: Isa, const R: usize, const T: usize>(
         // SAFETY: the caller's contract.
         unsafe { out.write(t, row(i), (dot - a.sums[t]) as f32 * factors[t]) }
     };
+    if w.base3 && T == 1 && isa.fast_base3() {
+        return isa.base3_dots(w, count, row, codes[0], |i, dot| put(0, i, dot));
+    }
     let mut i = 0;
     while i + R <= count {
         let dots = dots::<I, R, T>(isa, w, |r| row(i + r), |r| row(i + ahead + r), codes, plain);
@@ -312,9 +315,6 @@ fn dots<I: Isa, const R: usize, const T: usize>(
     let (mut rows, mut nexts) = ([stored(0); R], [ahead(0); R]);
     for r in 1..R {
         (rows[r], nexts[r]) = (stored(r), ahead(r));
-    }
-    if w.base3 && T == 1 && isa.fast_base3() {
-        return [isa.base3_dots(rows, nexts, codes[0]); T];
     }
     if w.base3 {
         // Several tokens share what is unpacked once.
