@@ -440,7 +440,8 @@ impl Compute {
         team.run_ranges(list.len(), 32, |range, _| {
             // SAFETY: each range is one task.
             let out = unsafe { out.rows(range.start, range.len()) };
-            self.kernels.narrow(screen, probe, &list[range], logits, out);
+            // The kernel stops with `out`; rows after that are only asked for.
+            self.kernels.narrow(screen, probe, &list[range.start..], logits, out);
         });
     }
 

@@ -352,21 +352,22 @@ impl Compute {
             // A few tokens with a long past: every segment on its own, then all joined in order.
             let before = |token: usize| (0..token).map(segments).sum::<usize>();
             let parts = Rows::new(kv.parts.floats_mut(), kv.part_floats);
-            let units = (PART_BYTES / head_bytes).max(1);
-            let tasks = (longest * heads).div_ceil(units);
-            self.pool().run(tokens * tasks, |task, _| {
-                let (token, first) = (task / tasks, task % tasks * units);
-                let ((pages, len), before) = (sequence(token), before(token));
-                let end = (first + units).min(segments(token) * heads);
-                for unit in first..end {
+            let all = longest * heads;
+            self.pool().run_ranges(tokens * all, (PART_BYTES / head_bytes).max(1), |range, _| {
+                for item in range {
+                    let (token, unit) = (item / all, item % all);
+                    let ((pages, len), units) = (sequence(token), segments(token) * heads);
+                    if unit >= units {
+                        continue;
+                    }
                     let (segment, head) = (unit / heads, unit % heads);
                     let mut look = look(token, head, pages, segment, len);
                     look.first = true;
-                    if unit + 1 < segments(token) * heads {
+                    if unit + 1 < units {
                         look.next = area(pages, (unit + 1) / heads, (unit + 1) % heads);
                     }
                     // SAFETY: each segment of each head of each token is part of one task.
-                    let part = unsafe { parts.row((before + segment) * heads + head) };
+                    let part = unsafe { parts.row((before(token) + segment) * heads + head) };
                     let (out, state) = part.split_at_mut(group * head_dim);
                     kernels.attend(&look, &mut state[..2 * group], out);
                 }

@@ -435,6 +435,10 @@ pub(crate) fn screen_logits<I: Isa>(
     let count = BLOCK.min(screen.rows - first);
     let codes = screen.coarse(first, count);
     let row = |i: usize| &codes[i * bytes..][..bytes];
+    let scales = screen.scales(first, count);
+    for line in scales.chunks(64 / RowScales::BYTES) {
+        isa.prefetch(line.as_ptr().cast());
+    }
     let mut dots = [[0; BLOCK]; GROUP];
     let mut i = 0;
     while i + 4 <= count {
@@ -447,7 +451,7 @@ pub(crate) fn screen_logits<I: Isa>(
     }
     let mut rows = BlockRows { min: [0.0; BLOCK], step: [0.0; BLOCK], dithered: [0.0; BLOCK] };
     let (mut step, mut norm, mut greatest) = (0.0f64, 0.0f64, 0.0f64);
-    for (i, stored) in screen.scales(first, count).iter().enumerate() {
+    for (i, stored) in scales.iter().enumerate() {
         let scales = RowScales::read(stored);
         (rows.min[i], rows.step[i], rows.dithered[i]) = (scales.min, scales.step, scales.dithered);
         if scales.step < f32::INFINITY {
