@@ -43,7 +43,7 @@ pub struct ModelArgs {
     /// Read every weight for every token, instead of only those that can matter; the result is the same
     #[arg(long)]
     dense: bool,
-    /// How rows of weights are kept in memory; the result is the same [auto: what a measurement at the start finds faster]
+    /// How rows of weights are kept in memory; the result is the same [auto: what a measurement at the start finds faster, 2bit where several texts share a step]
     #[arg(long, value_name = "LAYOUT", default_value = "auto", hide_default_value = true)]
     layout: RowLayout,
     /// Tell what memory is taken for
@@ -151,23 +151,22 @@ impl ModelArgs {
     }
 
     /// How the weights are kept and what a decoded token reads of them, where the file has so many bytes.
-    pub fn strategy(&self, compute: &Compute, bytes: u64) -> Strategy {
+    pub fn strategy(&self, compute: &Compute, bytes: u64, sequences: usize) -> Strategy {
         // Caches hold what is smaller, and there fewer bits gain nothing.
         const LARGE: u64 = 256 << 20;
-        let mut strategy = Strategy { sparse: !self.dense, ..Strategy::SPARSE };
-        if bytes >= LARGE {
-            let race = compute.race_rows();
-            if self.verbose {
-                notice(format_args!("{race}"));
+        let rows = match self.layout {
+            RowLayout::Base3 => Layout::Base3,
+            // Several tokens share what is read of a row, and two bits take less arithmetic.
+            RowLayout::Auto if bytes >= LARGE && sequences == 1 => {
+                let race = compute.race_rows();
+                if self.verbose {
+                    notice(format_args!("{race}"));
+                }
+                race.layout
             }
-            strategy.rows = race.layout;
-        }
-        match self.layout {
-            RowLayout::Auto => {}
-            RowLayout::TwoBits => strategy.rows = Layout::Rows,
-            RowLayout::Base3 => strategy.rows = Layout::Base3,
-        }
-        strategy
+            RowLayout::Auto | RowLayout::TwoBits => Layout::Rows,
+        };
+        Strategy { sparse: !self.dense, rows }
     }
 
     /// Plans the memory and then loads the model; tells what was repaired and what gave way.
@@ -195,7 +194,7 @@ impl ModelArgs {
         wish: &Wish,
         beside: impl Fn(&Arc<Tokenizer>) + Sync,
     ) -> anyhow::Result<(Model, EngineOptions)> {
-        let info = ModelInfo::new(gguf, self.strategy(compute, gguf.byte_len()))?;
+        let info = ModelInfo::new(gguf, self.strategy(compute, gguf.byte_len(), wish.sequences))?;
         let threads = compute.pool().threads();
         let options = self.plan(gguf.name(), &info.config, wish, |options| info.memory(options, threads))?;
         Ok((info.load_with(gguf, compute, beside)?, options))

@@ -132,8 +132,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let mut rows = Rows::new(inputs);
     let gguf = Arc::new(args.model.file.open()?);
     let compute = args.model.compute()?;
-    let info = ModelInfo::new(&gguf, args.model.strategy(&compute, gguf.byte_len()))?;
     let width = usize::from(args.batch_size);
+    let info = ModelInfo::new(&gguf, args.model.strategy(&compute, gguf.byte_len(), width))?;
     let options = plan(args, &gguf, &info, compute.pool().threads())?;
     // All that the text of a row depends on besides the row itself.
     let Defaults { sampler, stop, ignore_eos, form } = &defaults;

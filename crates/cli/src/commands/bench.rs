@@ -131,7 +131,7 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let (model, options) = match args.synthetic {
         Some(_) => {
-            let (config, strategy) = (Config::bitnet_2b_4t(), args.model.strategy(&compute, u64::MAX));
+            let (config, strategy) = (Config::bitnet_2b_4t(), args.model.strategy(&compute, u64::MAX, batch));
             let threads = compute.pool().threads();
             let plan = |options: &EngineOptions| MemoryPlan::random(&config, strategy, options, threads);
             let options = args.model.plan("random weights", &config, &wish, plan)?;

@@ -134,7 +134,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 fn products(args: &Args, compute: Compute) -> anyhow::Result<f64> {
     let config = Config { n_layers: 2, vocab_size: 256, ..Config::bitnet_2b_4t() };
     let done = weights(&config) * ROWS as f64;
-    let model = Model::random(config, &compute, args.model.strategy(&compute, 0))?;
+    let model = Model::random(config, &compute, args.model.strategy(&compute, 0, 1))?;
     let options = EngineOptions { context: ROWS, ..EngineOptions::for_model(model.config()) };
     let mut engine = Engine::new(model, compute, options)?;
     let tokens: Vec<u32> = (0..ROWS as u32).collect();
