@@ -365,6 +365,29 @@ mod tests {
     }
 
     #[test]
+    fn what_comes_next_is_asked_for_once() {
+        let bytes = vec![0u8; 2 * SOON];
+        let mut soon = Soon { at: std::ptr::null(), asked: 0 };
+        assert!(!soon.ask(std::ptr::null()));
+        for at in [0, SOON / 2] {
+            let at = bytes[at..].as_ptr();
+            assert_eq!((0..SOON).take_while(|_| soon.ask(at)).count(), SOON / 256);
+            assert!(!soon.ask(at));
+        }
+    }
+
+    #[test]
+    fn workers_are_told_where_their_runs_begin() {
+        let (pool, bytes) = (Pool::new(3), [0u8; 90]);
+        pool.soon(90, 4, |item| bytes[item..].as_ptr());
+        let told: Vec<usize> =
+            pool.shared.soon.iter().map(|at| at.load(Relaxed).addr() - bytes.as_ptr().addr()).collect();
+        assert_eq!(told, [32, 60]);
+        pool.soon(4, 4, |item| bytes[item..].as_ptr());
+        assert!(pool.shared.soon.iter().all(|at| at.load(Relaxed).is_null()));
+    }
+
+    #[test]
     fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
         let pool = Pool::new(3);
         for bad in 0..20 {
