@@ -268,32 +268,15 @@ struct Floats<T>(std::marker::PhantomData<T>);
 impl<T: Element> Cache for Floats<T> {
     #[inline(always)]
     fn scores<I: Isa, const Q: usize>(isa: I, s: &Segment<'_>, h: usize, weights: &mut [[f32; PAGE]; Q]) {
-        let keys = &cast::<T>(s.page).as_chunks::<32>().0[..PAGE / 32 * s.head_dim];
-        let queries = &s.q[h * s.head_dim..][..Q * s.head_dim];
-        let n = s.head_dim;
-        let mut q = [&queries[..0]; Q];
-        for h in 0..Q {
-            q[h] = &queries[h * n..][..n];
-        }
-        for pair in 0..s.count.div_ceil(32) {
-            let keys = &keys[pair * n..][..n];
-            let far = ahead(isa, s, pair * n * size_of::<[T; 32]>(), 0);
-            let mut sums = [[isa.splat(0.0); Q]; 2];
-            for d in 0..n {
-                fetch(isa, far, d * size_of::<[T; 32]>() / 64 * FETCH, size_of::<[T; 32]>());
-                let k = keys[d].as_chunks::<16>().0;
-                let (k0, k1) = (T::lanes(isa, &k[0]), T::lanes(isa, &k[1]));
-                for h in 0..Q {
-                    let q = isa.splat(q[h][d]);
-                    sums[0][h] = isa.add(sums[0][h], isa.mul(k0, q));
-                    sums[1][h] = isa.add(sums[1][h], isa.mul(k1, q));
-                }
-            }
-            for b in 0..2 {
-                for h in 0..Q {
-                    let out = &mut weights[h].as_chunks_mut::<16>().0[2 * pair + b];
-                    isa.store(isa.mul(sums[b][h], isa.splat(s.scale)), out);
-                }
+        let pairs = s.count.div_ceil(32);
+        let mut pair = 0;
+        while pair < pairs {
+            if I::WIDE && pair + 1 < pairs {
+                Self::score_pairs::<I, Q, 2>(isa, s, h, pair, weights);
+                pair += 2;
+            } else {
+                Self::score_pairs::<I, Q, 1>(isa, s, h, pair, weights);
+                pair += 1;
             }
         }
     }
@@ -307,35 +290,116 @@ impl<T: Element> Cache for Floats<T> {
         old: [f32; Q],
         out: &mut [f32],
     ) {
-        let before = PAGE / 32 * s.head_dim;
-        let values = &cast::<T>(s.page).as_chunks::<32>().0[before..];
-        let count = s.count.min(PAGE);
-        for pair in 0..s.head_dim.div_ceil(32) {
-            let values = &values[pair * PAGE..][..count];
-            let far = ahead(
-                isa,
-                s,
-                (before + pair * PAGE) * size_of::<[T; 32]>(),
-                s.page.len() / 64 * (64 - FETCH),
-            );
-            let mut sums = [[isa.splat(0.0); Q]; 2];
-            for p in 0..count {
-                fetch(isa, far, p * size_of::<[T; 32]>() / 64 * FETCH, size_of::<[T; 32]>());
-                let v = values[p].as_chunks::<16>().0;
-                let (v0, v1) = (T::lanes(isa, &v[0]), T::lanes(isa, &v[1]));
-                for h in 0..Q {
-                    let w = isa.splat(weights[h][p]);
-                    sums[0][h] = isa.add(sums[0][h], isa.mul(v0, w));
-                    sums[1][h] = isa.add(sums[1][h], isa.mul(v1, w));
+        let pairs = s.head_dim.div_ceil(32);
+        let mut pair = 0;
+        while pair < pairs {
+            if I::WIDE && pair + 1 < pairs {
+                Self::value_pairs::<I, Q, 2>(isa, s, pair, weights, own, old, out);
+                pair += 2;
+            } else {
+                Self::value_pairs::<I, Q, 1>(isa, s, pair, weights, own, old, out);
+                pair += 1;
+            }
+        }
+    }
+}
+
+impl<T: Element> Floats<T> {
+    /// Bytes of two registers.
+    const PAIR: usize = size_of::<[T; 32]>();
+
+    /// [`Cache::scores`] of P times 32 positions.
+    #[inline(always)]
+    fn score_pairs<I: Isa, const Q: usize, const P: usize>(
+        isa: I,
+        s: &Segment<'_>,
+        h: usize,
+        pair: usize,
+        weights: &mut [[f32; PAGE]; Q],
+    ) {
+        let n = s.head_dim;
+        let all = &cast::<T>(s.page).as_chunks::<32>().0[..PAGE / 32 * n];
+        let queries = &s.q[h * n..][..Q * n];
+        let (mut q, mut keys, mut far) = ([&queries[..0]; Q], [&all[..0]; P], [std::ptr::null(); P]);
+        for h in 0..Q {
+            q[h] = &queries[h * n..][..n];
+        }
+        for p in 0..P {
+            keys[p] = &all[(pair + p) * n..][..n];
+            far[p] = ahead(isa, s, (pair + p) * n * Self::PAIR, 0);
+        }
+        let mut sums = [[[isa.splat(0.0); 2]; Q]; P];
+        for d in 0..n {
+            let mut k = [[isa.splat(0.0); 2]; P];
+            for p in 0..P {
+                fetch(isa, far[p], d * Self::PAIR / 64 * FETCH, Self::PAIR);
+                let two = keys[p][d].as_chunks::<16>().0;
+                k[p] = [T::lanes(isa, &two[0]), T::lanes(isa, &two[1])];
+            }
+            for h in 0..Q {
+                let q = isa.splat(q[h][d]);
+                for p in 0..P {
+                    for b in 0..2 {
+                        sums[p][h][b] = isa.add(sums[p][h][b], isa.mul(k[p][b], q));
+                    }
                 }
             }
+        }
+        for p in 0..P {
+            for h in 0..Q {
+                for b in 0..2 {
+                    let out = &mut weights[h].as_chunks_mut::<16>().0[2 * (pair + p) + b];
+                    isa.store(isa.mul(sums[p][h][b], isa.splat(s.scale)), out);
+                }
+            }
+        }
+    }
+
+    /// [`Cache::values`] of P times 32 dimensions.
+    #[inline(always)]
+    fn value_pairs<I: Isa, const Q: usize, const P: usize>(
+        isa: I,
+        s: &Segment<'_>,
+        pair: usize,
+        weights: &[[f32; PAGE]; Q],
+        own: [f32; Q],
+        old: [f32; Q],
+        out: &mut [f32],
+    ) {
+        let before = PAGE / 32 * s.head_dim;
+        let all = &cast::<T>(s.page).as_chunks::<32>().0[before..];
+        let count = s.count.min(PAGE);
+        let (mut values, mut far) = ([&all[..0]; P], [std::ptr::null(); P]);
+        for p in 0..P {
+            values[p] = &all[(pair + p) * PAGE..][..count];
+            let at = (before + (pair + p) * PAGE) * Self::PAIR;
+            far[p] = ahead(isa, s, at, s.page.len() / 64 * (64 - FETCH));
+        }
+        let mut sums = [[[isa.splat(0.0); 2]; Q]; P];
+        for i in 0..count {
+            let mut v = [[isa.splat(0.0); 2]; P];
+            for p in 0..P {
+                fetch(isa, far[p], i * Self::PAIR / 64 * FETCH, Self::PAIR);
+                let two = values[p][i].as_chunks::<16>().0;
+                v[p] = [T::lanes(isa, &two[0]), T::lanes(isa, &two[1])];
+            }
+            for h in 0..Q {
+                let w = isa.splat(weights[h][i]);
+                for p in 0..P {
+                    for b in 0..2 {
+                        sums[p][h][b] = isa.add(sums[p][h][b], isa.mul(v[p][b], w));
+                    }
+                }
+            }
+        }
+        for p in 0..P {
             for b in 0..2 {
-                let d = 32 * pair + 16 * b;
+                let d = 32 * (pair + p) + 16 * b;
                 for h in 0..Q {
                     let n = s.head_dim.saturating_sub(d).min(16);
                     let out = &mut out[h * s.head_dim..][..s.head_dim];
                     if n > 0 {
-                        join_lanes(isa, sums[b][h], own[h], old[h], s.first, &mut out[d..d + n]);
+                        join_lanes(isa, sums[p][h][b], own[h], old[h], s.first, &mut out[d..d + n]);
                     }
                 }
             }

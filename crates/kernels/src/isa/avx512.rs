@@ -43,6 +43,7 @@ macro_rules! whole {
 impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
     type F = __m512;
     const PANEL_TOKENS: usize = if AMX { 32 } else { 12 };
+    const WIDE: bool = true;
     const LOOKS_UP: bool = !VNNI;
     const TILES: bool = AMX;
 

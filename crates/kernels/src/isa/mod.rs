@@ -53,6 +53,8 @@ pub(crate) trait Isa: Copy {
     type F: Copy;
     /// Most tokens of a panel's tile whose sums fit the registers: one of 1, 2, 4, 6, 8, 12, 32.
     const PANEL_TOKENS: usize;
+    /// Whether sixteen sums of sixteen lanes fit the registers, with what is added to them.
+    const WIDE: bool = false;
     /// Whether products with several tokens are looked up and not multiplied.
     const LOOKS_UP: bool = false;
     /// Whether the CPU multiplies whole tiles, as [`crate::ternary::tiles`] has them.
