@@ -4,8 +4,6 @@ use anyhow::Context;
 use bitnet::convert::ConvertError;
 use bitnet::generate::ConstraintError;
 use bitnet::gguf::AtomicFile;
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::flag::{register, register_conditional_shutdown};
 use std::fmt::{self, Display};
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
@@ -93,23 +91,48 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
 /// A flag that Ctrl-C or a request to end raises, so that the command can clean up; while it is up, another one ends the
 /// program at once.
 pub fn interrupt_flag() -> anyhow::Result<Arc<AtomicBool>> {
-    flag_raised_by(&[SIGINT, SIGTERM])
+    flag(true)
 }
 
 /// As [`interrupt_flag`], for Ctrl-C only.
 pub fn ctrl_c_flag() -> anyhow::Result<Arc<AtomicBool>> {
-    flag_raised_by(&[SIGINT])
+    flag(false)
 }
 
-fn flag_raised_by(signals: &[i32]) -> anyhow::Result<Arc<AtomicBool>> {
+#[cfg(unix)]
+fn flag(requests_too: bool) -> anyhow::Result<Arc<AtomicBool>> {
+    use signal_hook::consts::{SIGINT, SIGTERM};
+    use signal_hook::flag::{register, register_conditional_shutdown};
+
     let flag = Arc::new(AtomicBool::new(false));
-    for &signal in signals {
+    for &signal in if requests_too { &[SIGINT, SIGTERM][..] } else { &[SIGINT] } {
         // In this order, for the first signal must find the flag down.
         register_conditional_shutdown(signal, 130, flag.clone())
             .and_then(|_| register(signal, flag.clone()))
             .context("cannot watch for Ctrl-C")?;
     }
     Ok(flag)
+}
+
+/// Windows ends a program without a request that it could see.
+#[cfg(windows)]
+fn flag(_: bool) -> anyhow::Result<Arc<AtomicBool>> {
+    use std::sync::atomic::Ordering;
+    use std::sync::{Mutex, PoisonError};
+
+    static FLAGS: Mutex<Vec<Arc<AtomicBool>>> = Mutex::new(Vec::new());
+    let raise = || {
+        let flags = FLAGS.lock().unwrap_or_else(PoisonError::into_inner);
+        if flags.iter().fold(false, |up, flag| flag.swap(true, Ordering::Relaxed) || up) {
+            std::process::exit(130);
+        }
+    };
+    let mut flags = FLAGS.lock().unwrap_or_else(PoisonError::into_inner);
+    if flags.is_empty() {
+        ctrlc::set_handler(raise).context("cannot watch for Ctrl-C")?;
+    }
+    flags.push(Arc::default());
+    Ok(flags[flags.len() - 1].clone())
 }
 
 /// Writes a file by `write`, whose own `io::Error`s get its name: it appears when it is complete, or not at all.
