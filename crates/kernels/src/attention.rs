@@ -308,6 +308,36 @@ impl<T: Element> Floats<T> {
     /// Bytes of two registers.
     const PAIR: usize = size_of::<[T; 32]>();
 
+    /// For P runs of two registers, all of one length, and Q rows of as many factors the sums of the registers times the factors,
+    /// in order. Meanwhile what lies `far` ahead of each run is asked for.
+    #[inline(always)]
+    fn sums<I: Isa, const Q: usize, const P: usize>(
+        isa: I,
+        runs: [&[[T; 32]]; P],
+        factors: [&[f32]; Q],
+        far: [*const u8; P],
+    ) -> [[[I::F; 2]; Q]; P] {
+        let n = runs[0].len();
+        let mut sums = [[[isa.splat(0.0); 2]; Q]; P];
+        for i in 0..n {
+            let mut x = [[isa.splat(0.0); 2]; P];
+            for p in 0..P {
+                fetch(isa, far[p], i * Self::PAIR / 64 * FETCH, Self::PAIR);
+                let two = runs[p][i].as_chunks::<16>().0;
+                x[p] = [T::lanes(isa, &two[0]), T::lanes(isa, &two[1])];
+            }
+            for h in 0..Q {
+                let factor = isa.splat(factors[h][i]);
+                for p in 0..P {
+                    for b in 0..2 {
+                        sums[p][h][b] = isa.add(sums[p][h][b], isa.mul(x[p][b], factor));
+                    }
+                }
+            }
+        }
+        sums
+    }
+
     /// [`Cache::scores`] of P times 32 positions.
     #[inline(always)]
     fn score_pairs<I: Isa, const Q: usize, const P: usize>(
@@ -328,23 +358,7 @@ impl<T: Element> Floats<T> {
             keys[p] = &all[(pair + p) * n..][..n];
             far[p] = ahead(isa, s, (pair + p) * n * Self::PAIR, 0);
         }
-        let mut sums = [[[isa.splat(0.0); 2]; Q]; P];
-        for d in 0..n {
-            let mut k = [[isa.splat(0.0); 2]; P];
-            for p in 0..P {
-                fetch(isa, far[p], d * Self::PAIR / 64 * FETCH, Self::PAIR);
-                let two = keys[p][d].as_chunks::<16>().0;
-                k[p] = [T::lanes(isa, &two[0]), T::lanes(isa, &two[1])];
-            }
-            for h in 0..Q {
-                let q = isa.splat(q[h][d]);
-                for p in 0..P {
-                    for b in 0..2 {
-                        sums[p][h][b] = isa.add(sums[p][h][b], isa.mul(k[p][b], q));
-                    }
-                }
-            }
-        }
+        let sums = Self::sums(isa, keys, q, far);
         for p in 0..P {
             for h in 0..Q {
                 for b in 0..2 {
@@ -369,29 +383,17 @@ impl<T: Element> Floats<T> {
         let before = PAGE / 32 * s.head_dim;
         let all = &cast::<T>(s.page).as_chunks::<32>().0[before..];
         let count = s.count.min(PAGE);
-        let (mut values, mut far) = ([&all[..0]; P], [std::ptr::null(); P]);
+        let (mut own_weights, mut values, mut far) =
+            ([&weights[0][..0]; Q], [&all[..0]; P], [std::ptr::null(); P]);
+        for h in 0..Q {
+            own_weights[h] = &weights[h][..count];
+        }
         for p in 0..P {
             values[p] = &all[(pair + p) * PAGE..][..count];
             let at = (before + (pair + p) * PAGE) * Self::PAIR;
             far[p] = ahead(isa, s, at, s.page.len() / 64 * (64 - FETCH));
         }
-        let mut sums = [[[isa.splat(0.0); 2]; Q]; P];
-        for i in 0..count {
-            let mut v = [[isa.splat(0.0); 2]; P];
-            for p in 0..P {
-                fetch(isa, far[p], i * Self::PAIR / 64 * FETCH, Self::PAIR);
-                let two = values[p][i].as_chunks::<16>().0;
-                v[p] = [T::lanes(isa, &two[0]), T::lanes(isa, &two[1])];
-            }
-            for h in 0..Q {
-                let w = isa.splat(weights[h][i]);
-                for p in 0..P {
-                    for b in 0..2 {
-                        sums[p][h][b] = isa.add(sums[p][h][b], isa.mul(v[p][b], w));
-                    }
-                }
-            }
-        }
+        let sums = Self::sums(isa, values, own_weights, far);
         for p in 0..P {
             for b in 0..2 {
                 let d = 32 * (pair + p) + 16 * b;

@@ -138,8 +138,8 @@ pub(crate) trait Isa: Copy {
     fn fast_base3(self) -> bool {
         false
     }
-    /// The dot products of `count` rows in the layout of [`base3`] with one token's activations, where that is fast. As there,
-    /// `row(i)` is the number of the i-th, or for i past the end of any, and `put` takes what it is with the i-th.
+    /// The dot products of `count` rows in the layout of [`base3`] with one token's activations, where that is fast. `row(i)` is
+    /// the number of the i-th, or past the end that of any; `put` takes i and its product.
     #[inline(always)]
     fn base3_dots(
         self,
