@@ -20,7 +20,13 @@ import tempfile
 TARGET = "aarch64-unknown-linux-gnu"
 CORES = {"apple-m1": "dotprod", "neoverse-n1": "dotprod", "neoverse-v2": "i8mm", "cortex-a72": "base"}
 # What is measured: its name and the function that holds its loop.
-OPERATIONS = {"rows, one token": "gemv_rows", "panel, several tokens": "matmul", "columns, one token": "add_columns"}
+OPERATIONS = {
+    "rows, one token": "gemv_rows",
+    "panel, several tokens": "matmul",
+    "columns, one token": "add_columns",
+    "four-bit head, one token": "screen_logits",
+    "attention, q8, four queries": "attend",
+}
 ITERATIONS = 400
 
 
@@ -82,10 +88,20 @@ def row_tokens(loop):
 def integer_loop(text, table, function, tokens=1):
     """The loop of one function that does most with an instruction: the largest tile."""
     loops = innermost_loops(text, table, function)
-    if function == "gemv_rows" and table != "scalar":
+    if function in ("gemv_rows", "screen_logits") and table != "scalar":
         loops = [loop for loop in loops if row_tokens(loop) == tokens]
     best = max(loops, key=lambda loop: products(loop) / len(loop))
     return best, products(best)
+
+
+def attention_loop(text, table):
+    """The loop of attention over a cache of float32 with four queries: a product and a sum at a time."""
+    for loop in innermost_loops(text, table, "attend"):
+        n = counts(loop)
+        lanes = sum(4 for line in loop if re.match(r"fmul\s+v\d+\.4s,", line))
+        if lanes >= 64 and n["fmul"] == n["fadd"] and not n["fcvtl"]:
+            return loop, lanes
+    sys.exit(f"no loop of attention in {table}")
 
 
 def head_loop(text, table):
@@ -115,15 +131,16 @@ def main():
     rows = []
     for what, function in OPERATIONS.items():
         for table in ("scalar", "neon", "neondotprod", "neoni8mm"):
-            if (table, function) != ("neoni8mm", "gemv_rows"):  # that of neondotprod
+            if table != "neoni8mm" or function in ("matmul", "add_columns"):  # else that of neondotprod
                 rows.append((f"{what}: {table}", lambda _, t=table, f=function: integer_loop(shipped, t, f), table))
         if function == "gemv_rows":
             four = lambda _: integer_loop(shipped, "neondotprod", "gemv_rows", 4)  # noqa: E731
             rows.append(("rows, four tokens: neondotprod", four, "neondotprod"))
         own_loop = lambda core, f=function: integer_loop(own[core], "scalar", f)  # noqa: E731
         rows.append((f"{what}: scalar, built for the core", own_loop, "scalar"))
-    for table in ("scalar", "neon"):
-        rows.append((f"half-precision head, one token: {table}", lambda _, t=table: head_loop(shipped, t), table))
+    for what, find in {"half-precision head, one token": head_loop, "attention, f32, four queries": attention_loop}.items():
+        for table in ("scalar", "neon"):
+            rows.append((f"{what}: {table}", lambda _, t=table, f=find: f(shipped, t), table))
 
     print("| loop | instructions | " + " | ".join(CORES) + " |")
     print("| --- |" + " ---: |" * (len(CORES) + 1))

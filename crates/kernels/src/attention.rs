@@ -139,35 +139,59 @@ fn segment<I: Isa, C: Cache, const Q: usize>(
 ) {
     let mut weights = [[0.0f32; PAGE]; Q];
     C::scores(isa, s, h, &mut weights);
-    let (mut tops, mut sums) = ([0.0; Q], [0.0; Q]);
-    let between = s.page.len() / 64 * (64 - FETCH) / Q;
-    for h in 0..Q {
-        fetch(isa, ahead(isa, s, s.page.len() / 2, h * between), 0, between);
-        (tops[h], sums[h]) = softmax(isa, s.count, &mut weights[h]);
-    }
+    let (tops, sums) = softmax(isa, s, &mut weights);
     let (own, old) = factors(isa, s.first, tops, sums, h, state);
     C::values(isa, s, &mut weights, own, old, &mut out[h * s.head_dim..][..Q * s.head_dim]);
 }
 
-/// Makes weights exp(score - m) of the first `count` scores and 0 of the others. Returns m and the folded sum.
+/// Makes weights exp(score - m) of the scores that the queries see and 0 of the others. Returns each m and each folded sum. Meanwhile
+/// it asks for what is left between keys and values.
 #[inline(always)]
-fn softmax<I: Isa>(isa: I, count: usize, scores: &mut [f32; PAGE]) -> (f32, f32) {
-    scores[count..].fill(f32::NEG_INFINITY);
-    let blocks = scores.as_chunks_mut::<16>().0;
-    let mut top = isa.splat(f32::NEG_INFINITY);
-    for block in &*blocks {
-        top = isa.max(isa.load(block), top);
+fn softmax<I: Isa, const Q: usize>(
+    isa: I,
+    s: &Segment<'_>,
+    scores: &mut [[f32; PAGE]; Q],
+) -> ([f32; Q], [f32; Q]) {
+    // Step by step for all heads, for each step of one waits for the one before.
+    let mut lanes = [isa.splat(f32::NEG_INFINITY); Q];
+    for h in 0..Q {
+        scores[h][s.count..].fill(f32::NEG_INFINITY);
     }
-    let top = fold_max(isa, top);
-    let mut sum = isa.splat(0.0);
-    for (i, block) in blocks.iter_mut().enumerate() {
-        isa.store(exp(isa, isa.sub(isa.load(block), isa.splat(top))), block);
-        if count < 16 * (i + 1) {
-            block[count.saturating_sub(16 * i)..].fill(0.0);
+    for i in 0..PAGE / 16 {
+        for h in 0..Q {
+            lanes[h] = isa.max(isa.load(&scores[h].as_chunks::<16>().0[i]), lanes[h]);
         }
-        sum = isa.add(sum, isa.load(block));
     }
-    (top, fold(isa, sum))
+    let mut tops = [0.0; Q];
+    for h in 0..Q {
+        tops[h] = fold_max(isa, lanes[h]);
+        lanes[h] = isa.splat(0.0);
+    }
+    let between = s.page.len() / 64 * (64 - FETCH) / (PAGE / 16);
+    for i in 0..PAGE / 16 {
+        fetch(isa, ahead(isa, s, s.page.len() / 2, i * between), 0, between);
+        for h in 0..Q {
+            let block = &mut scores[h].as_chunks_mut::<16>().0[i];
+            let weights = exp(isa, isa.sub(isa.load(block), isa.splat(tops[h])));
+            lanes[h] = isa.add(lanes[h], keep(isa, weights, block, s.count, i));
+        }
+    }
+    let mut sums = [0.0; Q];
+    for h in 0..Q {
+        sums[h] = fold(isa, lanes[h]);
+    }
+    (tops, sums)
+}
+
+/// Stores lanes of a page, the i-th sixteen, with 0 for positions from `count` on. Returns what it stored.
+#[inline(always)]
+fn keep<I: Isa>(isa: I, lanes: I::F, out: &mut [f32; 16], count: usize, i: usize) -> I::F {
+    isa.store(lanes, out);
+    if count >= 16 * (i + 1) {
+        return lanes;
+    }
+    out[count.saturating_sub(16 * i)..].fill(0.0);
+    isa.load(out)
 }
 
 /// The factors that join a segment of maxima `tops` and sums `sums` (`own`) to what came before (`old`), which `state`
@@ -246,6 +270,22 @@ fn fetch<I: Isa>(isa: I, from: *const u8, at: usize, len: usize) {
     }
 }
 
+/// Calls `Self::$body::<I, Q, P>` with $i = 0, P, 2 P … up to $count, P being 2 where the registers hold the sums and else 1.
+macro_rules! two_at_a_time {
+    ($i:ident in $count:expr => $body:ident($($arg:expr),*)) => {{
+        let (count, mut $i) = ($count, 0);
+        while $i < count {
+            if I::SUMS >= 16 && $i + 1 < count {
+                Self::$body::<I, Q, 2>($($arg),*);
+                $i += 2;
+            } else {
+                Self::$body::<I, Q, 1>($($arg),*);
+                $i += 1;
+            }
+        }
+    }};
+}
+
 /// Stored floats.
 trait Element: Plain {
     fn lanes<I: Isa>(isa: I, x: &[Self; 16]) -> I::F;
@@ -268,17 +308,7 @@ struct Floats<T>(std::marker::PhantomData<T>);
 impl<T: Element> Cache for Floats<T> {
     #[inline(always)]
     fn scores<I: Isa, const Q: usize>(isa: I, s: &Segment<'_>, h: usize, weights: &mut [[f32; PAGE]; Q]) {
-        let pairs = s.count.div_ceil(32);
-        let mut pair = 0;
-        while pair < pairs {
-            if I::WIDE && pair + 1 < pairs {
-                Self::score_pairs::<I, Q, 2>(isa, s, h, pair, weights);
-                pair += 2;
-            } else {
-                Self::score_pairs::<I, Q, 1>(isa, s, h, pair, weights);
-                pair += 1;
-            }
-        }
+        two_at_a_time!(pair in s.count.div_ceil(32) => score_pairs(isa, s, h, pair, weights));
     }
 
     #[inline(always)]
@@ -290,17 +320,7 @@ impl<T: Element> Cache for Floats<T> {
         old: [f32; Q],
         out: &mut [f32],
     ) {
-        let pairs = s.head_dim.div_ceil(32);
-        let mut pair = 0;
-        while pair < pairs {
-            if I::WIDE && pair + 1 < pairs {
-                Self::value_pairs::<I, Q, 2>(isa, s, pair, weights, own, old, out);
-                pair += 2;
-            } else {
-                Self::value_pairs::<I, Q, 1>(isa, s, pair, weights, own, old, out);
-                pair += 1;
-            }
-        }
+        two_at_a_time!(pair in s.head_dim.div_ceil(32) => value_pairs(isa, s, pair, weights, own, old, out));
     }
 }
 
@@ -317,19 +337,45 @@ impl<T: Element> Floats<T> {
         factors: [&[f32]; Q],
         far: [*const u8; P],
     ) -> [[[I::F; 2]; Q]; P] {
-        let n = runs[0].len();
+        if 2 * P * Q <= I::SUMS {
+            return Self::sums_from::<I, Q, P, 2>(isa, runs, factors, Some(far), 0);
+        }
+        let first = Self::sums_from::<I, Q, P, 1>(isa, runs, factors, Some(far), 0);
+        let second = Self::sums_from::<I, Q, P, 1>(isa, runs, factors, None, 1);
         let mut sums = [[[isa.splat(0.0); 2]; Q]; P];
-        for i in 0..n {
-            let mut x = [[isa.splat(0.0); 2]; P];
+        for p in 0..P {
+            for h in 0..Q {
+                sums[p][h] = [first[p][h][0], second[p][h][0]];
+            }
+        }
+        sums
+    }
+
+    /// [`Self::sums`] of B of the two registers, from `begin` on.
+    #[inline(always)]
+    fn sums_from<I: Isa, const Q: usize, const P: usize, const B: usize>(
+        isa: I,
+        runs: [&[[T; 32]]; P],
+        factors: [&[f32]; Q],
+        far: Option<[*const u8; P]>,
+        begin: usize,
+    ) -> [[[I::F; B]; Q]; P] {
+        let mut sums = [[[isa.splat(0.0); B]; Q]; P];
+        for i in 0..runs[0].len() {
+            let mut x = [[isa.splat(0.0); B]; P];
             for p in 0..P {
-                fetch(isa, far[p], i * Self::PAIR / 64 * FETCH, Self::PAIR);
+                if let Some(far) = far {
+                    fetch(isa, far[p], i * Self::PAIR / 64 * FETCH, Self::PAIR);
+                }
                 let two = runs[p][i].as_chunks::<16>().0;
-                x[p] = [T::lanes(isa, &two[0]), T::lanes(isa, &two[1])];
+                for b in 0..B {
+                    x[p][b] = T::lanes(isa, &two[begin + b]);
+                }
             }
             for h in 0..Q {
                 let factor = isa.splat(factors[h][i]);
                 for p in 0..P {
-                    for b in 0..2 {
+                    for b in 0..B {
                         sums[p][h][b] = isa.add(sums[p][h][b], isa.mul(x[p][b], factor));
                     }
                 }
@@ -495,31 +541,82 @@ impl Bytes8 {
         let keys = quads(head_dim) * 4 * PAGE;
         (keys, keys + head_dim.next_multiple_of(16) * PAGE)
     }
+
+    /// [`Cache::scores`] of P times 16 positions.
+    #[inline(always)]
+    fn score_blocks<I: Isa, const Q: usize, const P: usize>(
+        isa: I,
+        s: &Segment<'_>,
+        h: usize,
+        block: usize,
+        parts: [[&[i8]; 2]; Q],
+        starts: [[i32; 2]; Q],
+        weights: &mut [[f32; PAGE]; Q],
+    ) {
+        let n = quads(s.head_dim);
+        let (value_bytes, scale_bytes) = Self::offsets(s.head_dim);
+        let all = s.page[..value_bytes].as_chunks::<64>().0;
+        let scales = cast::<f32>(&s.page[scale_bytes..]).as_chunks::<16>().0;
+        let (mut keys, mut far) = ([&all[..0]; P], [std::ptr::null(); P]);
+        for p in 0..P {
+            keys[p] = &all[(block + p) * n..][..n];
+            far[p] = ahead(isa, s, (block + p) * n * 64, 0);
+        }
+        let sums = isa.dot_split(keys, parts, starts, far);
+        for p in 0..P {
+            let position_scales = isa.load(&scales[block + p]);
+            for i in 0..Q {
+                let factor = isa.splat(s.codes.scales[h + i] * s.scale);
+                let out = &mut weights[i].as_chunks_mut::<16>().0[block + p];
+                isa.store(isa.mul(isa.mul(sums[p][i], position_scales), factor), out);
+            }
+        }
+    }
+
+    /// [`Cache::values`] of P times 16 dimensions, the weights as integers times `factors`.
+    #[inline(always)]
+    fn value_blocks<I: Isa, const Q: usize, const P: usize>(
+        isa: I,
+        s: &Segment<'_>,
+        block: usize,
+        parts: [[&[i8]; 2]; Q],
+        starts: [[i32; 2]; Q],
+        factors: [f32; Q],
+        own: [f32; Q],
+        old: [f32; Q],
+        out: &mut [f32],
+    ) {
+        let (value_bytes, scale_bytes) = Self::offsets(s.head_dim);
+        let all = s.page[value_bytes..scale_bytes].as_chunks::<64>().0;
+        let (mut values, mut far) = ([&all[..0]; P], [std::ptr::null(); P]);
+        for p in 0..P {
+            values[p] = &all[(block + p) * (PAGE / 4)..][..s.count.div_ceil(4)];
+            let at = value_bytes + (block + p) * PAGE * 16;
+            far[p] = ahead(isa, s, at, s.page.len() / 64 * (64 - FETCH));
+        }
+        let sums = isa.dot_split(values, parts, starts, far);
+        for p in 0..P {
+            let d = 16 * (block + p);
+            let n = (s.head_dim - d).min(16);
+            for h in 0..Q {
+                let out = &mut out[h * s.head_dim + d..][..n];
+                join_lanes(isa, isa.mul(sums[p][h], isa.splat(factors[h])), own[h], old[h], s.first, out);
+            }
+        }
+    }
 }
 
 impl Cache for Bytes8 {
     #[inline(always)]
     fn scores<I: Isa, const Q: usize>(isa: I, s: &Segment<'_>, h: usize, weights: &mut [[f32; PAGE]; Q]) {
         let n = quads(s.head_dim);
-        let (value_bytes, scale_bytes) = Self::offsets(s.head_dim);
-        let keys = s.page[..value_bytes].as_chunks::<64>().0;
-        let scales = cast::<f32>(&s.page[scale_bytes..]).as_chunks::<16>().0;
         let (mut parts, mut starts) = ([[&s.codes.parts[..0]; 2]; Q], [[0; 2]; Q]);
         for i in 0..Q {
             let both = &s.codes.parts[(h + i) * 8 * n..][..8 * n];
             parts[i] = [&both[..4 * n], &both[4 * n..]];
             starts[i] = s.codes.starts[h + i];
         }
-        for block in 0..s.count.div_ceil(16) {
-            let far = ahead(isa, s, block * n * 64, 0);
-            let sums = isa.dot_split(&keys[block * n..][..n], parts, starts, far);
-            let position_scales = isa.load(&scales[block]);
-            for i in 0..Q {
-                let factor = isa.splat(s.codes.scales[h + i] * s.scale);
-                let out = &mut weights[i].as_chunks_mut::<16>().0[block];
-                isa.store(isa.mul(isa.mul(sums[i], position_scales), factor), out);
-            }
-        }
+        two_at_a_time!(block in s.count.div_ceil(16) => score_blocks(isa, s, h, block, parts, starts, weights));
     }
 
     #[inline(always)]
@@ -531,48 +628,40 @@ impl Cache for Bytes8 {
         old: [f32; Q],
         out: &mut [f32],
     ) {
-        let (value_bytes, scale_bytes) = Self::offsets(s.head_dim);
-        let values = s.page[value_bytes..scale_bytes].as_chunks::<64>().0;
+        let (_, scale_bytes) = Self::offsets(s.head_dim);
         let scales = cast::<f32>(&s.page[scale_bytes..][4 * PAGE..]).as_chunks::<16>().0;
         // In four bytes each: positions that a quad of the dot product begins with.
         let quads = s.count.div_ceil(4);
         let (mut codes, mut starts, mut factors) = ([[[0i8; PAGE]; 2]; Q], [[0; 2]; Q], [0.0; Q]);
+        let (mut tops, mut inverses) = ([isa.splat(0.0); Q], [isa.splat(0.0); Q]);
+        for i in 0..PAGE / 16 {
+            for h in 0..Q {
+                // What is past `count` may be of another sequence.
+                let block = &mut weights[h].as_chunks_mut::<16>().0[i];
+                let scaled = isa.mul(isa.load(block), isa.load(&scales[i]));
+                tops[h] = isa.max(keep(isa, scaled, block, s.count, i), tops[h]);
+            }
+        }
         for h in 0..Q {
-            let mut top = isa.splat(0.0);
-            let blocks = weights[h].as_chunks_mut::<16>().0;
-            for (block, scales) in blocks.iter_mut().zip(scales) {
-                isa.store(isa.mul(isa.load(block), isa.load(scales)), block);
+            let top = largest(isa, tops[h]);
+            (inverses[h], factors[h]) = (isa.splat(LARGEST / top), top / LARGEST);
+        }
+        let mut sums = [[isa.splat(0.0); 2]; Q];
+        for i in 0..PAGE / 16 {
+            for h in 0..Q {
+                let [high, low] = &mut codes[h];
+                let parts = [&mut high.as_chunks_mut::<16>().0[i], &mut low.as_chunks_mut::<16>().0[i]];
+                let block = isa.load(&weights[h].as_chunks::<16>().0[i]);
+                split(isa, isa.mul(block, inverses[h]), parts, &mut sums[h]);
             }
-            // What is past `count` may be of another sequence.
-            weights[h][s.count..].fill(0.0);
-            let blocks = weights[h].as_chunks::<16>().0;
-            for block in blocks {
-                top = isa.max(isa.load(block), top);
-            }
-            let top = largest(isa, top);
-            let inverse = isa.splat(LARGEST / top);
-            factors[h] = top / LARGEST;
-            let mut sums = [isa.splat(0.0); 2];
-            let [high, low] = &mut codes[h];
-            let (highs, lows) = (high.as_chunks_mut::<16>().0, low.as_chunks_mut::<16>().0);
-            for i in 0..PAGE / 16 {
-                let parts = [&mut highs[i], &mut lows[i]];
-                split(isa, isa.mul(isa.load(&blocks[i]), inverse), parts, &mut sums);
-            }
-            starts[h] = self::starts(isa, sums);
+        }
+        for h in 0..Q {
+            starts[h] = self::starts(isa, sums[h]);
         }
         let mut parts = [[&codes[0][0][..0]; 2]; Q];
         for h in 0..Q {
             parts[h] = [&codes[h][0][..4 * quads], &codes[h][1][..4 * quads]];
         }
-        for block in 0..s.head_dim.div_ceil(16) {
-            let far = ahead(isa, s, value_bytes + block * PAGE * 16, s.page.len() / 64 * (64 - FETCH));
-            let sums = isa.dot_split(&values[block * (PAGE / 4)..][..quads], parts, starts, far);
-            let n = (s.head_dim - 16 * block).min(16);
-            for h in 0..Q {
-                let out = &mut out[h * s.head_dim + 16 * block..][..n];
-                join_lanes(isa, isa.mul(sums[h], isa.splat(factors[h])), own[h], old[h], s.first, out);
-            }
-        }
+        two_at_a_time!(block in s.head_dim.div_ceil(16) => value_blocks(isa, s, block, parts, starts, factors, own, old, out));
     }
 }

@@ -10,7 +10,8 @@ use std::time::Instant;
 pub struct RowRace {
     /// The layout in which rows take less time.
     pub layout: Layout,
-    /// Of each layout the time of all rows and of a half of them listed, in nanoseconds for each row there is.
+    /// Of each layout the time of all rows and of a half of them listed, in nanoseconds for each row there is. Empty where only
+    /// one can be the fastest.
     pub times: Vec<(Layout, f64, f64)>,
 }
 
@@ -21,7 +22,10 @@ impl RowRace {
 
 impl std::fmt::Display for RowRace {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}; of {} weights", self.layout.name(), Self::COLUMNS)?;
+        self.layout.name().fmt(f)?;
+        if !self.times.is_empty() {
+            write!(f, "; of {} weights", Self::COLUMNS)?;
+        }
         for (layout, all, half) in &self.times {
             write!(f, ", {all:.1} ns in {} and {half:.1} without every other", layout.name())?;
         }
@@ -38,8 +42,10 @@ impl Compute {
         const COLUMNS: usize = RowRace::COLUMNS;
         const ROUNDS: usize = 3;
         let mut race = RowRace { layout: Layout::Rows, times: Vec::new() };
-        let layouts =
-            if self.kernels.fast_base3() { &[Layout::Rows, Layout::Base3][..] } else { &[Layout::Rows] };
+        if !self.kernels.fast_base3() {
+            return race;
+        }
+        let layouts = [Layout::Rows, Layout::Base3];
         let runs = ROUNDS * layouts.len() * 2;
         let Some(mut buffer) = HugeBuffer::new(MemoryPart::Scratch, runs * BYTES) else { return race };
         let parts = Rows::new(&mut buffer, BYTES / 16);
@@ -50,7 +56,7 @@ impl Compute {
             (Workspace::new(COLUMNS, self.pool.threads()), QuantizedRows::new(1, COLUMNS));
         self.quantize(&[1.0; COLUMNS], COLUMNS, Layout::Rows, &mut work, &mut q);
         let mut out = vec![0.0; BYTES / base3::row_bytes(COLUMNS)];
-        race.times = layouts.iter().map(|&layout| (layout, f64::INFINITY, f64::INFINITY)).collect();
+        race.times = layouts.map(|layout| (layout, f64::INFINITY, f64::INFINITY)).to_vec();
         // Every other row, but not in step: by the uppermost bit of multiples of the golden ratio.
         let half: Vec<u32> =
             (0..out.len() as u32).filter(|r| r.wrapping_mul(0x9e37_79b9) >> 31 == 1).collect();

@@ -181,44 +181,20 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         }
     }
     #[inline(always)]
-    fn dot_split<const Q: usize>(
+    fn dot_split<const Q: usize, const P: usize>(
         self,
-        codes: &[[u8; 64]],
+        codes: [&[[u8; 64]]; P],
         rows: [[&[i8]; 2]; Q],
         start: [[i32; 2]; Q],
-        far: *const u8,
-    ) -> [Self::F; Q] {
+        far: [*const u8; P],
+    ) -> [[Self::F; Q]; P] {
         check_split(codes, rows);
-        let mut out = [self.splat(0.0); Q];
-        for q in 0..Q {
-            // SAFETY: `self` proves AVX2; block c reads its 64 codes and the parts below 4 c + 4, which exist.
-            unsafe {
-                let mut sums = [[_mm256_set1_epi32(start[q][0]); 2], [_mm256_set1_epi32(start[q][1]); 2]];
-                let bytes = _mm256_set1_epi16(0xff);
-                for c in 0..codes.len() {
-                    if q == 0 {
-                        self.prefetch(far.wrapping_add(FETCH * c));
-                    }
-                    for half in 0..2 {
-                        let v = _mm256_loadu_si256(codes[c].as_ptr().add(32 * half).cast());
-                        let (even, odd) = (_mm256_and_si256(v, bytes), _mm256_srli_epi16::<8>(v));
-                        for part in 0..2 {
-                            let four = rows[q][part].as_ptr().add(4 * c).cast::<i32>().read_unaligned();
-                            let four = _mm256_set1_epi32(four);
-                            let b_even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(four));
-                            let b_odd = _mm256_srai_epi16::<8>(four);
-                            let products = _mm256_add_epi32(
-                                _mm256_madd_epi16(even, b_even),
-                                _mm256_madd_epi16(odd, b_odd),
-                            );
-                            sums[part][half] = _mm256_add_epi32(sums[part][half], products);
-                        }
-                    }
-                }
-                for half in 0..2 {
-                    let high = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[0][half]), _mm256_set1_ps(128.0));
-                    out[q][half] = _mm256_add_ps(high, _mm256_cvtepi32_ps(sums[1][half]));
-                }
+        let mut out = [[self.splat(0.0); Q]; P];
+        for (p, codes) in codes.into_iter().enumerate() {
+            for q in 0..Q {
+                let far = (q == 0).then_some(far[p]);
+                // SAFETY: `self` proves AVX2; the lengths were just checked.
+                out[p][q] = unsafe { split(self, codes, rows[q], start[q], far) };
             }
         }
         out
@@ -344,6 +320,49 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
             }
             dots
         }
+    }
+}
+
+/// One row and one run of [`Isa::dot_split`], asking for the bytes from `far` on meanwhile.
+///
+/// # Safety
+/// Needs AVX2, and four numbers of each part for a block of codes.
+#[inline(always)]
+unsafe fn split<I: Isa>(
+    isa: I,
+    codes: &[[u8; 64]],
+    parts: [&[i8]; 2],
+    start: [i32; 2],
+    far: Option<*const u8>,
+) -> [__m256; 2] {
+    // SAFETY: block c reads its 64 codes and the parts below 4 c + 4, which exist; AVX2 is the caller's.
+    unsafe {
+        let mut sums = [[_mm256_set1_epi32(start[0]); 2], [_mm256_set1_epi32(start[1]); 2]];
+        let bytes = _mm256_set1_epi16(0xff);
+        for c in 0..codes.len() {
+            if let Some(far) = far {
+                isa.prefetch(far.wrapping_add(FETCH * c));
+            }
+            for half in 0..2 {
+                let v = _mm256_loadu_si256(codes[c].as_ptr().add(32 * half).cast());
+                let (even, odd) = (_mm256_and_si256(v, bytes), _mm256_srli_epi16::<8>(v));
+                for part in 0..2 {
+                    let four = parts[part].as_ptr().add(4 * c).cast::<i32>().read_unaligned();
+                    let four = _mm256_set1_epi32(four);
+                    let b_even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(four));
+                    let b_odd = _mm256_srai_epi16::<8>(four);
+                    let products =
+                        _mm256_add_epi32(_mm256_madd_epi16(even, b_even), _mm256_madd_epi16(odd, b_odd));
+                    sums[part][half] = _mm256_add_epi32(sums[part][half], products);
+                }
+            }
+        }
+        let mut out = [_mm256_setzero_ps(); 2];
+        for half in 0..2 {
+            let high = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[0][half]), _mm256_set1_ps(128.0));
+            out[half] = _mm256_add_ps(high, _mm256_cvtepi32_ps(sums[1][half]));
+        }
+        out
     }
 }
 

@@ -43,7 +43,7 @@ macro_rules! whole {
 impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
     type F = __m512;
     const PANEL_TOKENS: usize = if AMX { 32 } else { 12 };
-    const WIDE: bool = true;
+    const SUMS: usize = 16;
     const LOOKS_UP: bool = !VNNI;
     const TILES: bool = AMX;
 
@@ -367,50 +367,62 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
         dots
     }
     #[inline(always)]
-    fn dot_split<const Q: usize>(
+    fn dot_split<const Q: usize, const P: usize>(
         self,
-        codes: &[[u8; 64]],
+        codes: [&[[u8; 64]]; P],
         rows: [[&[i8]; 2]; Q],
         start: [[i32; 2]; Q],
-        far: *const u8,
-    ) -> [__m512; Q] {
+        far: [*const u8; P],
+    ) -> [[__m512; Q]; P] {
         check_split(codes, rows);
         // SAFETY: `self` proves AVX-512 F and BW, and VNNI where it is used; block c reads its 64 codes and the parts
         // below 4 c + 4, which exist.
         unsafe {
-            let mut sums = [[_mm512_setzero_si512(); 2]; Q];
-            for q in 0..Q {
-                for part in 0..2 {
-                    sums[q][part] = _mm512_set1_epi32(start[q][part]);
+            let zero = _mm512_setzero_si512();
+            let mut sums = [[[zero; 2]; Q]; P];
+            for p in 0..P {
+                for q in 0..Q {
+                    for part in 0..2 {
+                        sums[p][q][part] = _mm512_set1_epi32(start[q][part]);
+                    }
                 }
             }
             let bytes = _mm512_set1_epi16(0xff);
-            for c in 0..codes.len() {
-                self.prefetch(far.wrapping_add(FETCH * c));
-                let v = _mm512_loadu_si512(codes[c].as_ptr().cast());
-                let (even, odd) = (_mm512_and_si512(v, bytes), _mm512_srli_epi16::<8>(v));
+            for c in 0..codes[0].len() {
+                let (mut v, mut even, mut odd) = ([zero; P], [zero; P], [zero; P]);
+                for p in 0..P {
+                    self.prefetch(far[p].wrapping_add(FETCH * c));
+                    v[p] = _mm512_loadu_si512(codes[p].get_unchecked(c).as_ptr().cast());
+                    (even[p], odd[p]) = (_mm512_and_si512(v[p], bytes), _mm512_srli_epi16::<8>(v[p]));
+                }
                 for q in 0..Q {
                     for part in 0..2 {
                         let four = rows[q][part].as_ptr().add(4 * c).cast::<i32>().read_unaligned();
                         let four = _mm512_set1_epi32(four);
-                        sums[q][part] = if VNNI {
-                            _mm512_dpbusd_epi32(sums[q][part], v, four)
-                        } else {
-                            let b_even = _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(four));
-                            let b_odd = _mm512_srai_epi16::<8>(four);
-                            let products = _mm512_add_epi32(
-                                _mm512_madd_epi16(even, b_even),
-                                _mm512_madd_epi16(odd, b_odd),
-                            );
-                            _mm512_add_epi32(sums[q][part], products)
-                        };
+                        for p in 0..P {
+                            let sum = &mut sums[p][q][part];
+                            *sum = if VNNI {
+                                _mm512_dpbusd_epi32(*sum, v[p], four)
+                            } else {
+                                let b_even = _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(four));
+                                let b_odd = _mm512_srai_epi16::<8>(four);
+                                let products = _mm512_add_epi32(
+                                    _mm512_madd_epi16(even[p], b_even),
+                                    _mm512_madd_epi16(odd[p], b_odd),
+                                );
+                                _mm512_add_epi32(*sum, products)
+                            };
+                        }
                     }
                 }
             }
-            let mut out = [_mm512_setzero_ps(); Q];
-            for q in 0..Q {
-                let high = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[q][0]), _mm512_set1_ps(128.0));
-                out[q] = _mm512_add_ps(high, _mm512_cvtepi32_ps(sums[q][1]));
+            let mut out = [[_mm512_setzero_ps(); Q]; P];
+            for p in 0..P {
+                for q in 0..Q {
+                    let [high, low] = sums[p][q];
+                    let high = _mm512_mul_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(128.0));
+                    out[p][q] = _mm512_add_ps(high, _mm512_cvtepi32_ps(low));
+                }
             }
             out
         }

@@ -53,8 +53,8 @@ pub(crate) trait Isa: Copy {
     type F: Copy;
     /// Most tokens of a panel's tile whose sums fit the registers: one of 1, 2, 4, 6, 8, 12, 32.
     const PANEL_TOKENS: usize;
-    /// Whether sixteen sums of sixteen lanes fit the registers, with what is added to them.
-    const WIDE: bool = false;
+    /// Sums of sixteen lanes that fit the registers, with what is added to them.
+    const SUMS: usize = 8;
     /// Whether products with several tokens are looked up and not multiplied.
     const LOOKS_UP: bool = false;
     /// Whether the CPU multiplies whole tiles, as [`crate::ternary::tiles`] has them.
@@ -234,18 +234,18 @@ pub(crate) trait Isa: Copy {
     ) -> [[i32; R]; T] {
         screen::nibble_dots(w, q)
     }
-    /// Integer dot products of stored bytes, unsigned, with Q rows of numbers that have a high and a low part, every row
-    /// having four of each for a block of 64 bytes. With H and L the sum over blocks c and i < 4 of `codes[c][4 j + i]`
+    /// Integer dot products of P runs of stored bytes, unsigned, with Q rows of numbers that have a high and a low part, every
+    /// row having four of each for a block of 64 bytes. With H and L the sum over blocks c and i < 4 of `codes[c][4 j + i]`
     /// times the part at `4 c + i`, begun with `start`, lane j is 128 · H + L: H and L exact in 32 bits (which must hold
     /// them), then made float32 and summed, each step rounded.
-    /// Meanwhile it asks for the bytes from `far` on, which need not be readable, [`crate::attention::FETCH`] a block.
-    fn dot_split<const Q: usize>(
+    /// Meanwhile it asks for the bytes from each `far` on, which need not be readable, [`crate::attention::FETCH`] a block.
+    fn dot_split<const Q: usize, const P: usize>(
         self,
-        codes: &[[u8; 64]],
+        codes: [&[[u8; 64]]; P],
         rows: [[&[i8]; 2]; Q],
         start: [[i32; 2]; Q],
-        far: *const u8,
-    ) -> [Self::F; Q];
+        far: [*const u8; P],
+    ) -> [[Self::F; Q]; P];
 }
 
 /// Methods of [`Isa`] that are one intrinsic each, applied to all registers by the macro `$each`.
@@ -277,9 +277,13 @@ fn row_chunks<const R: usize>(w: [&[u8]; R], a: &[i8]) -> usize {
 /// Checks the lengths that [`Isa::dot_split`] relies on.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
-fn check_split<const Q: usize>(codes: &[[u8; 64]], rows: [[&[i8]; 2]; Q]) {
+fn check_split<const Q: usize, const P: usize>(codes: [&[[u8; 64]]; P], rows: [[&[i8]; 2]; Q]) {
+    let len = codes[0].len();
+    for codes in codes {
+        assert_eq!(codes.len(), len);
+    }
     for [high, low] in rows {
-        assert!(high.len() == 4 * codes.len() && low.len() == 4 * codes.len());
+        assert!(high.len() == 4 * len && low.len() == 4 * len);
     }
 }
 

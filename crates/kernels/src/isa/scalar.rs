@@ -94,25 +94,27 @@ impl Isa for Scalar {
         })
     }
     #[inline(always)]
-    fn dot_split<const Q: usize>(
+    fn dot_split<const Q: usize, const P: usize>(
         self,
-        codes: &[[u8; 64]],
+        codes: [&[[u8; 64]]; P],
         rows: [[&[i8]; 2]; Q],
         start: [[i32; 2]; Q],
-        _: *const u8,
-    ) -> [[f32; 16]; Q] {
-        let mut out = [[0.0; 16]; Q];
-        for q in 0..Q {
-            for j in 0..16 {
-                let mut sums = start[q];
-                for (part, sum) in rows[q].iter().zip(&mut sums) {
-                    for (codes, part) in codes.iter().zip(part.as_chunks::<4>().0) {
-                        for i in 0..4 {
-                            *sum = sum.wrapping_add(i32::from(codes[4 * j + i]) * i32::from(part[i]));
+        _: [*const u8; P],
+    ) -> [[[f32; 16]; Q]; P] {
+        let mut out = [[[0.0; 16]; Q]; P];
+        for (codes, out) in codes.iter().zip(&mut out) {
+            for q in 0..Q {
+                for j in 0..16 {
+                    let mut sums = start[q];
+                    for (part, sum) in rows[q].iter().zip(&mut sums) {
+                        for (codes, part) in codes.iter().zip(part.as_chunks::<4>().0) {
+                            for i in 0..4 {
+                                *sum = sum.wrapping_add(i32::from(codes[4 * j + i]) * i32::from(part[i]));
+                            }
                         }
                     }
+                    out[q][j] = sums[0] as f32 * 128.0 + sums[1] as f32;
                 }
-                out[q][j] = sums[0] as f32 * 128.0 + sums[1] as f32;
             }
         }
         out

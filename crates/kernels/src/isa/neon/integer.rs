@@ -142,53 +142,61 @@ pub(super) unsafe fn nibbles<const LEVEL: u8, const T: usize>(
     }
 }
 
-/// One row of [`Isa::dot_split`](super::Isa::dot_split), asking for the bytes from `far` on meanwhile.
+/// One run and R rows of [`Isa::dot_split`](super::Isa::dot_split), asking for the bytes from `far` on meanwhile.
 ///
 /// # Safety
 /// Needs the extensions of `LEVEL`, and four numbers of each row for a block of codes.
 #[inline(always)]
-pub(super) unsafe fn split<const LEVEL: u8>(
+pub(super) unsafe fn split<const LEVEL: u8, const R: usize>(
     codes: &[[u8; 64]],
-    rows: [&[i8]; 2],
-    start: [i32; 2],
+    rows: [[&[i8]; 2]; R],
+    start: [[i32; 2]; R],
     far: Option<*const u8>,
-) -> [float32x4_t; 4] {
+) -> [[float32x4_t; 4]; R] {
     // SAFETY: block c reads its 64 codes and the parts below 4 c + 4, which exist; the extensions are the caller's.
     unsafe {
-        let mut sums = [[vdupq_n_s32(0); 4]; 2];
-        for part in 0..2 {
-            // The codes less 128 are signed: what that takes from the sums is added here.
-            let all = rows[part].iter().fold(0i32, |sum, &x| sum.wrapping_add(i32::from(x)));
-            sums[part] = [vdupq_n_s32(start[part].wrapping_add(all.wrapping_mul(128))); 4];
+        let mut sums = [[[vdupq_n_s32(0); 4]; 2]; R];
+        for r in 0..R {
+            for part in 0..2 {
+                // The codes less 128 are signed: what that takes from the sums is added here.
+                let all = rows[r][part].iter().fold(0i32, |sum, &x| sum.wrapping_add(i32::from(x)));
+                sums[r][part] = [vdupq_n_s32(start[r][part].wrapping_add(all.wrapping_mul(128))); 4];
+            }
         }
         let less = vdupq_n_u8(0x80);
         for c in 0..codes.len() {
             if let Some(far) = far {
                 ask(far.wrapping_add(FETCH * c));
             }
-            let mut fours = [vdupq_n_s8(0); 2];
-            for part in 0..2 {
-                let four = rows[part].as_ptr().add(4 * c).cast::<i32>().read_unaligned();
-                fours[part] = vreinterpretq_s8_s32(vdupq_n_s32(four));
+            let mut fours = [[vdupq_n_s8(0); 2]; R];
+            for r in 0..R {
+                for part in 0..2 {
+                    let four = rows[r][part].as_ptr().add(4 * c).cast::<i32>().read_unaligned();
+                    fours[r][part] = vreinterpretq_s8_s32(vdupq_n_s32(four));
+                }
             }
             for i in 0..4 {
                 let v = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(codes[c].as_ptr().add(16 * i)), less));
-                for part in 0..2 {
-                    let (sum, four) = (&mut sums[part][i], fours[part]);
-                    if LEVEL == BASE {
-                        let lo = vpaddlq_s16(vmull_s8(vget_low_s8(v), vget_low_s8(four)));
-                        let hi = vpaddlq_s16(vmull_high_s8(v, four));
-                        *sum = vaddq_s32(*sum, vpaddq_s32(lo, hi));
-                    } else {
-                        dot!("sdot", *sum, v, four);
+                for r in 0..R {
+                    for part in 0..2 {
+                        let (sum, four) = (&mut sums[r][part][i], fours[r][part]);
+                        if LEVEL == BASE {
+                            let lo = vpaddlq_s16(vmull_s8(vget_low_s8(v), vget_low_s8(four)));
+                            let hi = vpaddlq_s16(vmull_high_s8(v, four));
+                            *sum = vaddq_s32(*sum, vpaddq_s32(lo, hi));
+                        } else {
+                            dot!("sdot", *sum, v, four);
+                        }
                     }
                 }
             }
         }
-        let mut out = [vdupq_n_f32(0.0); 4];
-        for i in 0..4 {
-            let high = vmulq_f32(vcvtq_f32_s32(sums[0][i]), vdupq_n_f32(128.0));
-            out[i] = vaddq_f32(high, vcvtq_f32_s32(sums[1][i]));
+        let mut out = [[vdupq_n_f32(0.0); 4]; R];
+        for r in 0..R {
+            for i in 0..4 {
+                let high = vmulq_f32(vcvtq_f32_s32(sums[r][0][i]), vdupq_n_f32(128.0));
+                out[r][i] = vaddq_f32(high, vcvtq_f32_s32(sums[r][1][i]));
+            }
         }
         out
     }

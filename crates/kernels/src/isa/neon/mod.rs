@@ -144,6 +144,7 @@ impl<const LEVEL: u8> Isa for Neon<LEVEL> {
     // Base NEON sums in int16 and needs two registers where the others need one.
     const PANEL_TOKENS: usize = if LEVEL == BASE { 4 } else { 8 };
     const HEAD_ROWS: usize = 1;
+    const SUMS: usize = 4;
     // Twice 64 is not a signed byte, so the first field is shifted down; the others stay in their place.
     const COLUMN_SHIFTS: [u32; 4] = [0, 4, 2, 0];
 
@@ -354,19 +355,31 @@ impl<const LEVEL: u8> Isa for Neon<LEVEL> {
         dots
     }
     #[inline(always)]
-    fn dot_split<const Q: usize>(
+    fn dot_split<const Q: usize, const P: usize>(
         self,
-        codes: &[[u8; 64]],
+        codes: [&[[u8; 64]]; P],
         rows: [[&[i8]; 2]; Q],
         start: [[i32; 2]; Q],
-        far: *const u8,
-    ) -> [Self::F; Q] {
+        far: [*const u8; P],
+    ) -> [[Self::F; Q]; P] {
         check_split(codes, rows);
-        let mut out = [self.splat(0.0); Q];
-        for q in 0..Q {
-            let far = (q == 0).then_some(far);
-            // SAFETY: the CPU has the extensions, as `self` proves; the lengths were checked above.
-            out[q] = unsafe { integer::split::<LEVEL>(codes, rows[q], start[q], far) };
+        let mut out = [[self.splat(0.0); Q]; P];
+        for (p, codes) in codes.into_iter().enumerate() {
+            let mut q = 0;
+            while q < Q {
+                let far = (q == 0).then_some(far[p]);
+                // SAFETY: the CPU has the extensions, as `self` proves; the lengths were checked above.
+                unsafe {
+                    // The sums of two rows fit the registers.
+                    if q + 1 < Q {
+                        let (rows, start) = ([rows[q], rows[q + 1]], [start[q], start[q + 1]]);
+                        [out[p][q], out[p][q + 1]] = integer::split::<LEVEL, 2>(codes, rows, start, far);
+                    } else {
+                        [out[p][q]] = integer::split::<LEVEL, 1>(codes, [rows[q]], [start[q]], far);
+                    }
+                }
+                q += 2;
+            }
         }
         out
     }
