@@ -53,7 +53,7 @@ pub(crate) trait Isa: Copy {
     type F: Copy;
     /// Most tokens of a panel's tile whose sums fit the registers: one of 1, 2, 4, 6, 8, 12, 32.
     const PANEL_TOKENS: usize;
-    /// Sums of sixteen lanes that fit the registers, with what is added to them.
+    /// Sums of sixteen lanes that attention keeps at a time: about as many as fit the registers.
     const SUMS: usize = 8;
     /// Whether products with several tokens are looked up and not multiplied.
     const LOOKS_UP: bool = false;
