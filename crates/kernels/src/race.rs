@@ -35,7 +35,7 @@ impl std::fmt::Display for RowRace {
 
 impl Compute {
     /// Times how rows are multiplied with one token on this machine, now, in each layout that could be the fastest. That takes
-    /// tens of milliseconds.
+    /// tens of milliseconds where more than one could.
     pub fn race_rows(&self) -> RowRace {
         // Rows of a common width, 8 MiB in a run, and for each run others, so that they come from memory.
         const BYTES: usize = 8 << 20;
