@@ -98,47 +98,56 @@ unsafe fn dot<const LEVEL: u8, const T: usize>(
     }
 }
 
-/// One row of four-bit codes and T rows of int8.
+/// R rows of four-bit codes and T rows of int8.
 ///
 /// # Safety
-/// Needs the extensions of `LEVEL`, 64 `chunks` bytes in `w` and 128 `chunks` codes in each `q`.
+/// Needs the extensions of `LEVEL`, 64 `chunks` bytes in each `w` and 128 `chunks` codes in each `q`.
 #[inline(always)]
-pub(super) unsafe fn nibbles<const LEVEL: u8, const T: usize>(
-    w: &[u8],
-    ahead: *const u8,
+pub(super) unsafe fn nibbles<const LEVEL: u8, const R: usize, const T: usize>(
+    w: [&[u8]; R],
+    ahead: [*const u8; R],
     q: [&[i8]; T],
     chunks: usize,
-) -> [i32; T] {
+) -> [[i32; R]; T] {
     // A chunk adds two products of at most 15 * 128 to a lane, so those of eight chunks fit int16.
     let block = if LEVEL == BASE { 8 } else { chunks };
     // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 128 c + 128; the extensions are the caller's.
     unsafe {
         let mask = vdupq_n_u8(15);
-        let mut planes = [vdupq_n_s32(0); T];
-        let mut sums = [[Sum::<LEVEL>::zero(); 4]; T];
+        let mut planes = [[vdupq_n_s32(0); R]; T];
+        let mut sums = [[[Sum::<LEVEL>::zero(); 4]; R]; T];
         let mut c = 0;
         while c < chunks {
             for c in c..(c + block).min(chunks) {
-                ask(ahead.wrapping_add(64 * c));
+                for r in 0..R {
+                    ask(ahead[r].wrapping_add(64 * c));
+                }
                 for i in 0..4 {
-                    let v = vld1q_u8(w.as_ptr().add(64 * c + 16 * i));
-                    let codes = [vandq_u8(v, mask), vshrq_n_u8::<4>(v)];
+                    let mut codes = [[mask; 2]; R];
+                    for r in 0..R {
+                        let v = vld1q_u8(w[r].as_ptr().add(64 * c + 16 * i));
+                        codes[r] = [vandq_u8(v, mask), vshrq_n_u8::<4>(v)];
+                    }
                     for plane in 0..T {
                         for half in 0..2 {
                             let q = vld1q_s8(q[plane].as_ptr().add(128 * c + 64 * half + 16 * i));
-                            sums[plane][2 * half + i % 2].add(codes[half], q);
+                            for r in 0..R {
+                                sums[plane][r][2 * half + i % 2].add(codes[r][half], q);
+                            }
                         }
                     }
                 }
             }
             c += block;
             for plane in 0..T {
-                for turn in 0..4 {
-                    sums[plane][turn].drain(&mut planes[plane]);
+                for r in 0..R {
+                    for turn in 0..4 {
+                        sums[plane][r][turn].drain(&mut planes[plane][r]);
+                    }
                 }
             }
         }
-        planes.map(|plane| vaddvq_s32(plane))
+        planes.map(|rows| rows.map(|plane| vaddvq_s32(plane)))
     }
 }
 

@@ -345,11 +345,25 @@ impl<const LEVEL: u8> Isa for Neon<LEVEL> {
     ) -> [[i32; R]; T] {
         let chunks = nibble_chunks(w, q);
         let mut dots = [[0; R]; T];
-        for r in 0..R {
+        let mut r = 0;
+        while r < R {
             // SAFETY: the CPU has the extensions, as `self` proves, and the lengths were checked above.
-            let row = unsafe { integer::nibbles::<LEVEL, T>(w[r], ahead[r], q, chunks) };
-            for t in 0..T {
-                dots[t][r] = row[t];
+            unsafe {
+                // Two rows of one token share what is loaded of it: with `sdot` loads would be what limits.
+                if LEVEL != BASE && T == 1 && r + 1 < R {
+                    let (w, ahead) = ([w[r], w[r + 1]], [ahead[r], ahead[r + 1]]);
+                    let rows = integer::nibbles::<LEVEL, 2, T>(w, ahead, q, chunks);
+                    for t in 0..T {
+                        [dots[t][r], dots[t][r + 1]] = rows[t];
+                    }
+                    r += 2;
+                } else {
+                    let rows = integer::nibbles::<LEVEL, 1, T>([w[r]], [ahead[r]], q, chunks);
+                    for t in 0..T {
+                        [dots[t][r]] = rows[t];
+                    }
+                    r += 1;
+                }
             }
         }
         dots
