@@ -3,9 +3,9 @@
 //! Every intrinsic below needs only AVX2 or F16C, which the existence of an [`Avx2`] value proves.
 
 use super::ask::Ask;
-use super::{GROUP, GROUPS, Isa, LANES, check_split, column_chunks, lanes, nibble_chunks, row_chunks};
+use super::{GROUP, Isa, LANES, check_split, column_chunks, lanes, nibble_chunks, row_chunks};
 use crate::attention::FETCH;
-use crate::ternary::lookup::{self, Places};
+use crate::ternary::lookup::{self, GROUPS, Places, Quads};
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX2 and F16C, and AVX-VNNI where `VNNI` is true.
@@ -200,9 +200,14 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         out
     }
     #[inline(always)]
-    fn fill_tables(self, q: &[[i8; 4 * GROUPS]; LANES], tables: &mut [[i16; LANES]]) {
+    fn transpose(self, rows: &[[i8; LANES]; LANES], out: &mut [[i8; LANES]; LANES]) {
         // SAFETY: `self` proves AVX2.
-        unsafe { fill_tables(q, tables) }
+        unsafe { transpose(rows, out) }
+    }
+    #[inline(always)]
+    fn fill_tables(self, quads: Quads<'_>, tables: &mut [[i16; LANES]]) {
+        // SAFETY: `self` proves AVX2.
+        unsafe { fill_tables(quads, tables) }
     }
     #[inline(always)]
     unsafe fn add_looked_up(self, tables: &[[i16; LANES]], places: &[Places], sums: &mut [[i16; LANES]]) {
@@ -376,36 +381,43 @@ pub(super) fn nonzero(codes: &[i8; 16]) -> u16 {
     }
 }
 
+/// As [`Isa::transpose`].
+///
+/// # Safety
+/// Needs AVX2.
+#[inline(always)]
+pub(super) unsafe fn transpose(rows: &[[i8; LANES]; LANES], out: &mut [[i8; LANES]; LANES]) {
+    // SAFETY: the caller has AVX2; rows are loaded and stored whole.
+    unsafe {
+        // Bytes are interleaved with those of the row 8, 4, 2, 1 further on.
+        let mut v = [_mm_setzero_si128(); LANES];
+        for t in 0..LANES {
+            v[t] = _mm_loadu_si128(rows[t].as_ptr().cast());
+        }
+        for _ in 0..4 {
+            let u = v;
+            for i in 0..LANES / 2 {
+                v[2 * i] = _mm_unpacklo_epi8(u[i], u[i + LANES / 2]);
+                v[2 * i + 1] = _mm_unpackhi_epi8(u[i], u[i + LANES / 2]);
+            }
+        }
+        for i in 0..LANES {
+            _mm_storeu_si128(out[i].as_mut_ptr().cast(), v[i]);
+        }
+    }
+}
+
 /// As [`Isa::fill_tables`].
 ///
 /// # Safety
 /// Needs AVX2.
 #[inline(always)]
-pub(super) unsafe fn fill_tables(q: &[[i8; 4 * GROUPS]; LANES], tables: &mut [[i16; LANES]]) {
+pub(super) unsafe fn fill_tables(quads: Quads<'_>, tables: &mut [[i16; LANES]]) {
     assert_eq!(tables.len(), lookup::ROWS);
-    // SAFETY: the caller has AVX2. Group g < 8 writes the 81 rows from 81 g on.
+    // SAFETY: the caller has AVX2. Group g < 4 writes the 81 rows from 81 g on.
     unsafe {
-        // Tokens become lanes: bytes are interleaved with those of the token 8, 4, 2, 1 further on, within 128 bits, so that input
-        // 16 h + j of all tokens is half h of register j.
-        let mut v = [_mm256_setzero_si256(); LANES];
-        for t in 0..LANES {
-            v[t] = _mm256_loadu_si256(q[t].as_ptr().cast());
-        }
-        for _ in 0..4 {
-            let u = v;
-            for i in 0..LANES / 2 {
-                v[2 * i] = _mm256_unpacklo_epi8(u[i], u[i + LANES / 2]);
-                v[2 * i + 1] = _mm256_unpackhi_epi8(u[i], u[i + LANES / 2]);
-            }
-        }
         for g in 0..GROUPS {
-            let (low, high) = (v[g], v[g + GROUPS]);
-            let inputs = [
-                _mm256_cvtepi8_epi16(_mm256_castsi256_si128(low)),
-                _mm256_cvtepi8_epi16(_mm256_castsi256_si128(high)),
-                _mm256_cvtepi8_epi16(_mm256_extracti128_si256::<1>(low)),
-                _mm256_cvtepi8_epi16(_mm256_extracti128_si256::<1>(high)),
-            ];
+            let inputs = quads.map(|quad| _mm256_cvtepi8_epi16(_mm_loadu_si128(quad[g].as_ptr().cast())));
             let zero = _mm256_setzero_si256();
             let mut weighed = [[zero; 3]; 4];
             for i in 0..4 {
@@ -437,10 +449,13 @@ pub(super) unsafe fn add_looked_up(tables: &[[i16; LANES]], places: &[Places], s
     for (places, sum) in places.iter().zip(sums) {
         // SAFETY: the caller has AVX2. Each row lies in the tables, as the places say.
         unsafe {
+            // All places are taken out of one register: loads are what limits.
+            let mut left = places.as_ptr().cast::<u64>().read_unaligned();
             let mut total = _mm256_loadu_si256(sum.as_ptr().cast());
             for g in 0..GROUPS {
-                let row = tables.add(lookup::ROW_BYTES * lookup::SUMS * g + places[g] as usize);
+                let row = tables.add(lookup::ROW_BYTES * lookup::SUMS * g + usize::from(left as u16));
                 total = _mm256_add_epi16(total, _mm256_loadu_si256(row.cast()));
+                left >>= 16;
             }
             _mm256_storeu_si256(sum.as_mut_ptr().cast(), total);
         }

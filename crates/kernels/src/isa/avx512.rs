@@ -4,11 +4,10 @@
 
 use super::ask::Ask;
 use super::{
-    GROUP, GROUPS, Isa, LANES, PANEL, check_split, column_chunks, lanes, nibble_chunks, panel_quads,
-    row_chunks,
+    GROUP, Isa, LANES, PANEL, check_split, column_chunks, lanes, nibble_chunks, panel_quads, row_chunks,
 };
 use crate::attention::FETCH;
-use crate::ternary::lookup::Places;
+use crate::ternary::lookup::{Places, Quads};
 use crate::ternary::tiles::Dots;
 use crate::ternary::{StoredRows, base3};
 use std::arch::x86_64::*;
@@ -313,9 +312,14 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
         unsafe { super::amx::columns(w, column_bytes, range, codes, tokens, sums) }
     }
     #[inline(always)]
-    fn fill_tables(self, q: &[[i8; 4 * GROUPS]; LANES], tables: &mut [[i16; LANES]]) {
+    fn transpose(self, rows: &[[i8; LANES]; LANES], out: &mut [[i8; LANES]; LANES]) {
         // SAFETY: AVX-512F comes with AVX2.
-        unsafe { super::avx2::fill_tables(q, tables) }
+        unsafe { super::avx2::transpose(rows, out) }
+    }
+    #[inline(always)]
+    fn fill_tables(self, quads: Quads<'_>, tables: &mut [[i16; LANES]]) {
+        // SAFETY: AVX-512F comes with AVX2.
+        unsafe { super::avx2::fill_tables(quads, tables) }
     }
     #[inline(always)]
     unsafe fn add_looked_up(self, tables: &[[i16; LANES]], places: &[Places], sums: &mut [[i16; LANES]]) {

@@ -21,7 +21,7 @@ mod vbmi;
 
 use crate::screen;
 use crate::ternary::columns::{self, GROUP};
-use crate::ternary::lookup::{self, GROUPS, LANES, Places};
+use crate::ternary::lookup::{self, LANES, Places, Quads};
 use crate::ternary::panel::{self, PANEL};
 use crate::ternary::tiles::Dots;
 use crate::ternary::{StoredRows, base3};
@@ -198,11 +198,20 @@ pub(crate) trait Isa: Copy {
     ) {
         unreachable!("no tiles")
     }
-    /// Fills the tables of a step of [`lookup`], whose activations are `q`: row d0 + 3 d1 + 9 d2 + 27 d3 of group g has for each token the
-    /// sum of (d - 1) q, the group's inputs being g, g + 8, g + 16, g + 24.
+    /// Makes rows columns.
     #[inline(always)]
-    fn fill_tables(self, q: &[[i8; 4 * GROUPS]; LANES], tables: &mut [[i16; LANES]]) {
-        lookup::fill_tables(q, tables);
+    fn transpose(self, rows: &[[i8; LANES]; LANES], out: &mut [[i8; LANES]; LANES]) {
+        for i in 0..LANES {
+            for j in 0..LANES {
+                out[i][j] = rows[j][i];
+            }
+        }
+    }
+    /// Fills the tables of a step of [`lookup`]: row d0 + 3 d1 + 9 d2 + 27 d3 of group g has for each token the sum of (d - 1) q, the
+    /// inputs of d0 to d3 being g of each of the quads.
+    #[inline(always)]
+    fn fill_tables(self, quads: Quads<'_>, tables: &mut [[i16; LANES]]) {
+        lookup::fill_tables(quads, tables);
     }
     /// Adds to the sums of each output, a lane being a token, the rows at its places in the tables, wrapping.
     ///

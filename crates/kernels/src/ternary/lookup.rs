@@ -2,7 +2,8 @@
 //!
 //! Four activations have 81 signed sums `Σ w q`. A table of them for each of sixteen tokens side by side, made with 81 additions, serves
 //! every output: four weights cost one addition of sixteen lanes, a lane being a token, and no multiplication. (The idea is the
-//! method of four Russians.) The tables of a step, 32 inputs, stay in the first-level cache while all outputs pass over them.
+//! method of four Russians.) The tables of a step, 16 inputs, take a third of a first-level cache and
+//! stay there while all outputs pass over them.
 
 use super::panel::{BLOCK, Part, Source};
 use super::{Activations, CHUNK, columns::COLUMN_ORDER};
@@ -19,7 +20,7 @@ pub(crate) const TOKENS: usize = 4 * LANES;
 pub(crate) const OUTPUTS: usize = 24 * BLOCK;
 
 /// Groups of four inputs in a step.
-pub(crate) const GROUPS: usize = 8;
+pub(crate) const GROUPS: usize = 4;
 
 /// Steps in a chunk.
 const STEPS: usize = CHUNK / (4 * GROUPS);
@@ -38,7 +39,12 @@ pub(crate) const ROW_BYTES: usize = 2 * LANES;
 
 /// Bytes of scratch of a task.
 pub(crate) const SCRATCH: usize =
-    ROWS * ROW_BYTES + OUTPUTS * (TOKENS * (2 + 4) + STEPS * size_of::<Places>());
+    ROWS * ROW_BYTES + OUTPUTS * TOKENS * (2 + 4) + STEPS * stride(OUTPUTS) * size_of::<Places>();
+
+/// Places from one step to the next. They are written step by step, and would compete for the same lines of a cache at powers of two.
+const fn stride(outputs: usize) -> usize {
+    outputs + 64 / size_of::<Places>()
+}
 
 /// Multiplies the outputs of `parts`, at most [`OUTPUTS`] when each part is filled up to whole blocks, with the tokens from `t0` on, at
 /// most [`TOKENS`], as [`super::panel::matmul`] does. `scratch`: [`SCRATCH`] bytes.
@@ -56,13 +62,14 @@ pub(crate) unsafe fn matmul<I: Isa>(
     let width = a.codes.len() / a.scales.len();
     let tiles = (a.scales.len() - t0).min(TOKENS).div_ceil(LANES);
     let outputs = parts.iter().map(|part| part.count.next_multiple_of(BLOCK)).sum::<usize>();
+    let stride = stride(outputs);
     let (tables, rest) = scratch.split_at_mut(ROWS * ROW_BYTES);
     let (narrow, rest) = rest.split_at_mut(tiles * outputs * 2 * LANES);
     let (wide, rest) = rest.split_at_mut(tiles * outputs * 4 * LANES);
     let tables = cast_mut::<i16>(tables).as_chunks_mut::<LANES>().0;
     let narrow = cast_mut::<i16>(narrow).as_chunks_mut::<LANES>().0;
     let wide = cast_mut::<i32>(wide).as_chunks_mut::<LANES>().0;
-    let places = &mut cast_mut::<u16>(rest).as_chunks_mut::<GROUPS>().0[..outputs * STEPS];
+    let places = &mut cast_mut::<u16>(rest).as_chunks_mut::<GROUPS>().0[..STEPS * stride];
     narrow.fill([0; LANES]);
     wide.fill([0; LANES]);
     let rows = matches!(parts[0].source, Source::Rows { .. });
@@ -72,7 +79,7 @@ pub(crate) unsafe fn matmul<I: Isa>(
         let mut base = 0;
         for part in parts {
             for first in (0..part.count).step_by(BLOCK) {
-                place(isa, part, first, chunk, &mut places[base..], outputs);
+                place(isa, part, first, chunk, &mut places[base..], stride);
                 base += BLOCK;
             }
         }
@@ -82,19 +89,30 @@ pub(crate) unsafe fn matmul<I: Isa>(
             let (narrow, wide) =
                 (&mut narrow[tile * outputs..][..outputs], &mut wide[tile * outputs..][..outputs]);
             let reach = &mut reach[tile];
-            for step in 0..STEPS {
-                // The inputs of group g are 8 i + g of the step.
-                let mut q = [[0; 4 * GROUPS]; LANES];
-                let (mut reaches, mut any, mut full) = ([0; LANES], 0, false);
+            // Tokens become lanes.
+            let mut inputs = [[0; LANES]; CHUNK];
+            for (first, inputs) in inputs.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+                let mut block = [[0; LANES]; LANES];
                 for t in 0..tokens {
-                    let codes = &a.codes[(t0 + t) * width + chunk * CHUNK..][..CHUNK];
-                    for i in 0..4 {
-                        let at = if rows { CHUNK / 4 * i + GROUPS * step } else { GROUPS * (4 * step + i) };
-                        q[t][GROUPS * i..][..GROUPS].copy_from_slice(&codes[at..][..GROUPS]);
+                    let at = (t0 + t) * width + chunk * CHUNK + first * LANES;
+                    block[t].copy_from_slice(&a.codes[at..][..LANES]);
+                }
+                isa.transpose(&block, inputs);
+            }
+            for step in 0..STEPS {
+                // The inputs of group g are 4 i + g of the step.
+                let at =
+                    |i: usize| if rows { CHUNK / 4 * i + GROUPS * step } else { GROUPS * (4 * step + i) };
+                let quads = [0, 1, 2, 3].map(|i| &inputs[at(i)..][..GROUPS].as_chunks::<GROUPS>().0[0]);
+                let (mut reaches, mut any, mut full) = ([0; LANES], 0, false);
+                for quad in quads {
+                    for input in quad {
+                        for t in 0..LANES {
+                            reaches[t] += i32::from(input[t]).abs();
+                        }
                     }
-                    for q in q[t] {
-                        reaches[t] += i32::from(q).abs();
-                    }
+                }
+                for t in 0..LANES {
                     any |= reaches[t];
                     reach[t] += reaches[t];
                     full |= reach[t] > i32::from(i16::MAX);
@@ -106,9 +124,9 @@ pub(crate) unsafe fn matmul<I: Isa>(
                     widen(narrow, wide);
                     *reach = reaches;
                 }
-                isa.fill_tables(&q, tables);
+                isa.fill_tables(quads, tables);
                 // SAFETY: a number of four digits of two bits is at most 120.
-                unsafe { isa.add_looked_up(tables, &places[step * outputs..][..outputs], narrow) }
+                unsafe { isa.add_looked_up(tables, &places[step * stride..][..outputs], narrow) }
             }
         }
     }
@@ -146,14 +164,17 @@ fn widen(narrow: &mut [[i16; LANES]], wide: &mut [[i32; LANES]]) {
     }
 }
 
+/// Four times the inputs of all groups, a lane being a token.
+pub(crate) type Quads<'a> = [&'a [[i8; LANES]; GROUPS]; 4];
+
 /// The definition of [`Isa::fill_tables`].
 #[inline(always)]
-pub(crate) fn fill_tables(q: &[[i8; 4 * GROUPS]; LANES], tables: &mut [[i16; LANES]]) {
+pub(crate) fn fill_tables(quads: Quads<'_>, tables: &mut [[i16; LANES]]) {
     for g in 0..GROUPS {
         for (number, row) in tables[SUMS * g..][..SUMS].iter_mut().enumerate() {
             for t in 0..LANES {
                 let digit = |i: usize| (number / [1, 3, 9, 27][i] % 3) as i16 - 1;
-                row[t] = (0..4).map(|i| digit(i) * i16::from(q[t][GROUPS * i + g])).sum();
+                row[t] = (0..4).map(|i| digit(i) * i16::from(quads[i][g][t])).sum();
             }
         }
     }
