@@ -57,10 +57,12 @@ pub(crate) fn pack_row<I: Isa>(_: I, row: &[u8], out: &mut [u8]) {
     let (blocks, tail) = row.as_chunks::<PLAIN>();
     let (stored, rest) = out.split_at_mut(blocks.len() * STORED);
     for (block, stored) in blocks.iter().zip(stored.as_chunks_mut::<STORED>().0) {
-        let (chunks, last) = block.split_at(STORED);
-        for (v, (chunk, line)) in chunks.chunks(LINE).zip(stored.chunks_mut(LINE)).enumerate() {
+        let lines = block.as_chunks::<LINE>().0;
+        for (v, stored) in stored.as_chunks_mut::<LINE>().0.iter_mut().enumerate() {
+            // Copies of known length: the loop then takes whole registers.
+            let (fours, fifths, mut line) = (lines[v], lines[4], [0; LINE]);
             for b in 0..LINE {
-                let (four, fifth) = (chunk[b], last[b] >> (6 - 2 * v) & 3);
+                let (four, fifth) = (fours[b], fifths[b] >> (6 - 2 * v) & 3);
                 // Three times by additions, which vectors of bytes have.
                 let three = |x: u8| x.wrapping_add(x).wrapping_add(x);
                 let n = three(four >> 6).wrapping_add(four >> 4 & 3);
@@ -68,6 +70,7 @@ pub(crate) fn pack_row<I: Isa>(_: I, row: &[u8], out: &mut [u8]) {
                 let high = (fifth << 4).wrapping_add(fifth).wrapping_add(n).wrapping_add(HIGH - 64);
                 line[b] = if n < 64 { n | fifth << 6 } else { high };
             }
+            *stored = line;
         }
     }
     rest.copy_from_slice(tail);
