@@ -249,11 +249,10 @@ fn join_lanes<I: Isa>(isa: I, sums: I::F, own: f32, old: f32, first: bool, out: 
 /// memory is never idle.
 pub(crate) const FETCH: usize = 56;
 
-/// Where fetching stands when `at` bytes of the page are read and `between` more were fetched: a little less far ahead than suits
-/// rows of weights, as measured.
+/// Where fetching stands when `at` bytes of the page are read and `between` more were fetched: never past the next page.
 #[inline(always)]
 fn ahead<I: Isa>(isa: I, s: &Segment<'_>, at: usize, between: usize) -> *const u8 {
-    let at = isa.ahead() / 5 * 4 + at / 64 * FETCH + between;
+    let at = isa.ahead_in_cache().min(s.page.len()) + at / 64 * FETCH + between;
     match at.checked_sub(s.page.len()) {
         None => s.page.as_ptr().wrapping_add(at),
         Some(at) => s.next.as_ptr().wrapping_add(at),

@@ -1,5 +1,8 @@
 //! The key/value cache: its types, its layout, and the two phases of a forward pass that touch it.
 
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+
 use crate::attention::{Codes, Segment, quads};
 use crate::compute::{Compute, Rows};
 use crate::half::f32_to_f16;
@@ -106,6 +109,8 @@ pub struct KvStore {
     part_floats: usize,
     /// `[rows][query_heads][2]`: see [`crate::attention::attend`].
     states: Vec<f32>,
+    /// `[rows][heads]`: how many segments are joined to the state.
+    joined: Vec<AtomicUsize>,
     queries: Queries,
     _counted: Counted,
 }
@@ -126,12 +131,13 @@ impl KvStore {
         let queries = rows.checked_mul(shape.query_heads)?;
         let coded = if shape.ty == KvType::Q8 { queries } else { 0 };
         let states = vec![0.0; 2 * queries];
+        let joined: Vec<_> = (0..rows.checked_mul(shape.heads)?).map(|_| AtomicUsize::new(0)).collect();
         let queries = Queries {
             parts: Aligned::zeroed(coded.checked_mul(8 * quads(shape.head_dim))?),
             scales: vec![0.0; coded],
             starts: vec![[0; 2]; coded],
         };
-        let lists = taken(&states) + taken(&queries.scales) + taken(&queries.starts);
+        let lists = taken(&states) + taken(&joined) + taken(&queries.scales) + taken(&queries.starts);
         Some(Self {
             shape,
             head_bytes,
@@ -140,6 +146,7 @@ impl KvStore {
             parts: HugeBuffer::new(MemoryPart::Cache, 4 * part_floats * shape.heads * pages)?,
             part_floats,
             states,
+            joined,
             queries,
             _counted: Counted::new(MemoryPart::Scratch, lists),
         })
@@ -349,23 +356,35 @@ impl Compute {
         let segments = |token: usize| sequence(token).1.div_ceil(PAGE);
         let (longest, all) = (0..tokens).map(segments).fold((0, 0), |(top, sum), n| (n.max(top), sum + n));
         if threads > 1 && tokens * heads < 8 * threads && longest >= 4 && all <= kv.pages {
-            // A few tokens with a long past: every segment on its own, then all joined in order.
+            // A few tokens with a long past. A thread goes along the segments of a head, and joins them on the way if it has those from
+            // the first on. The others are computed on their own and joined, in order, at the end.
             let before = |token: usize| (0..token).map(segments).sum::<usize>();
             let parts = Rows::new(kv.parts.floats_mut(), kv.part_floats);
+            let joined = &kv.joined[..tokens * heads];
+            joined.iter().for_each(|joined| joined.store(0, Relaxed));
             let all = longest * heads;
             self.pool().run_ranges(tokens * all, (PART_BYTES / head_bytes).max(1), |range, _| {
                 for item in range {
-                    let (token, unit) = (item / all, item % all);
-                    let ((pages, len), units) = (sequence(token), segments(token) * heads);
-                    if unit >= units {
+                    let (token, head, segment) = (item / all, item % all / longest, item % longest);
+                    let ((pages, len), segments) = (sequence(token), segments(token));
+                    if segment >= segments {
                         continue;
                     }
-                    let (segment, head) = (unit / heads, unit % heads);
                     let mut look = look(token, head, pages, segment, len);
-                    look.first = true;
-                    if unit + 1 < units {
-                        look.next = area(pages, (unit + 1) / heads, (unit + 1) % heads);
+                    match segment + 1 < segments {
+                        true => look.next = area(pages, segment + 1, head),
+                        false if head + 1 < heads => look.next = area(pages, 0, head + 1),
+                        false => (),
                     }
+                    let row = token * heads + head;
+                    if joined[row].load(Acquire) == segment {
+                        // SAFETY: this segment is part of one task, and whoever joined those before has done with them.
+                        let (state, out) = unsafe { (states.row(row), outs.row(row)) };
+                        kernels.attend(&look, state, out);
+                        joined[row].store(segment + 1, Release);
+                        continue;
+                    }
+                    look.first = true;
                     // SAFETY: each segment of each head of each token is part of one task.
                     let part = unsafe { parts.row((before(token) + segment) * heads + head) };
                     let (out, state) = part.split_at_mut(group * head_dim);
@@ -377,7 +396,7 @@ impl Compute {
                 let before = before(token);
                 // SAFETY: each head of each token is one task.
                 let (state, out) = unsafe { (states.row(task), outs.row(task)) };
-                for segment in 0..segments(token) {
+                for segment in joined[task].load(Acquire)..segments(token) {
                     // SAFETY: as above.
                     let part = unsafe { parts.row((before + segment) * heads + head) };
                     kernels.join(part, segment == 0, state, out);

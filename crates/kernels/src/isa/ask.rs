@@ -42,4 +42,9 @@ impl Ask {
     pub(super) fn ahead(self) -> usize {
         if self.far { 10 << 10 } else { 5 << 10 }
     }
+    /// The same for pages of the cache.
+    #[inline(always)]
+    pub(super) fn ahead_in_cache(self) -> usize {
+        if self.far { 22 << 10 } else { 4 << 10 }
+    }
 }

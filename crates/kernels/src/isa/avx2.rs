@@ -46,6 +46,10 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         self.0.ahead()
     }
     #[inline(always)]
+    fn ahead_in_cache(self) -> usize {
+        self.0.ahead_in_cache()
+    }
+    #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
         // SAFETY: `self` proves AVX2.
         unsafe { [_mm256_set1_ps(x); 2] }

@@ -55,6 +55,10 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
         self.0.ahead()
     }
     #[inline(always)]
+    fn ahead_in_cache(self) -> usize {
+        self.0.ahead_in_cache()
+    }
+    #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
         // SAFETY: `self` proves AVX-512F; no memory is touched.
         unsafe { _mm512_set1_ps(x) }

@@ -71,6 +71,11 @@ pub(crate) trait Isa: Copy {
     fn ahead(self) -> usize {
         5 << 10
     }
+    /// The same for pages of the cache, which take longer to compute with.
+    #[inline(always)]
+    fn ahead_in_cache(self) -> usize {
+        4 << 10
+    }
     fn splat(self, x: f32) -> Self::F;
     fn load(self, x: &[f32; 16]) -> Self::F;
     fn store(self, v: Self::F, out: &mut [f32; 16]);
