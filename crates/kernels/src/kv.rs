@@ -68,7 +68,7 @@ impl KvShape {
     /// Bytes that attention takes for each row of a step.
     pub fn row_bytes(&self) -> usize {
         let coded = if self.ty == KvType::Q8 { 8 * quads(self.head_dim) + 12 } else { 0 };
-        self.query_heads * (8 + coded)
+        self.query_heads * (8 + coded) + self.heads * size_of::<AtomicUsize>()
     }
 
     /// Bytes of one page of one head of one layer:
