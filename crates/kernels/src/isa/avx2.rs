@@ -229,9 +229,9 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         let chunks = column_chunks(columns, sums);
         // SAFETY: `self` proves AVX2; chunk c < chunks reads bytes below 64 c + 64 of a column and sums below 256 c + 256.
         unsafe {
-            let three = _mm256_set1_epi8(3);
-            let scales =
-                [_mm256_set1_epi16(64), _mm256_set1_epi16(16), _mm256_set1_epi16(4), _mm256_set1_epi16(1)];
+            // Codes are multiplied where they stand in the byte, the uppermost two bits further down, where products fit 16 bits.
+            let masks = [0x30, 0x30, 0x0c, 0x03].map(|mask| _mm256_set1_epi8(mask));
+            let scales = [4, 1, 1, 1].map(|scale| _mm256_set1_epi16(scale));
             let factor = |i: usize| {
                 _mm256_set1_epi32(i32::from_le_bytes([
                     q[i] as u8,
@@ -253,20 +253,22 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
                         self.prefetch(ahead.wrapping_add(32 * half));
                     }
                 }
-                let (mut v, mut u) = (interleave(v), interleave(u));
-                for field in (0..4).rev() {
+                let (v, u) = (interleave(v), interleave(u));
+                for field in 0..4 {
+                    let codes = |v| {
+                        let v = if field == 0 { _mm256_srli_epi16::<2>(v) } else { v };
+                        _mm256_and_si256(v, masks[field])
+                    };
                     for k in 0..4 {
-                        // At most 2 * 512.
+                        // At most 4 * 48 * 128.
                         let pairs = _mm256_add_epi16(
-                            _mm256_maddubs_epi16(_mm256_and_si256(v[k], three), q0),
-                            _mm256_maddubs_epi16(_mm256_and_si256(u[k], three), q1),
+                            _mm256_maddubs_epi16(codes(v[k]), q0),
+                            _mm256_maddubs_epi16(codes(u[k]), q1),
                         );
                         let at = 256 * (half / 2) + 64 * field + 16 * k + 8 * (half % 2);
                         let out = sums.as_mut_ptr().add(at).cast();
                         let sum = _mm256_madd_epi16(pairs, scales[field]);
                         _mm256_storeu_si256(out, _mm256_add_epi32(_mm256_loadu_si256(out), sum));
-                        v[k] = _mm256_srli_epi16::<2>(v[k]);
-                        u[k] = _mm256_srli_epi16::<2>(u[k]);
                     }
                 }
             }
