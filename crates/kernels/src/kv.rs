@@ -1,13 +1,12 @@
 //! The key/value cache: its types, its layout, and the two phases of a forward pass that touch it.
 
-use std::sync::atomic::AtomicUsize;
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-
 use crate::attention::{Codes, Segment, quads};
 use crate::compute::{Compute, Rows};
 use crate::half::f32_to_f16;
 use crate::memory::{Aligned, Counted, HugeBuffer, MemoryPart, cast_mut, taken};
 use crate::ops::PAGE;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 /// How the cache stores a number. Each type is a definition of its own, the same bits on every machine.
 ///
