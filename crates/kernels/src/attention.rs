@@ -495,7 +495,8 @@ fn fold_max<I: Isa>(isa: I, top: I::F) -> f32 {
 #[inline(always)]
 fn starts<I: Isa>(isa: I, sums: [I::F; 2]) -> [i32; 2] {
     // Of a cache that somebody forged the sums may be anything.
-    sums.map(|sum| (fold(isa, sum) as i32).wrapping_mul(-128))
+    let start = |sum: f32| (sum as i32).wrapping_mul(-128);
+    [start(fold(isa, sums[0])), start(fold(isa, sums[1]))]
 }
 
 /// Makes queries (`[heads][head_dim]`) integers, as [`Codes`] has them: q ≈ (128 * high + low) * scale, the parts filled

@@ -396,14 +396,14 @@ pub(crate) fn screen_row<I: Isa>(
             let (w, u) = (lanes_of(isa, row, lanes, min), lanes_of(isa, &dither.coarse, lanes, 0.0));
             let v = lanes_of(isa, &dither.fine, lanes, 0.0);
             let d = lanes_of(isa, &dither.hidden, lanes, 0.0);
-            let place = |codes: &'_ mut [i8; CHUNK], v| isa.to_i8(v, &mut codes.as_chunks_mut::<16>().0[i]);
             // Codes are 0 to 15: the step is a little wide, and the dither less than a half.
             let exact = isa.add(isa.mul(isa.sub(w, least), inverse), u);
             let code = isa.round(exact);
             dithered = isa.add(dithered, isa.mul(code, d));
-            place(&mut codes[0], code);
+            // No closure for both: one that is not inlined would be compiled without the instruction set.
+            isa.to_i8(code, &mut codes[0].as_chunks_mut::<16>().0[i]);
             let left = isa.mul(isa.add(isa.sub(exact, code), half), steps);
-            place(&mut codes[1], isa.add(left, v));
+            isa.to_i8(isa.add(left, v), &mut codes[1].as_chunks_mut::<16>().0[i]);
         }
         for (codes, out) in codes.iter().zip([out.0, out.1]) {
             for b in 0..CHUNK / 2 {

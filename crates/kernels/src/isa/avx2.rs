@@ -230,8 +230,10 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         // SAFETY: `self` proves AVX2; chunk c < chunks reads bytes below 64 c + 64 of a column and sums below 256 c + 256.
         unsafe {
             // Codes are multiplied where they stand in the byte, the uppermost two bits further down, where products fit 16 bits.
-            let masks = [0x30, 0x30, 0x0c, 0x03].map(|mask| _mm256_set1_epi8(mask));
-            let scales = [4, 1, 1, 1].map(|scale| _mm256_set1_epi16(scale));
+            let upper = _mm256_set1_epi8(0x30);
+            let masks = [upper, upper, _mm256_set1_epi8(0x0c), _mm256_set1_epi8(0x03)];
+            let one = _mm256_set1_epi16(1);
+            let scales = [_mm256_set1_epi16(4), one, one, one];
             let factor = |i: usize| {
                 _mm256_set1_epi32(i32::from_le_bytes([
                     q[i] as u8,
@@ -420,14 +422,14 @@ pub(super) unsafe fn transpose(rows: &[[i8; LANES]; LANES], out: &mut [[i8; LANE
 #[inline(always)]
 pub(super) unsafe fn fill_tables(quads: Quads<'_>, tables: &mut [[i16; LANES]]) {
     assert_eq!(tables.len(), lookup::ROWS);
-    // SAFETY: the caller has AVX2. Group g < 4 writes the 81 rows from 81 g on.
+    // SAFETY: the caller has AVX2. Group g < GROUPS writes the 81 rows from 81 g on.
     unsafe {
         for g in 0..GROUPS {
-            let inputs = quads.map(|quad| _mm256_cvtepi8_epi16(_mm_loadu_si128(quad[g].as_ptr().cast())));
             let zero = _mm256_setzero_si256();
             let mut weighed = [[zero; 3]; 4];
             for i in 0..4 {
-                weighed[i] = [_mm256_sub_epi16(zero, inputs[i]), zero, inputs[i]];
+                let input = _mm256_cvtepi8_epi16(_mm_loadu_si128(quads[i][g].as_ptr().cast()));
+                weighed[i] = [_mm256_sub_epi16(zero, input), zero, input];
             }
             let mut low = [zero; 9];
             for i in 0..9 {
@@ -455,13 +457,15 @@ pub(super) unsafe fn add_looked_up(tables: &[[i16; LANES]], places: &[Places], s
     for (places, sum) in places.iter().zip(sums) {
         // SAFETY: the caller has AVX2. Each row lies in the tables, as the places say.
         unsafe {
-            // All places are taken out of one register: loads are what limits.
-            let mut left = places.as_ptr().cast::<u64>().read_unaligned();
             let mut total = _mm256_loadu_si256(sum.as_ptr().cast());
-            for g in 0..GROUPS {
-                let row = tables.add(lookup::ROW_BYTES * lookup::SUMS * g + usize::from(left as u16));
-                total = _mm256_add_epi16(total, _mm256_loadu_si256(row.cast()));
-                left >>= 16;
+            for half in 0..GROUPS / 4 {
+                // Four places are taken out of one register: loads are what limits.
+                let mut left = places.as_ptr().add(4 * half).cast::<u64>().read_unaligned();
+                for g in 4 * half..4 * half + 4 {
+                    let row = tables.add(lookup::ROW_BYTES * lookup::SUMS * g + usize::from(left as u16));
+                    total = _mm256_add_epi16(total, _mm256_loadu_si256(row.cast()));
+                    left >>= 16;
+                }
             }
             _mm256_storeu_si256(sum.as_mut_ptr().cast(), total);
         }
