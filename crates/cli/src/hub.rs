@@ -2,7 +2,7 @@
 
 use crate::output::{self, notice};
 use anyhow::Context;
-use bitnet::hub::{Hub, HubError, KNOWN, ModelName, Pulled};
+use bitnet::hub::{Content, Hub, HubError, KNOWN, ModelName, Pulled};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,10 +35,11 @@ pub fn name_unless_path(text: &str) -> anyhow::Result<Option<ModelName>> {
 
 /// The file that a hub name means: from the cache without network, else downloaded with a notice.
 pub fn model_file(name: &ModelName, quiet: bool) -> anyhow::Result<PathBuf> {
-    if let Some(path) = settings()?.find(name, false)? {
+    let hub = settings()?;
+    if let Some(path) = hub.find(name, false)? {
         return Ok(path);
     }
-    if !quiet {
+    if !quiet && !hub.offline {
         notice(format_args!("note: {name} is not here yet; downloading it (once)"));
     }
     Ok(pull(name, false, quiet)?.path)
@@ -79,15 +80,46 @@ pub fn pull(name: &ModelName, checkpoints: bool, quiet: bool) -> anyhow::Result<
             }
             Ok(pulled)
         }
-        // Without a network a person needs to know what to do by hand.
+        // What is here can be used without a network; whether the hub has something newer is not known.
         Err(error @ (HubError::Unreachable { .. } | HubError::Offline(_))) => {
+            if let Some(path) = hub.find(name, false)? {
+                if !quiet {
+                    notice(format_args!(
+                        "note: {name}: the hub was not asked ({error}); this is what the cache has"
+                    ));
+                }
+                let size = path.metadata().map_or(0, |metadata| metadata.len());
+                return Ok(Pulled { path, size, cached: true });
+            }
+            // A person needs to know what to do by hand.
             let cache = hub.cache.display().to_string();
             let page = hub.page(name);
+            let there = match partial(&hub, name) {
+                0 => format!("not in the cache {cache}"),
+                size => {
+                    format!("only {} of it are here, which `bitnet pull` goes on from", output::bytes(size))
+                }
+            };
             Err(anyhow::Error::new(error).context(format!(
-                "{name}: not in the cache {cache}, and it cannot be downloaded; \
+                "{name}: {there}, and it cannot be downloaded; \
                  fetch the GGUF file from {page} in another way and give its path (-m PATH)"
             )))
         }
-        Err(error) => Err(error.into()),
+        Err(error) => {
+            let kept = partial(&hub, name);
+            if kept > 0 && !quiet {
+                notice(format_args!(
+                    "note: {} are here; `bitnet pull` goes on from there",
+                    output::bytes(kept)
+                ));
+            }
+            Err(error.into())
+        }
     }
+}
+
+/// Bytes that a download which broke off has left.
+fn partial(hub: &Hub, name: &ModelName) -> u64 {
+    let parts = hub.list().into_iter();
+    parts.filter(|it| it.content == Content::Partial && it.repo == name.repo).map(|it| it.size).sum()
 }

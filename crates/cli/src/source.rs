@@ -6,6 +6,7 @@ use crate::output::notice;
 use crate::selftest;
 use anyhow::{Context, bail, ensure};
 use bitnet::gguf::Gguf;
+use bitnet::hub::ModelName;
 use bitnet::kernels::ternary::Layout;
 use bitnet::kernels::{Compute, Kernels, MemoryPart, PartBytes, allowed_threads, best, supported};
 use bitnet::model::{Config, Model, ModelInfo, Repair, Strategy};
@@ -90,17 +91,36 @@ pub fn open(model: Option<&str>, quiet: bool) -> anyhow::Result<Gguf> {
     let Some(name) = model else {
         return Ok(Gguf::from_static("built-in demo", include_bytes!("../../../models/demo.gguf"))?);
     };
-    let path = Path::new(name);
+    match on_hub(name)? {
+        Some(name) => Ok(Gguf::open(&hub::model_file(&name, quiet)?)?),
+        None => Ok(Gguf::open(Path::new(name))?),
+    }
+}
+
+/// The name on the hub that `model` is, or None where it is the path of a file.
+fn on_hub(model: &str) -> anyhow::Result<Option<ModelName>> {
+    let path = Path::new(model);
     if path.is_dir() {
-        bail!("{name}: this is a folder; `bitnet convert {name} OUT.gguf` makes a model file of it");
+        if path.join("config.json").exists() {
+            bail!("{model}: this is a folder; `bitnet convert {model} OUT.gguf` makes a model file of it");
+        }
+        bail!("{model}: this is a folder; a model is a GGUF file");
     }
-    if let Some(name) = hub::name_unless_path(name)? {
-        return Ok(Gguf::open(&hub::model_file(&name, quiet)?)?);
+    let name = hub::name_unless_path(model)?;
+    if name.is_none() && !path.exists() {
+        bail!(
+            "{model}: no such file; `bitnet list` shows what was downloaded, `bitnet pull --help` what can be"
+        );
     }
-    Ok(Gguf::open(path)?)
+    Ok(name)
 }
 
 impl FileArgs {
+    /// Whether there may be such a model, before anything is read for it.
+    pub fn check(&self) -> anyhow::Result<()> {
+        self.model.as_deref().map_or(Ok(None), on_hub).map(drop)
+    }
+
     pub fn open(&self) -> anyhow::Result<Gguf> {
         open(self.model.as_deref(), self.quiet)
     }
@@ -160,7 +180,7 @@ impl ModelArgs {
             RowLayout::Auto if bytes >= LARGE && sequences == 1 => {
                 let race = compute.race_rows();
                 if self.verbose {
-                    notice(format_args!("{race}"));
+                    notice(format_args!("layout of rows: {race}"));
                 }
                 race.layout
             }

@@ -42,6 +42,9 @@ use std::time::{Duration, Instant};
 /// it was, so that every row is there once; rows that were added to the input are added to the output.
 #[derive(clap::Args)]
 #[command(mut_arg("seed", |seed| seed.help("Seed of the first row; each next one has the next [default: 0]")))]
+#[command(mut_arg("max_memory", |memory| memory.help(
+    "Take no more memory than this, such as 1.5G or 800M: fewer texts run at a time, and a context that does not fit is refused \
+     [default: what the machine or the control group has available]")))]
 #[command(after_help = "Examples:
   bitnet batch -m model.gguf prompts.jsonl -o answers.jsonl
   bitnet batch -m model.gguf --chat --system \"Sum up.\" texts/ -o sums.jsonl -n 200

@@ -259,8 +259,14 @@ impl Session {
         match (name, rest) {
             ("help" | "?", _) => notice(HELP),
             ("system", "") => notice(self.chat.system().unwrap_or("no system prompt")),
-            ("system", text) => self.chat.set_system(if text == "-" { "" } else { text }),
-            ("clear", _) => self.chat.clear(),
+            ("system", text) => {
+                self.chat.set_system(if text == "-" { "" } else { text });
+                hint(if text == "-" { "no system prompt from now on" } else { "system prompt set" });
+            }
+            ("clear", _) => {
+                self.chat.clear();
+                hint("conversation forgotten");
+            }
             ("retry", _) => {
                 ensure!(self.chat.retry(), "there is no question to answer again");
                 self.answer()?;
@@ -287,8 +293,8 @@ impl Session {
         let parts = setting.split_once(|c: char| c.is_whitespace() || c == '=');
         let (name, value) = parts.with_context(|| format!("/set {setting} VALUE: what value?"))?;
         let value = value.trim();
-        let number = || value.parse::<f32>().with_context(|| format!("{value:?} is no number"));
-        let count = || value.parse::<u32>().with_context(|| format!("{value:?} is no whole number"));
+        let number = || value.parse::<f32>().ok().with_context(|| format!("{value:?} is no number"));
+        let count = || value.parse::<u32>().ok().with_context(|| format!("{value:?} is no whole number"));
         let mut config = self.sampler.config().clone();
         match name.trim_start_matches("--").replace('_', "-").as_str() {
             "temp" | "temperature" => config.temperature = number()?,
@@ -299,17 +305,17 @@ impl Session {
             "repeat-last-n" => config.repeat_last_n = count()?,
             "frequency-penalty" => config.frequency_penalty = number()?,
             "presence-penalty" => config.presence_penalty = number()?,
-            "seed" => config.seed = value.parse().with_context(|| format!("{value:?} is no seed"))?,
+            "seed" => config.seed = value.parse().ok().with_context(|| format!("{value:?} is no seed"))?,
             "n" | "n-predict" => {
                 let most = value.parse::<i64>().ok().filter(|most| *most >= -1);
                 let most =
                     most.with_context(|| format!("{value:?} is no number of tokens; -1 is no limit"))?;
                 self.stop.max_tokens = usize::try_from(most).ok();
-                return Ok(());
             }
             _ => bail!("there is no setting {name}; /set alone lists them"),
         }
         self.sampler = Sampler::new(config)?;
+        hint(format_args!("{name} is {value} now"));
         Ok(())
     }
 
@@ -328,7 +334,10 @@ impl Session {
     fn print_totals(&self) {
         let Totals { answers, prompt_tokens, cached_tokens, generated, prompt_time, decode_time } =
             self.totals;
-        let (used, context) = (self.chat.cached_tokens(&self.engine), self.engine.options().context);
+        // What /clear leaves in the cache is no context.
+        let empty = self.chat.messages().iter().all(|message| message.role == Role::System);
+        let used = if empty { 0 } else { self.chat.cached_tokens(&self.engine) };
+        let context = self.engine.options().context;
         let compute = self.engine.compute();
         notice(format_args!(
             "answers    {answers:>7}\nread       {:>7} tokens  {:>8.2} tokens/s  ({cached_tokens} more were in the cache)\n\

@@ -53,6 +53,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         usage_error(ErrorKind::ArgumentConflict, "the prompt and the schema are both read from stdin");
     }
     let form = constraint.form()?;
+    args.model.file.check()?;
     let text = match &args.prompt {
         Some(text) => text.clone(),
         None => source::read_prompt(args.file.as_deref())?,

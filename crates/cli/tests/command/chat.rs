@@ -150,6 +150,13 @@ mod terminal {
         expect(&mut s, "ended by -n");
         say(&mut s, "/save tale.json");
         expect(&mut s, "4 messages saved");
+        // Lines that come faster than they are read.
+        s.exp_string(">>> ").unwrap();
+        s.send("/set seed 9\r/set n 3\r/set\r").unwrap();
+        s.flush().unwrap();
+        for answer in ["seed is 9 now", "n is 3 now", "repeat-last-n"] {
+            expect(&mut s, answer);
+        }
         s.exp_string(">>> ").unwrap();
         s.send("/ex\t\r").unwrap();
         s.flush().unwrap();

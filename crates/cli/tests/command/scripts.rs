@@ -282,7 +282,7 @@ fn what_cannot_be_read_is_named() {
     assert!(error(&failed).contains("offset 5"), "{}", failed.stderr);
     for (model, expected) in [
         ("hf:owner/repo/more", "expected hf:OWNER/NAME"),
-        ("./no/such.gguf", "no/such.gguf: cannot open"),
+        ("./no/such.gguf", "no/such.gguf: no such file"),
         ("/", "folder"),
     ] {
         let failed = bitnet(&["run", "-p", "x", "-m", model]);
