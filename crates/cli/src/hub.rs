@@ -85,7 +85,7 @@ pub fn pull(name: &ModelName, checkpoints: bool, quiet: bool) -> anyhow::Result<
             if let Some(path) = hub.find(name, false)? {
                 if !quiet {
                     notice(format_args!(
-                        "note: {name}: the hub was not asked ({error}); this is what the cache has"
+                        "note: {name}: the hub could not be asked ({error}); this is what the cache has"
                     ));
                 }
                 let size = path.metadata().map_or(0, |metadata| metadata.len());

@@ -91,7 +91,7 @@ pub enum HubError {
     #[error("{file}: the checksum is {found}, expected {expected}; the download was thrown away")]
     Checksum { file: String, expected: String, found: String },
     /// The network is needed and not to be used.
-    #[error("{0}: not in the cache, and HF_HUB_OFFLINE forbids the network")]
+    #[error("{0}: HF_HUB_OFFLINE forbids the network")]
     Offline(String),
     /// The system refused something.
     #[error("{path}: cannot {action}: {error}")]
