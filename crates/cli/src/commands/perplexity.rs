@@ -42,6 +42,7 @@ struct Score {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
+    args.model.file.check()?;
     let text = source::read_prompt(args.file.as_deref())?;
     let compute = args.model.compute()?;
     let wish = Wish { context: Some(args.ctx_size), logits: CHUNK, ..Wish::default() };

@@ -23,11 +23,11 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
+    let gguf = args.model.open()?;
     let text = match &args.text {
         Some(text) => text.clone(),
         None => source::read_text(None)?,
     };
-    let gguf = args.model.open()?;
     let info = ModelInfo::new(&gguf, Strategy::default())?;
     args.model.note_repairs(&info.repairs);
     let tokenizer = info.tokenizer()?;

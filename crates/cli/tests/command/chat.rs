@@ -136,6 +136,8 @@ mod terminal {
         say(&mut s, "/system");
         expect(&mut s, "Be brief.");
         say(&mut s, "/clear");
+        say(&mut s, "/stats");
+        expect(&mut s, "context          0 of 1024");
         say(&mut s, "/retry");
         expect(&mut s, "no question");
         say(&mut s, "/load tale.json");

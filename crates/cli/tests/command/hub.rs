@@ -121,6 +121,8 @@ fn a_killed_download_goes_on_where_it_was() {
     let kept = fs::metadata(&partial).unwrap().len();
     assert!(kept < bytes.len() as u64);
     assert!(!home.path().join("hub/models--a--b/snapshots").exists());
+    let failed = bitnet(home.path(), "http://127.0.0.1:1", &["pull", "a/b"], 1).1;
+    assert!(failed.contains("of it are here"), "{failed}");
 
     *server.manners.lock().unwrap() = Manners::default();
     server.seen.lock().unwrap().clear();

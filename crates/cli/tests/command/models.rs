@@ -46,6 +46,8 @@ fn verify_tells_sound_from_damaged() {
     let wrong = folder.path().join("0".repeat(64));
     fs::write(&wrong, &bytes).unwrap();
     assert!(coded(&["verify", wrong.to_str().unwrap()], 1).1.contains("SHA-256"));
+    let found = coded(&["verify", &demo()], 0).0;
+    assert!(found.contains("there is no checksum to compare"), "{found}");
     let cut = folder.path().join("cut.gguf");
     fs::write(&cut, &bytes[..bytes.len() - 100]).unwrap();
     assert!(coded(&["verify", cut.to_str().unwrap()], 1).1.contains("truncated"));

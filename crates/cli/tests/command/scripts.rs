@@ -288,6 +288,10 @@ fn what_cannot_be_read_is_named() {
         let failed = bitnet(&["run", "-p", "x", "-m", model]);
         assert!(error(&failed).contains(expected), "{}", failed.stderr);
     }
+    for command in ["run", "tokenize", "perplexity"] {
+        let failed = bitnet_with(b"Once \xff", &[command, "-m", "./no/such.gguf"]);
+        assert!(error(&failed).contains("no such file"), "{}", failed.stderr);
+    }
     assert!(error(&bitnet(&["run", "-f", "/no/such/prompt"])).contains("/no/such/prompt"));
 }
 
