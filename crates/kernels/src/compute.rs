@@ -410,6 +410,7 @@ impl Compute {
             false if tiles => Way::Tiles,
             true if tiles && tokens <= tiles::COLUMN_TOKENS => Way::Tiles,
             _ if tokens > ROW_TOKENS => Way::Many,
+            _ if tokens >= lookup::FEWEST && self.kernels.looks_up() => Way::Many,
             false => Way::Rows,
             true => Way::LiveColumns,
         };

@@ -1,6 +1,7 @@
 //! The output head: all logits, or only those that can still be chosen.
 
 use crate::compute::{Compute, FloatMatrix, Rows};
+use crate::isa;
 use crate::memory::{Counted, MemoryPart, taken};
 use crate::pool::Pool;
 use crate::screen::{BLOCK, GROUP, Probe, Screen, fill_part};
@@ -288,6 +289,12 @@ impl Compute {
             let block = range.start;
             let (first, count) = (block * BLOCK, BLOCK.min(rows - block * BLOCK));
             let (mut logits, mut all) = ([[0.0; BLOCK]; GROUP], [[0.0; 2]; GROUP]);
+            for t in 0..tokens {
+                // SAFETY: each block is one task.
+                let out = unsafe { out.rows(t * rows + first, count) };
+                // Where the logits go was last touched a token ago.
+                out.chunks(16).for_each(|line| isa::prefetch_soon(line.as_ptr().cast()));
+            }
             self.kernels.screen_logits(screen, probes, first, &mut logits, &mut all);
             for t in 0..tokens {
                 // SAFETY: each block is one task.

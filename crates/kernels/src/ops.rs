@@ -117,6 +117,9 @@ pub(crate) fn quantize<I: Isa>(isa: I, x: &[f32], layout: Layout, codes: &mut [i
     (scale, codes.iter().map(|&q| i32::from(q)).sum())
 }
 
+/// Floats that [`list_within`] asks for ahead of those it compares.
+const AHEAD: usize = 512;
+
 /// Appends `first` + i to `list`, in order, for every column i of x (`[rows][columns]`) in which any x is at least `from` and not at
 /// least `below`, which may be NaN: then nothing is.
 #[inline(always)]
@@ -132,6 +135,7 @@ pub(crate) fn list_within<I: Isa>(
     list_lanes(isa, columns, first, list, |at| {
         let mut mask = 0;
         for row in x.chunks_exact(columns) {
+            isa.prefetch(row.as_ptr().wrapping_add(at + AHEAD).cast());
             let v = match row[at..].first_chunk() {
                 Some(block) => isa.load(block),
                 None => isa.load(&padded(&row[at..])),

@@ -546,7 +546,10 @@ unsafe fn panel_vnni<const T: usize>(
     // SAFETY: quad i < quads reads panel bytes below 128 i + 128 and codes below 4 i + 4.
     unsafe {
         let mut sums = [[_mm512_setzero_si512(); 2]; T];
+        // The codes of the tokens that follow in memory are wanted next: they come to the second-level cache meanwhile.
+        let next = a[T - 1].as_ptr().wrapping_add(4 * quads);
         for i in 0..quads {
+            _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(4 * T * i));
             let w0 = _mm512_loadu_si512(panel.as_ptr().add(128 * i).cast());
             let w1 = _mm512_loadu_si512(panel.as_ptr().add(128 * i + 64).cast());
             for t in 0..T {
@@ -558,7 +561,7 @@ unsafe fn panel_vnni<const T: usize>(
         for t in 0..T {
             for half in 0..2 {
                 let out = dots[t].as_mut_ptr().add(16 * half).cast();
-                _mm512_storeu_si512(out, _mm512_add_epi32(_mm512_loadu_si512(out), sums[t][half]));
+                _mm512_storeu_si512(out, sums[t][half]);
             }
         }
     }

@@ -171,8 +171,7 @@ pub(crate) trait Isa: Copy {
     fn panel_columns(self, columns: [&[u8; 64]; 4], part: usize, codes: &mut [u8]) {
         panel::panel_columns(columns, part, codes);
     }
-    /// The exact dot products of a panel's outputs with T rows of codes, in the panel's order of inputs. `dots` is zero
-    /// before.
+    /// Makes `dots` the exact dot products of a panel's outputs with T rows of codes, in the panel's order of inputs.
     #[inline(always)]
     fn panel_tile<const T: usize>(self, panel: &[u8], a: [&[i8]; T], dots: &mut [[i32; PANEL]; T]) {
         panel::panel_tile(panel, a, dots);

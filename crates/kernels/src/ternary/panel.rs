@@ -50,6 +50,7 @@ pub(crate) unsafe fn matmul<I: Isa>(isa: I, part: &Part<'_>, a: Activations<'_>,
     }
     let mut t = 0;
     let tokens = a.scales.len();
+    let mut dots = [[0; PANEL]; 32];
     while t < tokens {
         // The activations of a tile stay in the first-level cache for all panels.
         let left = (tokens - t).min(I::PANEL_TOKENS);
@@ -60,13 +61,13 @@ pub(crate) unsafe fn matmul<I: Isa>(isa: I, part: &Part<'_>, a: Activations<'_>,
             // SAFETY: the caller's contract, handed on.
             step = unsafe {
                 match left {
-                    32.. => tile::<I, 32>(isa, panel, weight_scale, a, t, first, count, out),
-                    12.. => tile::<I, 12>(isa, panel, weight_scale, a, t, first, count, out),
-                    8.. => tile::<I, 8>(isa, panel, weight_scale, a, t, first, count, out),
-                    6.. => tile::<I, 6>(isa, panel, weight_scale, a, t, first, count, out),
-                    4.. => tile::<I, 4>(isa, panel, weight_scale, a, t, first, count, out),
-                    2.. => tile::<I, 2>(isa, panel, weight_scale, a, t, first, count, out),
-                    _ => tile::<I, 1>(isa, panel, weight_scale, a, t, first, count, out),
+                    32.. => tile::<I, 32>(isa, panel, weight_scale, a, t, first, count, &mut dots, out),
+                    12.. => tile::<I, 12>(isa, panel, weight_scale, a, t, first, count, &mut dots, out),
+                    8.. => tile::<I, 8>(isa, panel, weight_scale, a, t, first, count, &mut dots, out),
+                    6.. => tile::<I, 6>(isa, panel, weight_scale, a, t, first, count, &mut dots, out),
+                    4.. => tile::<I, 4>(isa, panel, weight_scale, a, t, first, count, &mut dots, out),
+                    2.. => tile::<I, 2>(isa, panel, weight_scale, a, t, first, count, &mut dots, out),
+                    _ => tile::<I, 1>(isa, panel, weight_scale, a, t, first, count, &mut dots, out),
                 }
             };
         }
@@ -106,7 +107,7 @@ fn unpack<I: Isa>(isa: I, source: Source<'_>, panel: &mut [u8], first: usize, sk
     }
 }
 
-/// A panel against T tokens from `t0`. Returns T.
+/// A panel against T tokens from `t0`. `dots` is scratch. Returns T.
 ///
 /// # Safety
 /// As [`matmul`].
@@ -119,6 +120,7 @@ unsafe fn tile<I: Isa, const T: usize>(
     t0: usize,
     first: usize,
     count: usize,
+    dots: &mut [[i32; PANEL]; 32],
     out: OutPtr,
 ) -> usize {
     let width = panel.len() / PANEL;
@@ -126,8 +128,8 @@ unsafe fn tile<I: Isa, const T: usize>(
     for t in 0..T {
         codes[t] = &a.codes[(t0 + t) * width..][..width];
     }
-    let mut dots = [[0; PANEL]; T];
-    isa.panel_tile(panel, codes, &mut dots);
+    let dots = &mut dots.as_chunks_mut::<T>().0[0];
+    isa.panel_tile(panel, codes, dots);
     for t in 0..T {
         let (sum, factor) = (a.sums[t0 + t], weight_scale / a.scales[t0 + t]);
         let mut y = [0.0; PANEL];
@@ -175,6 +177,7 @@ pub(crate) fn panel_columns(columns: [&[u8; 64]; 4], part: usize, codes: &mut [u
 #[inline(always)]
 pub(crate) fn panel_tile<const T: usize>(panel: &[u8], a: [&[i8]; T], dots: &mut [[i32; PANEL]; T]) {
     for t in 0..T {
+        dots[t] = [0; PANEL];
         for (quad, q) in panel.as_chunks::<{ PANEL * 4 }>().0.iter().zip(a[t].as_chunks::<4>().0) {
             for r in 0..PANEL {
                 for k in 0..4 {

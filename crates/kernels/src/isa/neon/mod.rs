@@ -299,6 +299,7 @@ impl<const LEVEL: u8> Isa for Neon<LEVEL> {
     #[inline(always)]
     fn panel_tile<const T: usize>(self, panel: &[u8], a: [&[i8]; T], dots: &mut [[i32; PANEL]; T]) {
         let quads = panel_quads(panel, a);
+        *dots = [[0; PANEL]; T];
         // Rows end with a whole chunk.
         assert!(quads.is_multiple_of(4));
         // A block of the panel stays in the first-level cache while some outputs after the others pass over it. In base NEON
