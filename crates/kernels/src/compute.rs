@@ -450,7 +450,8 @@ impl Compute {
 
     /// Tells that [`Compute::linear`] will be called with these matrices by rows, so that threads without work ask for them.
     pub fn soon<const N: usize>(&self, matrices: [&TernaryMatrix; N]) {
-        let grain = Self::rows_grain(ternary::row_bytes(matrices[0].columns));
+        let rows = matrices.iter().map(|matrix| matrix.rows).sum();
+        let grain = self.rows_grain(rows, ternary::row_bytes(matrices[0].columns));
         let items = matrices.iter().map(|matrix| matrix.rows.next_multiple_of(grain)).sum();
         self.pool.soon(items, grain, |mut item| {
             for matrix in matrices {
@@ -464,9 +465,15 @@ impl Compute {
         });
     }
 
-    /// Rows of a task with few tokens: some 16 KiB.
-    fn rows_grain(row_bytes: usize) -> usize {
-        ((16 << 10) / row_bytes).max(STEP) / STEP * STEP
+    /// Items of a task with few tokens, of so many: a sixteenth of a thread's share, but some 16 to 64 KiB. Each task is a break in
+    /// the stream of what is read.
+    fn task_items(&self, items: usize, item_bytes: usize) -> usize {
+        (items / (16 * self.pool.threads())).clamp((16 << 10) / item_bytes, (64 << 10) / item_bytes)
+    }
+
+    /// The same for rows, whole steps.
+    fn rows_grain(&self, rows: usize, row_bytes: usize) -> usize {
+        self.task_items(rows, row_bytes).max(STEP) / STEP * STEP
     }
 
     /// BitLinear: out (`[tokens][rows]`) = q · matrixᵀ, for several matrices that share their input, in one region.
@@ -486,7 +493,7 @@ impl Compute {
         let row_bytes = ternary::row_bytes(q.columns);
         let base3 = jobs.iter().any(|(matrix, _)| matrix.layout == Layout::Base3);
         let grain = match q.way {
-            Way::Rows => Self::rows_grain(row_bytes),
+            Way::Rows => self.rows_grain(jobs.iter().map(|(matrix, _)| matrix.rows).sum(), row_bytes),
             Way::Tiles if !base3 => 2 * BLOCK,
             _ => BLOCK,
         };
@@ -579,7 +586,7 @@ impl Compute {
         let row_bytes = ternary::row_bytes(q.columns);
         let out = OutPtr { ptr: out.as_mut_ptr(), stride: matrix.rows };
         let plain = Rows::new(&mut work.plain, BLOCK * work.columns / 4);
-        self.pool.run_ranges(list.len(), Self::rows_grain(row_bytes), |range, worker| {
+        self.pool.run_ranges(list.len(), self.rows_grain(list.len(), row_bytes), |range, worker| {
             let which = Which::Listed { list: &list[range.start..], count: range.len() };
             let w = matrix.stored_rows();
             // SAFETY: each worker runs one task at a time; the rows were checked; no row is listed twice, so nobody else
@@ -625,9 +632,9 @@ impl Compute {
         let sums = &mut work.sums[..self.pool.threads() * tokens * width];
         sums.fill(0);
         let parts = Rows::new(sums, width);
-        // One token takes some 16 KiB at a time, in whole groups; several share 256 KiB.
+        // One token takes whole groups; several share 256 KiB.
         let (items, grain) = match tokens {
-            1 => (q.live.len(), ((16 << 10) / column_bytes).max(GROUP) / GROUP * GROUP),
+            1 => (q.live.len(), self.task_items(q.live.len(), column_bytes).max(GROUP) / GROUP * GROUP),
             _ if q.way == Way::Tiles => (matrix.columns, ternary::CHUNK),
             _ => (matrix.columns, ((256 << 10) / column_bytes).max(1)),
         };
