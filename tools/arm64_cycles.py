@@ -27,7 +27,7 @@ OPERATIONS = {
     "four-bit head, one token": "screen_logits",
     "attention, q8, four queries": "attend",
 }
-ITERATIONS = 400
+ITERATIONS = 4000
 
 
 def assembly(cpu):
