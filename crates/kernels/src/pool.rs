@@ -160,14 +160,16 @@ impl Pool {
     pub fn run_ranges(&self, items: usize, grain: usize, f: impl Fn(Range<usize>, usize) + Sync) {
         let slots = self.slots(items, grain);
         let start = |slot: usize| Self::start(items, grain, slots, slot);
-        let next: [AtomicUsize; SLOTS] =
-            std::array::from_fn(|slot| AtomicUsize::new(if slot < slots { start(slot) } else { items }));
+        // Few runs have their counters on lines of their own.
+        let apart = SLOTS / slots;
+        let next: [AtomicUsize; SLOTS] = std::array::from_fn(|_| AtomicUsize::new(0));
+        (0..slots).for_each(|slot| next[slot * apart].store(start(slot), Relaxed));
         self.run(slots, |_, worker| {
             let own = worker % slots;
             for slot in (own..slots).chain(0..own) {
                 let end = if slot + 1 < slots { start(slot + 1) } else { items };
                 loop {
-                    let begin = next[slot].fetch_add(grain, Relaxed);
+                    let begin = next[slot * apart].fetch_add(grain, Relaxed);
                     if begin >= end {
                         break;
                     }

@@ -13,7 +13,7 @@ static ASK: LazyLock<Ask> = LazyLock::new(|| {
     let (vendor, version) = (__cpuid(0), __cpuid(1).eax);
     let family = (version >> 8 & 0xf) + (version >> 20 & 0xff);
     let amd = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).as_flattened() == b"AuthenticAMD";
-    Ask { far: amd && family < ZEN_5, far_in_cache: amd }
+    Ask { far: amd && family < ZEN_5, far_in_cache: amd, pairs: amd && family >= ZEN_5 }
 });
 
 /// Into which cache, and how far ahead.
@@ -21,6 +21,7 @@ static ASK: LazyLock<Ask> = LazyLock::new(|| {
 pub(crate) struct Ask {
     far: bool,
     far_in_cache: bool,
+    pairs: bool,
 }
 
 impl Ask {
@@ -32,14 +33,24 @@ impl Ask {
     /// Asks for the line at `p`, which need not be readable.
     #[inline(always)]
     pub(super) fn line(self, p: *const u8) {
+        if self.far { Self::line_of::<true>(p) } else { Self::line_of::<false>(p) }
+    }
+    /// The same where it is known whether lines go to the second-level cache.
+    #[inline(always)]
+    pub(super) fn line_of<const FAR: bool>(p: *const u8) {
         // SAFETY: a prefetch reads nothing and never faults.
         unsafe {
-            if self.far {
+            if FAR {
                 _mm_prefetch::<_MM_HINT_T1>(p.cast());
             } else {
                 _mm_prefetch::<_MM_HINT_T0>(p.cast());
             }
         }
+    }
+    /// Whether lines go to the second-level cache.
+    #[inline(always)]
+    pub(super) fn far(self) -> bool {
+        self.far
     }
     /// Bytes of a stream that are asked for ahead of those that are read.
     #[inline(always)]
@@ -50,5 +61,10 @@ impl Ask {
     #[inline(always)]
     pub(super) fn ahead_in_cache(self) -> usize {
         if self.far_in_cache { 22 << 10 } else { 4 << 10 }
+    }
+    /// Whether listed rows come faster two side by side, each of whose lines are asked for at once.
+    #[inline(always)]
+    pub(super) fn pairs(self) -> bool {
+        self.pairs
     }
 }

@@ -9,7 +9,7 @@ use super::{
 use crate::attention::FETCH;
 use crate::ternary::lookup::{Places, Quads};
 use crate::ternary::tiles::Dots;
-use crate::ternary::{StoredRows, base3};
+use crate::ternary::{OutPtr, StoredRows, base3};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -270,17 +270,27 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
         VNNI && super::vbmi::detect()
     }
     #[inline(always)]
-    fn base3_dots(
+    unsafe fn base3_dots(
         self,
         w: StoredRows<'_>,
         count: usize,
         row: impl Fn(usize) -> usize,
+        listed: bool,
         a: &[i8],
-        put: impl FnMut(usize, i32),
+        bias: i32,
+        factor: f32,
+        out: OutPtr,
     ) {
         assert!(self.fast_base3());
-        // SAFETY: just detected.
-        unsafe { super::vbmi::dots(self, w, count, row, a, put) }
+        let ahead = self.ahead().div_ceil(w.row_bytes).max(2);
+        // SAFETY: just detected; the rest is the caller's contract.
+        unsafe {
+            match (self.0.far(), listed && self.0.pairs()) {
+                (true, _) => super::vbmi::dots::<true, false>(w, count, row, ahead, a, bias, factor, out),
+                (_, false) => super::vbmi::dots::<false, false>(w, count, row, ahead, a, bias, factor, out),
+                (_, true) => super::vbmi::dots::<false, true>(w, count, row, ahead, a, bias, factor, out),
+            }
+        }
     }
     #[inline(always)]
     fn base3_unpack(self, row: &[u8], out: &mut [u8]) {
@@ -759,25 +769,13 @@ unsafe fn dot_maddubs<I: Isa>(isa: I, w: &[u8], ahead: *const u8, a: &[i8], chun
 /// Needs AVX-512F.
 #[inline(always)]
 pub(super) unsafe fn sum_lanes<const T: usize>(v: [__m512i; T]) -> [i32; T] {
-    // SAFETY: the caller has AVX-512F; the store is the four sums of `four`.
+    // SAFETY: the caller has AVX-512F; the stores are of four sums.
     unsafe {
         let mut out = [0; T];
         let mut t = 0;
         while t + 4 <= T {
-            let ab = _mm512_add_epi32(
-                _mm512_unpacklo_epi32(v[t], v[t + 1]),
-                _mm512_unpackhi_epi32(v[t], v[t + 1]),
-            );
-            let cd = _mm512_add_epi32(
-                _mm512_unpacklo_epi32(v[t + 2], v[t + 3]),
-                _mm512_unpackhi_epi32(v[t + 2], v[t + 3]),
-            );
-            let quads = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-            let half = _mm256_add_epi32(_mm512_castsi512_si256(quads), _mm512_extracti64x4_epi64::<1>(quads));
-            let sums = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256::<1>(half));
-            let mut four = [0i32; 4];
-            _mm_storeu_si128(four.as_mut_ptr().cast(), sums);
-            out[t..t + 4].copy_from_slice(&four);
+            let four = sum_four([v[t], v[t + 1], v[t + 2], v[t + 3]]);
+            _mm_storeu_si128(out[t..t + 4].as_mut_ptr().cast(), four);
             t += 4;
         }
         while t < T {
@@ -785,5 +783,21 @@ pub(super) unsafe fn sum_lanes<const T: usize>(v: [__m512i; T]) -> [i32; T] {
             t += 1;
         }
         out
+    }
+}
+
+/// The sums of the lanes of four registers.
+///
+/// # Safety
+/// Needs AVX-512F.
+#[inline(always)]
+pub(super) unsafe fn sum_four(v: [__m512i; 4]) -> __m128i {
+    // SAFETY: the caller has AVX-512F; no memory is touched.
+    unsafe {
+        let ab = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+        let cd = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+        let quads = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+        let half = _mm256_add_epi32(_mm512_castsi512_si256(quads), _mm512_extracti64x4_epi64::<1>(quads));
+        _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256::<1>(half))
     }
 }

@@ -24,7 +24,7 @@ use crate::ternary::columns::{self, GROUP};
 use crate::ternary::lookup::{self, LANES, Places, Quads};
 use crate::ternary::panel::{self, PANEL};
 use crate::ternary::tiles::Dots;
-use crate::ternary::{StoredRows, base3};
+use crate::ternary::{OutPtr, StoredRows, base3};
 use std::ops::Range;
 
 /// Asks for the cache line at `p`, which need not be readable, to be brought to the second-level cache.
@@ -143,16 +143,23 @@ pub(crate) trait Isa: Copy {
     fn fast_base3(self) -> bool {
         false
     }
-    /// The dot products of `count` rows in the layout of [`base3`] with one token's activations, where that is fast. `row(i)` is
-    /// the number of the i-th, or past the end that of any; `put` takes i and its product.
+    /// Multiplies `count` rows in the layout of [`base3`] with one token's activations, where that is fast, and writes
+    /// `(product - bias) * factor`. `row(i)` is the number of the i-th, or past the end that of any; they are a list or one after
+    /// the other.
+    ///
+    /// # Safety
+    /// As [`crate::ternary::gemv_rows`].
     #[inline(always)]
-    fn base3_dots(
+    unsafe fn base3_dots(
         self,
         _w: StoredRows<'_>,
         _count: usize,
         _row: impl Fn(usize) -> usize,
+        _listed: bool,
         _a: &[i8],
-        _put: impl FnMut(usize, i32),
+        _bias: i32,
+        _factor: f32,
+        _out: OutPtr,
     ) {
         unreachable!("not fast")
     }

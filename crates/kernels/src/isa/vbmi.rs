@@ -1,9 +1,9 @@
 //! AVX-512 VBMI, which permutes bytes: rows of [`base3`] on their way through the registers.
 
-use super::Isa;
-use super::avx512::sum_lanes;
-use crate::ternary::StoredRows;
+use super::ask::Ask;
+use super::avx512::sum_four;
 use crate::ternary::base3::{FIFTH, FOUR, HIGH, PLAIN, STORED};
+use crate::ternary::{OutPtr, STEP, StoredRows};
 use std::arch::x86_64::*;
 
 /// Whether the CPU has it, and VNNI.
@@ -42,99 +42,135 @@ impl Tables {
     }
 }
 
-/// [`super::Isa::base3_dots`]. The loop over the rows is in here, for a call costs as much as a row.
+/// [`super::Isa::base3_dots`], which asks for rows that come so many later, and for those of `PAIRS` two at a time and all lines
+/// at once. The loop over the rows is in here, for a call costs as much as a row.
 ///
 /// # Safety
-/// The CPU must have what [`detect`] looks for.
+/// The CPU must have what [`detect`] looks for; `out` as in [`crate::ternary::gemv_rows`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-pub(super) unsafe fn dots<I: Isa>(
-    isa: I,
+pub(super) unsafe fn dots<const FAR: bool, const PAIRS: bool>(
     w: StoredRows<'_>,
     count: usize,
     row: impl Fn(usize) -> usize,
+    ahead: usize,
     a: &[i8],
-    mut put: impl FnMut(usize, i32),
+    bias: i32,
+    factor: f32,
+    out: OutPtr,
 ) {
-    const R: usize = 4;
     let (blocks, tail) = (a.len() / (4 * PLAIN), a.len() % (4 * PLAIN) / 256);
     assert_eq!(w.row_bytes, STORED * blocks + 64 * tail);
-    let ahead = isa.ahead().div_ceil(w.row_bytes).max(2);
     let at = |row: usize| row * w.row_bytes;
     let tables = Tables::load();
-    let mut i = 0;
-    while i < count {
-        let some = R.min(count - i);
-        let mut sums = [_mm512_setzero_si512(); R];
-        for r in 0..some {
-            let (begin, next) = (at(row(i + r)), w.bytes.as_ptr().wrapping_add(at(row(i + r + ahead))));
-            // SAFETY: a row has as many blocks and chunks, which was checked above.
-            sums[r] = unsafe { dot(isa, &tables, &w.bytes[begin..][..w.row_bytes], next, a, blocks, tail) };
-        }
-        // SAFETY: AVX-512F is there.
-        let dots = unsafe { sum_lanes(sums) };
-        for r in 0..some {
-            put(i + r, dots[r]);
-        }
-        i += R;
-    }
-}
-
-/// The lanes of a row's dot product.
-///
-/// # Safety
-/// The row has `blocks` blocks of 256 bytes and 1280 codes, and `tail` chunks after them of 64 and 256.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-unsafe fn dot<I: Isa>(
-    isa: I,
-    tables: &Tables,
-    w: &[u8],
-    ahead: *const u8,
-    a: &[i8],
-    blocks: usize,
-    tail: usize,
-) -> __m512i {
     let masks = [
         _mm512_set1_epi8(0xc0u8 as i8),
         _mm512_set1_epi8(0x30),
         _mm512_set1_epi8(0x0c),
         _mm512_set1_epi8(0x03),
     ];
-    // Fields are multiplied where they stand in the byte, as with rows in two bits: a row has at most 2^12 chunks, and each
-    // adds less than 2^16 to a lane twice.
-    let mut fields = [_mm512_setzero_si512(); 4];
-    // SAFETY: the caller's contract.
-    unsafe {
-        let q = |at: usize| _mm512_loadu_si512(a.as_ptr().add(at).cast());
-        for b in 0..blocks {
-            for v in 0..4 {
-                let at = STORED * b + 64 * v;
-                let line = _mm512_loadu_si512(w.as_ptr().add(at).cast());
-                isa.prefetch(ahead.wrapping_add(at));
-                let (four, fifth) = tables.codes(line);
-                let codes = 4 * PLAIN * b;
-                for f in 0..4 {
-                    let code = _mm512_and_si512(four, masks[f]);
-                    fields[f] = _mm512_dpbusd_epi32(fields[f], code, q(codes + 256 * v + 64 * f));
+    let mut i = 0;
+    while i < count {
+        let (mut rows, mut nexts) = ([w.bytes.as_ptr(); STEP], [w.bytes.as_ptr(); STEP]);
+        for r in 0..STEP {
+            // A short last step has its last row several times.
+            rows[r] = w.bytes[at(row((i + r).min(count - 1)))..][..w.row_bytes].as_ptr();
+            nexts[r] = w.bytes.as_ptr().wrapping_add(at(row(i + r + ahead)));
+        }
+        // The lanes of the products of `$w` rows from the `$r`-th on, side by side. A function would not be inlined each time.
+        macro_rules! lanes {
+            ($r:expr, $w:expr, $each:expr) => {{
+                // Fields are multiplied where they stand in the byte, as with rows in two bits: a row has at most 2^12 chunks,
+                // and each adds less than 2^16 to a lane.
+                let mut fields = [[_mm512_setzero_si512(); 5]; $w];
+                // SAFETY: a row has `blocks` blocks of 256 bytes and 1280 codes, and `tail` chunks after them of 64 and 256.
+                unsafe {
+                    let q = |at: usize| _mm512_loadu_si512(a.as_ptr().add(at).cast());
+                    for b in 0..blocks {
+                        for v in 0..4 {
+                            let (at, codes) = (STORED * b + 64 * v, 4 * PLAIN * b);
+                            let mut both = [(masks[0], masks[0]); $w];
+                            for k in 0..$w {
+                                let line = _mm512_loadu_si512(rows[$r + k].add(at).cast());
+                                if $each {
+                                    Ask::line_of::<FAR>(nexts[$r + k].wrapping_add(at));
+                                }
+                                both[k] = tables.codes(line);
+                            }
+                            for f in 0..4 {
+                                let q = q(codes + 256 * v + 64 * f);
+                                for k in 0..$w {
+                                    let code = _mm512_and_si512(both[k].0, masks[f]);
+                                    fields[k][f] = _mm512_dpbusd_epi32(fields[k][f], code, q);
+                                }
+                            }
+                            let q = q(codes + 1024 + 64 * v);
+                            for k in 0..$w {
+                                let code = _mm512_and_si512(both[k].1, masks[0]);
+                                fields[k][4] = _mm512_dpbusd_epi32(fields[k][4], code, q);
+                            }
+                        }
+                    }
+                    for c in 0..tail {
+                        let (at, codes) = (STORED * blocks + 64 * c, 4 * PLAIN * blocks + 256 * c);
+                        for k in 0..$w {
+                            let chunk = _mm512_loadu_si512(rows[$r + k].add(at).cast());
+                            if $each {
+                                Ask::line_of::<FAR>(nexts[$r + k].wrapping_add(at));
+                            }
+                            for f in 0..4 {
+                                let code = _mm512_and_si512(chunk, masks[f]);
+                                fields[k][f] = _mm512_dpbusd_epi32(fields[k][f], code, q(codes + 64 * f));
+                            }
+                        }
+                    }
                 }
-                let code = _mm512_and_si512(fifth, masks[0]);
-                fields[0] = _mm512_dpbusd_epi32(fields[0], code, q(codes + 1024 + 64 * v));
+                let mut sums = [_mm512_setzero_si512(); $w];
+                for k in 0..$w {
+                    let [f0, f1, f2, f3, f4] = fields[k];
+                    let high = _mm512_srai_epi32::<6>(_mm512_add_epi32(f0, f4));
+                    let high = _mm512_add_epi32(high, _mm512_srai_epi32::<4>(f1));
+                    sums[k] = _mm512_add_epi32(high, _mm512_add_epi32(_mm512_srai_epi32::<2>(f2), f3));
+                }
+                sums
+            }};
+        }
+        let sums = if PAIRS {
+            let [ask, ask2] = [[nexts[0], nexts[1]], [nexts[2], nexts[3]]];
+            all_lines::<FAR>(ask, w.row_bytes);
+            let [s0, s1] = lanes!(0, 2, false);
+            all_lines::<FAR>(ask2, w.row_bytes);
+            let [s2, s3] = lanes!(2, 2, false);
+            [s0, s1, s2, s3]
+        } else {
+            let [s0] = lanes!(0, 1, true);
+            let [s1] = lanes!(1, 1, true);
+            let [s2] = lanes!(2, 1, true);
+            let [s3] = lanes!(3, 1, true);
+            [s0, s1, s2, s3]
+        };
+        // SAFETY: AVX-512F is there; `values` takes four floats; and the caller's contract.
+        unsafe {
+            let dots = _mm_sub_epi32(sum_four(sums), _mm_set1_epi32(bias));
+            let mut values = [0.0; STEP];
+            _mm_storeu_ps(values.as_mut_ptr(), _mm_mul_ps(_mm_cvtepi32_ps(dots), _mm_set1_ps(factor)));
+            for r in 0..STEP {
+                if i + r < count {
+                    out.write(0, row(i + r), values[r]);
+                }
             }
         }
-        for c in 0..tail {
-            let at = STORED * blocks + 64 * c;
-            let chunk = _mm512_loadu_si512(w.as_ptr().add(at).cast());
-            isa.prefetch(ahead.wrapping_add(at));
-            for f in 0..4 {
-                let code = _mm512_and_si512(chunk, masks[f]);
-                let codes = 4 * PLAIN * blocks + 256 * c + 64 * f;
-                fields[f] = _mm512_dpbusd_epi32(fields[f], code, q(codes));
-            }
+        i += STEP;
+    }
+}
+
+/// Asks for all lines of two rows at once.
+#[inline(always)]
+fn all_lines<const FAR: bool>(rows: [*const u8; 2], row_bytes: usize) {
+    for row in rows {
+        for line in 0..row_bytes / 64 {
+            Ask::line_of::<FAR>(row.wrapping_add(64 * line));
         }
     }
-    let [f0, f1, f2, f3] = fields;
-    let high = _mm512_add_epi32(_mm512_srai_epi32::<6>(f0), _mm512_srai_epi32::<4>(f1));
-    _mm512_add_epi32(high, _mm512_add_epi32(_mm512_srai_epi32::<2>(f2), f3))
 }
 
 /// [`super::Isa::base3_unpack`].

@@ -162,11 +162,11 @@ pub(crate) unsafe fn gemv_rows<I: Isa>(
         match which {
             Which::All { first, count } => {
                 let row = |i: usize| first + i;
-                gemv_tokens(isa, w, count, row, weight_scale, a, plain, out);
+                gemv_tokens(isa, w, count, row, false, weight_scale, a, plain, out);
             }
             Which::Listed { list, count } => {
                 let row = |i: usize| list[i.min(list.len() - 1)] as usize;
-                gemv_tokens(isa, w, count, row, weight_scale, a, plain, out);
+                gemv_tokens(isa, w, count, row, true, weight_scale, a, plain, out);
             }
         }
     }
@@ -180,6 +180,7 @@ unsafe fn gemv_tokens<I: Isa>(
     w: StoredRows<'_>,
     count: usize,
     row: impl Fn(usize) -> usize + Copy,
+    listed: bool,
     weight_scale: f32,
     a: Activations<'_>,
     plain: &mut [u8],
@@ -191,14 +192,14 @@ unsafe fn gemv_tokens<I: Isa>(
         // SAFETY: the caller's contract, handed on; a row of `out` begins with its token.
         unsafe {
             match a.scales.len() {
-                1 => gemv::<I, STEP, 1>(isa, w, count, row, weight_scale, a, plain, out),
-                2 => gemv::<I, STEP, 2>(isa, w, count, row, weight_scale, a, plain, out),
-                3 => gemv::<I, 2, 3>(isa, w, count, row, weight_scale, a, plain, out),
-                4 => gemv::<I, 2, 4>(isa, w, count, row, weight_scale, a, plain, out),
-                5 => gemv::<I, 2, 5>(isa, w, count, row, weight_scale, a, plain, out),
-                6 => gemv::<I, 2, 6>(isa, w, count, row, weight_scale, a, plain, out),
-                7 => gemv::<I, 2, 7>(isa, w, count, row, weight_scale, a, plain, out),
-                _ => gemv::<I, 2, 8>(isa, w, count, row, weight_scale, a, plain, out),
+                1 => gemv::<I, STEP, 1>(isa, w, count, row, listed, weight_scale, a, plain, out),
+                2 => gemv::<I, STEP, 2>(isa, w, count, row, listed, weight_scale, a, plain, out),
+                3 => gemv::<I, 2, 3>(isa, w, count, row, listed, weight_scale, a, plain, out),
+                4 => gemv::<I, 2, 4>(isa, w, count, row, listed, weight_scale, a, plain, out),
+                5 => gemv::<I, 2, 5>(isa, w, count, row, listed, weight_scale, a, plain, out),
+                6 => gemv::<I, 2, 6>(isa, w, count, row, listed, weight_scale, a, plain, out),
+                7 => gemv::<I, 2, 7>(isa, w, count, row, listed, weight_scale, a, plain, out),
+                _ => gemv::<I, 2, 8>(isa, w, count, row, listed, weight_scale, a, plain, out),
             }
             out.ptr = out.ptr.wrapping_add(a.scales.len() * out.stride);
         }
@@ -261,6 +262,7 @@ unsafe fn gemv<I: Isa, const R: usize, const T: usize>(
     w: StoredRows<'_>,
     count: usize,
     row: impl Fn(usize) -> usize + Copy,
+    listed: bool,
     weight_scale: f32,
     a: Activations<'_>,
     plain: &mut [u8],
@@ -274,13 +276,14 @@ unsafe fn gemv<I: Isa, const R: usize, const T: usize>(
         factors[t] = weight_scale / a.scales[t];
     }
     let ahead = isa.ahead().div_ceil(w.row_bytes).max(2);
+    if w.base3 && T == 1 && isa.fast_base3() {
+        // SAFETY: the caller's contract.
+        return unsafe { isa.base3_dots(w, count, row, listed, codes[0], a.sums[0], factors[0], out) };
+    }
     let put = |t: usize, i: usize, dot: i32| {
         // SAFETY: the caller's contract.
         unsafe { out.write(t, row(i), (dot - a.sums[t]) as f32 * factors[t]) }
     };
-    if w.base3 && T == 1 && isa.fast_base3() {
-        return isa.base3_dots(w, count, row, codes[0], |i, dot| put(0, i, dot));
-    }
     let mut i = 0;
     while i + R <= count {
         let dots = dots::<I, R, T>(isa, w, |r| row(i + r), |r| row(i + ahead + r), codes, plain);
