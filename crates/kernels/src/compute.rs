@@ -222,8 +222,9 @@ pub struct Workspace {
     floats: Aligned<f32>,
     /// Scratch of a product with several tokens for each thread: a block of unpacked weights, or tables and sums.
     scratch: Aligned<u8>,
-    /// Sums of a product by columns, for each thread and token.
+    /// Sums of a product by columns, for each thread and token, and which threads have begun theirs.
     sums: Aligned<i32>,
+    begun: Vec<bool>,
     /// Rows in two bits for each thread, where they are stored in fewer.
     plain: Aligned<u8>,
 }
@@ -237,6 +238,7 @@ impl Workspace {
             floats: Aligned::zeroed(threads * 2 * width),
             scratch: Aligned::zeroed(threads * Self::scratch(width)),
             sums: Aligned::zeroed(threads * ROW_TOKENS * width),
+            begun: vec![false; threads],
             plain: Aligned::zeroed(threads * BLOCK * width / 4),
         }
     }
@@ -630,8 +632,17 @@ impl Compute {
         let (tokens, column_bytes) = (q.tokens, columns::column_bytes(matrix.rows));
         let width = column_bytes * 4;
         let sums = &mut work.sums[..self.pool.threads() * tokens * width];
-        sums.fill(0);
-        let parts = Rows::new(sums, width);
+        work.begun.fill(false);
+        let (parts, begun) = (Rows::new(sums, width), Rows::new(&mut work.begun, 1));
+        // Each thread clears its own sums, which are in its cache.
+        let own = |worker: usize| {
+            // SAFETY: each worker runs one task at a time.
+            let (own, begun) = unsafe { (parts.rows(worker * tokens, tokens), begun.row(worker)) };
+            if !std::mem::replace(&mut begun[0], true) {
+                own.fill(0);
+            }
+            own
+        };
         // One token takes whole groups; several share 256 KiB.
         let (items, grain) = match tokens {
             1 => (q.live.len(), self.task_items(q.live.len(), column_bytes).max(GROUP) / GROUP * GROUP),
@@ -639,21 +650,21 @@ impl Compute {
             _ => (matrix.columns, ((256 << 10) / column_bytes).max(1)),
         };
         self.pool.run_ranges(items, grain, |range, worker| {
+            let own = own(worker);
             if q.way == Way::Tiles {
-                // SAFETY: as below.
-                let sums = unsafe { parts.rows(worker * tokens, tokens) };
-                self.kernels.tile_columns(&matrix.bytes, column_bytes, range, q.view().codes, tokens, sums);
+                self.kernels.tile_columns(&matrix.bytes, column_bytes, range, q.view().codes, tokens, own);
                 return;
             }
-            for token in 0..tokens {
-                // SAFETY: each worker runs one task at a time.
-                let sums = unsafe { parts.row(worker * tokens + token) };
+            for (token, sums) in own.chunks_exact_mut(width).enumerate() {
                 let (list, codes) = match tokens {
                     1 => (&q.live[range.start..], &q.packed[range.clone()]),
                     _ => q.live_in(token, &range),
                 };
                 self.kernels.add_columns(&matrix.bytes, column_bytes, list, codes, sums);
             }
+        });
+        (0..self.pool.threads()).filter(|&worker| !work.begun[worker]).for_each(|worker| {
+            work.sums[worker * tokens * width..][..tokens * width].fill(0);
         });
         for (token, out) in out.chunks_mut(matrix.rows).enumerate() {
             let sums = &work.sums[token * width..self.pool.threads() * tokens * width];
