@@ -108,6 +108,9 @@ impl FloatMatrix {
     }
 }
 
+/// Least rows of a task with few tokens, whole steps.
+const FEWEST_ROWS: usize = 2 * STEP;
+
 /// How a product is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
@@ -452,30 +455,22 @@ impl Compute {
 
     /// Tells that [`Compute::linear`] will be called with these matrices by rows, so that threads without work ask for them.
     pub fn soon<const N: usize>(&self, matrices: [&TernaryMatrix; N]) {
-        let rows = matrices.iter().map(|matrix| matrix.rows).sum();
-        let grain = self.rows_grain(rows, ternary::row_bytes(matrices[0].columns));
-        let items = matrices.iter().map(|matrix| matrix.rows.next_multiple_of(grain)).sum();
-        self.pool.soon(items, grain, |mut item| {
+        let items = matrices.iter().map(|matrix| matrix.rows.next_multiple_of(FEWEST_ROWS)).sum();
+        self.pool.soon(items, FEWEST_ROWS, |mut item| {
             for matrix in matrices {
                 if item < matrix.rows {
                     let rows = matrix.stored_rows();
                     return rows.bytes[item * rows.row_bytes..].as_ptr();
                 }
-                item = item.saturating_sub(matrix.rows.next_multiple_of(grain));
+                item = item.saturating_sub(matrix.rows.next_multiple_of(FEWEST_ROWS));
             }
             std::ptr::null()
         });
     }
 
-    /// Items of a task with few tokens, of so many: a sixteenth of a thread's share, but some 16 to 64 KiB. Each task is a break in
-    /// the stream of what is read.
-    fn task_items(&self, items: usize, item_bytes: usize) -> usize {
-        (items / (16 * self.pool.threads())).clamp((16 << 10) / item_bytes, (64 << 10) / item_bytes)
-    }
-
-    /// The same for rows, whole steps.
-    fn rows_grain(&self, rows: usize, row_bytes: usize) -> usize {
-        self.task_items(rows, row_bytes).max(STEP) / STEP * STEP
+    /// Most items of a task with few tokens: 64 KiB, as each task is a break in the stream of what is read.
+    fn most_items(item_bytes: usize, least: usize) -> usize {
+        ((64 << 10) / item_bytes).max(least) / least * least
     }
 
     /// BitLinear: out (`[tokens][rows]`) = q · matrixᵀ, for several matrices that share their input, in one region.
@@ -494,10 +489,10 @@ impl Compute {
         }
         let row_bytes = ternary::row_bytes(q.columns);
         let base3 = jobs.iter().any(|(matrix, _)| matrix.layout == Layout::Base3);
-        let grain = match q.way {
-            Way::Rows => self.rows_grain(jobs.iter().map(|(matrix, _)| matrix.rows).sum(), row_bytes),
-            Way::Tiles if !base3 => 2 * BLOCK,
-            _ => BLOCK,
+        let (most, grain) = match q.way {
+            Way::Rows => (Self::most_items(row_bytes, FEWEST_ROWS), FEWEST_ROWS),
+            Way::Tiles if !base3 => (2 * BLOCK, 2 * BLOCK),
+            _ => (BLOCK, BLOCK),
         };
         let mut end = 0;
         let plan = jobs.map(|(matrix, out)| {
@@ -506,25 +501,27 @@ impl Compute {
             end += matrix.rows.next_multiple_of(grain);
             (matrix, OutPtr { ptr: out.as_mut_ptr(), stride: matrix.rows }, first)
         });
-        let job = |at: usize| {
-            let (matrix, out, first) = plan[plan.iter().rposition(|job| job.2 <= at).unwrap_or(0)];
-            (matrix, out, at - first, grain.min(matrix.rows - (at - first)))
-        };
         let plain = Rows::new(&mut work.plain, BLOCK * work.columns / 4);
         if q.way != Way::Many {
             let tiles = &q.tiles[..QuantizedRows::tiled(q.tokens) * 4 * row_bytes];
-            self.pool.run_ranges(end, grain, |range, worker| {
-                let (matrix, out, first, count) = job(range.start);
-                // SAFETY: each worker runs one task at a time; these rows are this task's alone and lie in the output, whose
-                // length was checked.
-                unsafe {
-                    let plain = plain.row(worker);
-                    if q.way == Way::Tiles {
-                        let w = self.plain_rows(matrix, first, count, plain);
-                        self.kernels.tile_rows(w, row_bytes, first, matrix.scale, q.view(), tiles, out);
-                    } else {
-                        let (w, which) = (matrix.stored_rows(), Which::All { first, count });
-                        self.kernels.gemv_rows(w, which, matrix.scale, q.view(), plain, out);
+            self.pool.run_ranges(end, most, grain, |range, worker| {
+                for (matrix, out, begin) in plan {
+                    let first = range.start.saturating_sub(begin).min(matrix.rows);
+                    let count = range.end.saturating_sub(begin).min(matrix.rows) - first;
+                    if count == 0 {
+                        continue;
+                    }
+                    // SAFETY: each worker runs one task at a time; these rows are this task's alone and lie in the output, whose
+                    // length was checked.
+                    unsafe {
+                        let plain = plain.row(worker);
+                        if q.way == Way::Tiles {
+                            let w = self.plain_rows(matrix, first, count, plain);
+                            self.kernels.tile_rows(w, row_bytes, first, matrix.scale, q.view(), tiles, out);
+                        } else {
+                            let (w, which) = (matrix.stored_rows(), Which::All { first, count });
+                            self.kernels.gemv_rows(w, which, matrix.scale, q.view(), plain, out);
+                        }
                     }
                 }
             });
@@ -588,7 +585,8 @@ impl Compute {
         let row_bytes = ternary::row_bytes(q.columns);
         let out = OutPtr { ptr: out.as_mut_ptr(), stride: matrix.rows };
         let plain = Rows::new(&mut work.plain, BLOCK * work.columns / 4);
-        self.pool.run_ranges(list.len(), self.rows_grain(list.len(), row_bytes), |range, worker| {
+        let most = Self::most_items(row_bytes, FEWEST_ROWS);
+        self.pool.run_ranges(list.len(), most, FEWEST_ROWS, |range, worker| {
             let which = Which::Listed { list: &list[range.start..], count: range.len() };
             let w = matrix.stored_rows();
             // SAFETY: each worker runs one task at a time; the rows were checked; no row is listed twice, so nobody else
@@ -644,12 +642,13 @@ impl Compute {
             own
         };
         // One token takes whole groups; several share 256 KiB.
-        let (items, grain) = match tokens {
-            1 => (q.live.len(), self.task_items(q.live.len(), column_bytes).max(GROUP) / GROUP * GROUP),
-            _ if q.way == Way::Tiles => (matrix.columns, ternary::CHUNK),
-            _ => (matrix.columns, ((256 << 10) / column_bytes).max(1)),
+        let several = ((256 << 10) / column_bytes).max(1);
+        let (items, most, least) = match tokens {
+            1 => (q.live.len(), Self::most_items(column_bytes, GROUP), GROUP),
+            _ if q.way == Way::Tiles => (matrix.columns, ternary::CHUNK, ternary::CHUNK),
+            _ => (matrix.columns, several, several),
         };
-        self.pool.run_ranges(items, grain, |range, worker| {
+        self.pool.run_ranges(items, most, least, |range, worker| {
             let own = own(worker);
             if q.way == Way::Tiles {
                 self.kernels.tile_columns(&matrix.bytes, column_bytes, range, q.view().codes, tokens, own);

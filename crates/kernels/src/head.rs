@@ -149,7 +149,7 @@ impl Team<'_> {
     /// As [`Pool::run_ranges`].
     fn run_ranges(self, items: usize, grain: usize, f: impl Fn(Range<usize>, usize) + Sync) {
         match self {
-            Self::All(pool) => pool.run_ranges(items, grain, f),
+            Self::All(pool) => pool.run_ranges(items, grain, grain, f),
             Self::One(worker) => f(0..items, worker),
         }
     }
@@ -252,7 +252,7 @@ impl Compute {
         let out = OutPtr { ptr: out.as_mut_ptr(), stride: matrix.rows };
         let row_bytes = matrix.columns * matrix.ty.size();
         let grain = ((32 << 10) / row_bytes).clamp(4, 1024) & !3;
-        self.pool.run_ranges(matrix.rows, grain, |range, _| {
+        self.pool.run_ranges(matrix.rows, grain, 4, |range, _| {
             let w = &matrix.bytes[range.start * row_bytes..range.end * row_bytes];
             // SAFETY: these rows of every token are this task's alone and lie in the output, which the caller sized.
             unsafe { self.kernels.head_rows(matrix.ty, w, x, matrix.columns, range.start, out) }
@@ -285,7 +285,7 @@ impl Compute {
             return false;
         }
         let (out, tops) = (Rows::new(out, 1), Rows::new(&mut scratch.tops, 1));
-        self.pool.run_ranges(blocks, 1, |range, _| {
+        self.pool.run_ranges(blocks, 1, 1, |range, _| {
             let block = range.start;
             let (first, count) = (block * BLOCK, BLOCK.min(rows - block * BLOCK));
             let (mut logits, mut all) = ([[0.0; BLOCK]; GROUP], [[0.0; 2]; GROUP]);

@@ -362,7 +362,8 @@ impl Compute {
             let joined = &kv.joined[..tokens * heads];
             joined.iter().for_each(|joined| joined.store(0, Relaxed));
             let all = longest * heads;
-            self.pool().run_ranges(tokens * all, (PART_BYTES / head_bytes).max(1), |range, _| {
+            let part = (PART_BYTES / head_bytes).max(1);
+            self.pool().run_ranges(tokens * all, part, part, |range, _| {
                 for item in range {
                     let (token, head, segment) = (item / all, item % all / longest, item % longest);
                     let ((pages, len), segments) = (sequence(token), segments(token));

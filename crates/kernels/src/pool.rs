@@ -135,31 +135,37 @@ impl Pool {
     }
 
     /// Runs of items of a region of so many.
-    fn slots(&self, items: usize, grain: usize) -> usize {
-        self.threads().min(SLOTS).min(items.div_ceil(grain)).max(1)
+    fn slots(&self, items: usize, least: usize) -> usize {
+        self.threads().min(SLOTS).min(items.div_ceil(least)).max(1)
     }
     /// Where one of them begins.
-    fn start(items: usize, grain: usize, slots: usize, slot: usize) -> usize {
-        (items * slot / slots).next_multiple_of(grain).min(items)
+    fn start(items: usize, least: usize, slots: usize, slot: usize) -> usize {
+        (items * slot / slots).next_multiple_of(least).min(items)
     }
 
     /// Tells that [`Pool::run_ranges`] will be called with so many items and read from `at(i)` on for item i. Workers without
     /// work, while the caller does what only one can do, ask for the beginning of their run.
-    pub fn soon(&self, items: usize, grain: usize, at: impl Fn(usize) -> *const u8) {
-        let slots = self.slots(items, grain);
+    pub fn soon(&self, items: usize, least: usize, at: impl Fn(usize) -> *const u8) {
+        let slots = self.slots(items, least);
         for (i, soon) in self.shared.soon.iter().enumerate() {
-            let first = if i + 1 < slots { Self::start(items, grain, slots, i + 1) } else { items };
+            let first = if i + 1 < slots { Self::start(items, least, slots, i + 1) } else { items };
             let at = if first < items { at(first) } else { std::ptr::null() };
             soon.store(at.cast_mut(), Relaxed);
         }
     }
 
-    /// Calls `f(range, worker)` for ranges of at most `grain` items that together make up `0..items`, on all threads. Each
-    /// thread has a run of items of its own and goes through it in order, so that it reads memory as one stream; when
-    /// it has done it helps the others.
-    pub fn run_ranges(&self, items: usize, grain: usize, f: impl Fn(Range<usize>, usize) + Sync) {
-        let slots = self.slots(items, grain);
-        let start = |slot: usize| Self::start(items, grain, slots, slot);
+    /// Calls `f(range, worker)` for ranges that together make up `0..items`, on all threads. Each thread has a run of items of its
+    /// own and goes through it in order, so that it reads memory as one stream; when it has done it helps the others. Ranges
+    /// begin at multiples of `least` and have at most `most` items, fewer towards the end of a run, so that all end together.
+    pub fn run_ranges(
+        &self,
+        items: usize,
+        most: usize,
+        least: usize,
+        f: impl Fn(Range<usize>, usize) + Sync,
+    ) {
+        let slots = self.slots(items, least);
+        let start = |slot: usize| Self::start(items, least, slots, slot);
         // Few runs have their counters on lines of their own.
         let apart = SLOTS / slots;
         let next: [AtomicUsize; SLOTS] = std::array::from_fn(|_| AtomicUsize::new(0));
@@ -168,12 +174,12 @@ impl Pool {
             let own = worker % slots;
             for slot in (own..slots).chain(0..own) {
                 let end = if slot + 1 < slots { start(slot + 1) } else { items };
-                loop {
-                    let begin = next[slot * apart].fetch_add(grain, Relaxed);
-                    if begin >= end {
-                        break;
-                    }
-                    f(begin..(begin + grain).min(end), worker);
+                let take = |begin: usize| {
+                    let piece = (end.saturating_sub(begin) / 4).min(most).next_multiple_of(least).max(least);
+                    (begin < end).then(|| (begin + piece).min(end))
+                };
+                while let Ok(begin) = next[slot * apart].fetch_update(Relaxed, Relaxed, take) {
+                    f(begin..take(begin).unwrap_or(end), worker);
                 }
             }
         });
@@ -355,13 +361,15 @@ mod tests {
     fn ranges_cover_every_item_once() {
         for threads in [1, 2, 3] {
             let pool = Pool::new(threads);
-            for (items, grain) in [(0, 4), (1, 4), (7, 4), (64, 4), (65, 16), (1000, 1)] {
+            let regions =
+                [(0, 4, 4), (1, 4, 4), (7, 8, 4), (64, 4, 1), (65, 16, 16), (1000, 1, 1), (999, 64, 8)];
+            for (items, most, least) in regions {
                 let counts: Vec<AtomicUsize> = (0..items).map(|_| AtomicUsize::new(0)).collect();
-                pool.run_ranges(items, grain, |range, worker| {
-                    assert!(worker < threads && range.len() <= grain);
+                pool.run_ranges(items, most, least, |range, worker| {
+                    assert!(worker < threads && range.len() <= most && range.start.is_multiple_of(least));
                     range.for_each(|i| _ = counts[i].fetch_add(1, Relaxed));
                 });
-                assert!(counts.iter().all(|c| c.load(Relaxed) == 1), "{threads} threads, {items} by {grain}");
+                assert!(counts.iter().all(|c| c.load(Relaxed) == 1), "{threads} threads, {items} by {most}");
             }
         }
     }
