@@ -33,16 +33,39 @@ pub fn affinity() -> Option<String> {
     Some(status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?.trim().to_owned())
 }
 
-/// CPUs' worth of time that the control group allows. None where it sets no limit.
-pub fn cgroup_cpus() -> Option<f64> {
-    let text = cgroup("cpu.max", "cpu/cpu.cfs_quota_us")?;
-    let mut words = text.split_whitespace().map(str::parse::<f64>);
-    let quota = words.next()?.ok().filter(|quota| *quota > 0.0)?;
-    let period = match words.next() {
-        Some(period) => period.ok()?,
-        None => fs::read_to_string("/sys/fs/cgroup/cpu/cpu.cfs_period_us").ok()?.trim().parse().ok()?,
+/// The folders of the control group of this process that has `controller`, and of those around it; and whether it is one of
+/// version 2. `root` is where the system's files are: `/`.
+fn groups(root: &Path, controller: &str) -> Vec<(PathBuf, bool)> {
+    let text = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
+    let mut folders = Vec::new();
+    for line in text.lines() {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(own)) = (fields.next(), fields.next()) else { continue };
+        let mount = match controllers {
+            "" => root.join("sys/fs/cgroup"),
+            list if list.split(',').any(|name| name == controller) => {
+                root.join("sys/fs/cgroup").join(controller)
+            }
+            _ => continue,
+        };
+        let own = Path::new(own.trim_start_matches('/'));
+        folders.extend(own.ancestors().map(|group| (mount.join(group), controllers.is_empty())));
+    }
+    folders
+}
+
+/// CPUs' worth of time that the control groups of this process allow. None where they set no limit. `root` as in
+/// [`cgroup_memory`].
+pub fn cgroup_cpus(root: &Path) -> Option<f64> {
+    let limit = |(folder, two): &(PathBuf, bool)| {
+        let files = if *two { &["cpu.max"][..] } else { &["cpu.cfs_quota_us", "cpu.cfs_period_us"] };
+        let text: Vec<String> =
+            files.iter().map(|file| fs::read_to_string(folder.join(file)).ok()).collect::<Option<_>>()?;
+        let words: Vec<f64> =
+            text.join(" ").split_whitespace().map(|word| word.parse().ok()).collect::<Option<_>>()?;
+        (words.len() == 2 && words[0] > 0.0).then(|| words[0] / words[1])
     };
-    Some(quota / period)
+    groups(root, "cpu").iter().filter_map(limit).min_by(f64::total_cmp)
 }
 
 /// Memory that a control group allows.
@@ -59,41 +82,30 @@ pub struct GroupMemory {
 /// The control group of this process, or the one around it, that leaves least memory. None where none sets a limit.
 /// `root` is where the system's files are: `/`.
 pub fn cgroup_memory(root: &Path) -> Option<GroupMemory> {
-    let read = |path: PathBuf| fs::read_to_string(path).ok();
     let mut all = Vec::new();
-    for line in read(root.join("proc/self/cgroup"))?.lines() {
-        let mut fields = line.splitn(3, ':').skip(1);
-        let (Some(controllers), Some(own)) = (fields.next(), fields.next()) else { continue };
-        let (mount, files) = match controllers {
-            "" => ("sys/fs/cgroup", ["memory.max", "memory.swap.max", "memory.current", "file ", "shmem "]),
-            list if list.split(',').any(|name| name == "memory") => (
-                "sys/fs/cgroup/memory",
-                [
-                    "memory.limit_in_bytes",
-                    "memory.memsw.limit_in_bytes",
-                    "memory.usage_in_bytes",
-                    "total_cache ",
-                    "total_shmem ",
-                ],
-            ),
-            _ => continue,
+    for (folder, two) in groups(root, "memory") {
+        let files = match two {
+            true => ["memory.max", "memory.swap.max", "memory.current", "file ", "shmem "],
+            false => [
+                "memory.limit_in_bytes",
+                "memory.memsw.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_cache ",
+                "total_shmem ",
+            ],
         };
         let [limit, swap, usage, cache, shared] = files;
-        for group in Path::new(own.trim_start_matches('/')).ancestors() {
-            let folder = root.join(mount).join(group);
-            let number = |file: &str| read(folder.join(file))?.trim().parse::<u64>().ok();
-            let stat = read(folder.join("memory.stat")).unwrap_or_default();
-            let field = |name| stat.lines().find_map(|line| line.strip_prefix(name)?.parse().ok());
-            // "max", or a number that no machine has, is no limit.
-            let Some(limit) = number(limit).filter(|limit| *limit < 1 << 60) else { continue };
-            let pages = field(cache).unwrap_or(0u64).saturating_sub(field(shared).unwrap_or(0));
-            let held = number(usage).unwrap_or(0).saturating_sub(pages);
-            // Version 1 limits the sum of memory and swap.
-            let swap = number(swap).map_or(u64::MAX, |swap| {
-                if controllers.is_empty() { swap } else { swap.saturating_sub(limit) }
-            });
-            all.push(GroupMemory { limit, available: limit.saturating_sub(held), swap });
-        }
+        let read = |file: &str| fs::read_to_string(folder.join(file)).ok();
+        let number = |file: &str| read(file)?.trim().parse::<u64>().ok();
+        let stat = read("memory.stat").unwrap_or_default();
+        let field = |name| stat.lines().find_map(|line| line.strip_prefix(name)?.parse().ok());
+        // "max", or a number that no machine has, is no limit.
+        let Some(limit) = number(limit).filter(|limit| *limit < 1 << 60) else { continue };
+        let pages = field(cache).unwrap_or(0u64).saturating_sub(field(shared).unwrap_or(0));
+        let held = number(usage).unwrap_or(0).saturating_sub(pages);
+        // Version 1 limits the sum of memory and swap.
+        let swap = number(swap).map_or(u64::MAX, |swap| if two { swap } else { swap.saturating_sub(limit) });
+        all.push(GroupMemory { limit, available: limit.saturating_sub(held), swap });
     }
     all.into_iter().min_by_key(|group| group.available.saturating_add(group.swap))
 }
@@ -109,14 +121,6 @@ pub fn available() -> Option<(u64, &'static str)> {
         }
         None => Some(machine),
     }
-}
-
-/// A setting of this process's control group, of version 2 or 1.
-fn cgroup(two: &str, one: &str) -> Option<String> {
-    let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let own = groups.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or("");
-    let paths = [format!("{own}/{two}"), two.to_owned(), one.to_owned()];
-    paths.iter().find_map(|path| fs::read_to_string(format!("/sys/fs/cgroup/{path}")).ok())
 }
 
 /// Bytes of memory in all, of memory that is available, and of free swap.
@@ -151,15 +155,37 @@ pub fn load() -> Option<f64> {
 mod tests {
     use super::*;
 
-    /// A system's files: path and contents.
-    fn group(files: &[(&str, &str)]) -> Option<GroupMemory> {
+    /// What `ask` finds among a system's files: path and contents.
+    fn of<R>(files: &[(&str, &str)], ask: fn(&Path) -> Option<R>) -> Option<R> {
         let root = tempfile::tempdir().ok()?;
         for (path, text) in files {
             let path = root.path().join(path);
             fs::create_dir_all(path.parent()?).ok()?;
             fs::write(path, text).ok()?;
         }
-        cgroup_memory(root.path())
+        ask(root.path())
+    }
+    fn group(files: &[(&str, &str)]) -> Option<GroupMemory> {
+        of(files, cgroup_memory)
+    }
+
+    #[test]
+    fn the_least_quota_of_cpu_time_counts() {
+        let two = [
+            ("proc/self/cgroup", "0::/a/b\n"),
+            ("sys/fs/cgroup/a/b/cpu.max", "max 100000\n"),
+            ("sys/fs/cgroup/a/cpu.max", "150000 100000\n"),
+        ];
+        assert_eq!(of(&two, cgroup_cpus), Some(1.5));
+        assert_eq!(of(&two[..2], cgroup_cpus), None);
+        let one = [
+            ("proc/self/cgroup", "2:memory:/\n1:cpu,cpuacct:/x\n"),
+            ("sys/fs/cgroup/cpu/cpu.cfs_quota_us", "-1\n"),
+            ("sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n"),
+            ("sys/fs/cgroup/cpu/x/cpu.cfs_quota_us", "50000\n"),
+            ("sys/fs/cgroup/cpu/x/cpu.cfs_period_us", "100000\n"),
+        ];
+        assert_eq!(of(&one, cgroup_cpus), Some(0.5));
     }
 
     #[test]

@@ -36,7 +36,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     )?;
     let logical = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let affinity = machine::affinity().map_or(String::new(), |cpus| format!("; affinity allows CPUs {cpus}"));
-    let quota = match machine::cgroup_cpus() {
+    let quota = match machine::cgroup_cpus(Path::new("/")) {
         Some(cpus) => {
             if cpus < threads as f64 {
                 advice.push(format!("the control group gives {cpus:.1} CPUs of time for {threads} threads: they will wait for each other"));
