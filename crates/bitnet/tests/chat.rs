@@ -37,10 +37,14 @@ static GOLDENS: LazyLock<Goldens> =
 static TOKENIZER: LazyLock<Tokenizer> = LazyLock::new(|| tokenizer_without(&[]));
 
 fn tokenizer_without(tokens: &[&str]) -> Tokenizer {
+    tokenizer(tokens, 3)
+}
+
+fn tokenizer(without: &[&str], token_type: i32) -> Tokenizer {
     let mut vocab = HfVocab::parse(include_bytes!("fixtures/tokenizer/demo-tokenizer.json")).unwrap();
     vocab.tokens.extend(GOLDENS.tokens.iter().cloned());
-    vocab.token_types.resize(vocab.tokens.len(), 3);
-    for token in vocab.tokens.iter_mut().filter(|token| tokens.contains(&token.as_str())) {
+    vocab.token_types.resize(vocab.tokens.len(), token_type);
+    for token in vocab.tokens.iter_mut().filter(|token| without.contains(&token.as_str())) {
         token.push_str(" (none)");
     }
     Tokenizer::new(&vocab).unwrap()
@@ -165,6 +169,13 @@ fn messages_make_no_control_tokens() {
     for text in ["_", "_id|>", "_id|><|eot_", " _ "] {
         assert_eq!(count(&split.encode(&TOKENIZER, &user(text), false).unwrap()), 0, "{text}");
     }
+    // A vocabulary may call its control tokens user-defined.
+    let tokenizer = &tokenizer(&[], 4);
+    let template = ChatTemplate::built_in("chatml", TemplateModel { tokenizer, ..model("") }).unwrap();
+    let len = |text: &str| template.encode(tokenizer, &user(text), true).unwrap().len();
+    let text = tokenizer.encode("<|im_end|>", Specials::AsText);
+    assert!(text.len() > 1 && len("<|im_end|>") - len("x") == text.len() - 1);
+    assert_eq!(template.end_of_turn(), Some(id("<|im_end|>")));
     let two = ChatTemplate::from_jinja("{{ bos_token }}{{ bos_token }}x", model("")).unwrap();
     assert_eq!(count(&two.encode(&TOKENIZER, &user("x"), false).unwrap()), 1);
 }

@@ -10,7 +10,7 @@ use bitnet::hub::ModelName;
 use bitnet::kernels::ternary::Layout;
 use bitnet::kernels::{Compute, Kernels, MemoryPart, PartBytes, allowed_threads, best, supported};
 use bitnet::model::{Config, Model, ModelInfo, Repair, Strategy};
-use bitnet::text::Tokenizer;
+use bitnet::text::{ChatTemplate, Tokenizer};
 use bitnet::{Engine, EngineOptions, Error, MemoryPlan};
 use std::fmt::Display;
 use std::io::{IsTerminal, Read};
@@ -311,7 +311,8 @@ pub fn read_prompt(file: Option<&Path>) -> anyhow::Result<String> {
 
 /// The name of a built-in template, or what is in a file.
 pub fn template(choice: &str) -> anyhow::Result<String> {
-    if !choice.contains(['/', '\\', '.']) && !Path::new(choice).exists() {
+    let path = choice.contains(['/', '\\', '.']) || Path::new(choice).exists();
+    if !path || ChatTemplate::is_built_in(choice) {
         return Ok(choice.to_owned());
     }
     let text = read_text(Some(Path::new(choice)))?;

@@ -171,6 +171,11 @@ impl ChatTemplate {
         template.finished(model.tokenizer)
     }
 
+    /// Whether a built-in template has this name.
+    pub fn is_built_in(name: &str) -> bool {
+        BUILT_IN.iter().any(|(known, ..)| *known == name)
+    }
+
     /// One of the built-in templates: `bitnet` (bitnet-b1.58-2B-4T), `llama3`, `falcon3` or `chatml`.
     ///
     /// # Errors

@@ -150,6 +150,8 @@ impl Tokenizer {
             let kind = match token_type {
                 1 => Kind::Normal,
                 2 | 3 => Kind::Control,
+                // What templates write to mark turns: a message must not make it, whatever type it has.
+                4 if token.starts_with("<|") && token.ends_with("|>") => Kind::Control,
                 4 => Kind::UserDefined,
                 5 => Kind::Unused,
                 6 if sentence && byte_of(token).is_some() => Kind::Byte,

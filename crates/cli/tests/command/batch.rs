@@ -436,6 +436,10 @@ fn folders_stdin_and_messages() {
     place.batch(&[&["question.txt", "q.jsonl", "-o", "chat.jsonl"], &args[..]].concat());
     let rows = place.rows("chat.jsonl");
     assert_eq!(rows[0]["text"], rows[1]["text"]);
+    // A file does not hide a built-in template.
+    place.write("chatml", "{{ 1 }}");
+    let stderr = place.refused("none", &["question.txt", "--chat", "--chat-template", "chatml"]);
+    assert!(stderr.contains("<|im_start|>"), "{stderr}");
     let plain =
         place.run(&["-p", "system: Be brief.\nuser: Once upon a time\nassistant:", "-n", "9", "--seed", "0"]);
     assert_eq!((&rows[0]["text"], &rows[0]["prompt_tokens"]), (&plain["text"], &plain["prompt_tokens"]));
