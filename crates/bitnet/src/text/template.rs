@@ -11,7 +11,7 @@
 
 use super::jinja::Jinja;
 use super::tokenizer::{Specials, Tokenizer};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de};
 
 /// Who says something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,8 +45,12 @@ impl Role {
 pub struct Message {
     /// Who says it.
     pub role: Role,
-    /// What is said.
+    /// What is said; read from a text, or from parts of a text as in OpenAI's format, which become lines.
+    #[serde(deserialize_with = "content")]
     pub content: String,
+    /// The speaker's name in OpenAI's format, which no template has a place for.
+    #[serde(rename = "name", default, skip_serializing)]
+    _name: Option<String>,
     /// The tokens of `content` as a model generated them. There are several ways to cut a text into tokens, and only the
     /// very tokens that the cache holds can be found in it.
     #[serde(skip)]
@@ -56,13 +60,39 @@ pub struct Message {
 impl Message {
     /// A message of the system or the user, or one of the assistant whose tokens are not known.
     pub fn new(role: Role, content: impl Into<String>) -> Self {
-        Self { role, content: content.into(), tokens: None }
+        Self { role, content: content.into(), _name: None, tokens: None }
     }
 
     /// An answer as the model generated it, without the token that ended it.
     pub fn generated(content: String, tokens: Vec<u32>) -> Self {
-        Self { role: Role::Assistant, content, tokens: Some(tokens) }
+        Self { role: Role::Assistant, content, _name: None, tokens: Some(tokens) }
     }
+}
+
+fn content<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "content must be a text or a list of parts with a type")]
+    enum Content {
+        Text(String),
+        Parts(Vec<Part>),
+    }
+    #[derive(Deserialize)]
+    struct Part {
+        #[serde(rename = "type")]
+        kind: String,
+        text: Option<String>,
+    }
+    let parts = match Content::deserialize(from)? {
+        Content::Text(text) => return Ok(text),
+        Content::Parts(parts) => parts,
+    };
+    let text = |part: Part| match part {
+        Part { kind, text: Some(text) } if kind == "text" => Ok(text),
+        Part { kind, .. } => {
+            Err(de::Error::custom(format_args!("content of type {kind:?}, expected \"text\"")))
+        }
+    };
+    Ok(parts.into_iter().map(text).collect::<Result<Vec<_>, _>>()?.join("\n"))
 }
 
 /// Why messages could not be made into a prompt. Every message is one line.

@@ -39,7 +39,8 @@ use std::time::{Duration, Instant};
 /// presence_penalty, logit_bias ({"ID": BIAS}), seed, stop, ignore_eos, and json_schema (an object), grammar or regex.
 ///
 /// The output has a line of JSON for each row, in the same order. Run again after it was killed, the command goes on where
-/// it was, so that every row is there once; rows that were added to the input are added to the output.
+/// it was, so that every row is there once; rows that were added to the input are added to the output. What is wrong with a
+/// row is told in its place; the exit code is then 1, after all others are written.
 #[derive(clap::Args)]
 #[command(mut_arg("seed", |seed| seed.help("Seed of the first row; each next one has the next [default: 0]")))]
 #[command(mut_arg("max_memory", |memory| memory.help(
@@ -157,8 +158,11 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         Ok(())
     })?;
     let Some(first) = rows.next()? else {
-        args.model.file.note(format_args!("all rows are there: {}{}", before.rows, errors(before.errors)));
-        return Ok(());
+        match before.rows {
+            0 => args.model.file.note("there are no rows"),
+            rows => args.model.file.note(format_args!("all rows are there: {rows}{}", errors(before.errors))),
+        }
+        return failed(args, before.errors);
     };
     // Rows may come from somebody who takes time; those that are there must not wait for them.
     let (sender, input) = mpsc::sync_channel(width);
@@ -227,8 +231,15 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     match failure {
         _ if stopping => bail!(Interrupted),
         Some(error) => Err(error),
-        None => Ok(()),
+        None => failed(args, before.errors + run.new.errors),
     }
+}
+
+/// An error where rows of the output tell one.
+fn failed(args: &Args, errors: u64) -> anyhow::Result<()> {
+    let rows = if errors == 1 { "row has" } else { "rows have" };
+    ensure!(errors == 0, "{errors} {rows} an error, see {}", args.output.display());
+    Ok(())
 }
 
 /// An engine for as many full contexts as the memory allows; rows that need less than that run together all the same. The

@@ -38,8 +38,12 @@ impl Place {
     }
     /// What a run that must succeed says.
     fn batch(&self, args: &[&str]) -> String {
+        self.batch_ends(args, 0)
+    }
+    /// What a run that must end with this code says.
+    fn batch_ends(&self, args: &[&str], expected: i32) -> String {
         let (code, stderr) = self.output(b"", &[&["batch"], args].concat());
-        assert_eq!(code, 0, "{stderr}");
+        assert_eq!(code, expected, "{stderr}");
         stderr
     }
     /// The error of a run that must fail, after which the output is as it was.
@@ -79,7 +83,7 @@ fn rows_get_what_run_gives() {
         json!({ "id": 18.5, "prompt": "Once upon", "top_k": 5, "top_p": 0.5, "min_p": 0.1, "repeat_penalty": 1.3,
                 "repeat_last_n": 9, "frequency_penalty": 0.1, "presence_penalty": 0.2, "ignore_eos": true, "max_tokens": 60 }),
         json!({ "id": null, "prompt": "O", "max_completion_tokens": -1, "stop": null }),
-        json!({ "prompt": "Nothing", "n": 0, "stop": "x" }),
+        json!({ "prompt": "Nothing", "n": 1, "max_tokens": 0, "stop": "x" }),
     ];
     // An empty line is no row, but is counted.
     place.write("in.jsonl", lines(&rows).replace("{\"id\":17", "\n{\"id\":17"));
@@ -149,7 +153,7 @@ fn rows_have_forms_of_their_own() {
         json!({ "prompt": once, "regex": "a*", "max_tokens": 0 }),
     ];
     place.write("in.jsonl", lines(&rows));
-    place.batch(&["in.jsonl", "-o", "out.jsonl", "-n", "60"]);
+    place.batch_ends(&["in.jsonl", "-o", "out.jsonl", "-n", "60"], 1);
     let out = place.rows("out.jsonl");
     let schema = schema.to_string();
     let as_run: [&[&str]; 4] =
@@ -179,7 +183,7 @@ fn rows_have_forms_of_their_own() {
         assert_eq!(expected["complete"], form[1] == "a*");
     }
     // One for all that have none of their own, and what it was is part of what made the output.
-    place.batch(&["in.jsonl", "-o", "all.jsonl", "-n", "60", "--regex", "[0-9]+", "-b", "1"]);
+    place.batch_ends(&["in.jsonl", "-o", "all.jsonl", "-n", "60", "--regex", "[0-9]+", "-b", "1"], 1);
     let all = place.rows("all.jsonl");
     assert!(all[0]["text"].as_str().unwrap().bytes().all(|byte| byte.is_ascii_digit()));
     for (a, b) in all[1..].iter().zip(&out[1..]) {
@@ -249,6 +253,11 @@ fn a_bad_row_costs_itself() {
         ("{\"prompt\": \"x\", \"stop\": 3}", "stop must be a string"),
         ("{\"prompt\": \"x\", \"logit_bias\": {\"99999999\": 1}}", "logit_bias has token 99999999"),
         ("{\"messages\": []}", "no messages"),
+        ("{\"prompt\": \"x\", \"n\": 2}", "n is 2"),
+        (
+            "{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"image_url\", \"image_url\": {}}]}]}",
+            "content of type \"image_url\"",
+        ),
         ("{\"messages\": [{\"role\": \"judge\", \"content\": \"x\"}]}", "unknown variant `judge`"),
         (&format!("{{\"id\": \"long\", \"prompt\": \"{long}\"}}"), "do not fit in the context of 64"),
     ];
@@ -258,20 +267,23 @@ fn a_bad_row_costs_itself() {
     }
     input.extend(b"{\"prompt\": \"\xff\"}\n\xff\xfe\n");
     place.write("in.jsonl", input);
-    let stderr = place.batch(&["in.jsonl", "-o", "out.jsonl", "-n", "3", "-c", "64"]);
-    assert!(stderr.starts_with("32 rows, 17 of them with an error\n"), "{stderr}");
+    let stderr = place.batch_ends(&["in.jsonl", "-o", "out.jsonl", "-n", "3", "-c", "64"], 1);
+    assert!(stderr.starts_with("36 rows, 19 of them with an error\n"), "{stderr}");
     let rows = place.rows("out.jsonl");
     for (pair, (row, expected)) in rows.chunks(2).zip(bad) {
         assert!(pair[0]["error"].as_str().unwrap().contains(expected), "{row}: {}", pair[0]);
         assert!(pair[0].as_object().unwrap().len() == 3);
         assert_eq!(pair[1]["completion_tokens"], 3);
     }
-    assert!(rows[30..].iter().all(|row| row["error"].as_str().unwrap().contains("not UTF-8")));
-    let ids: Vec<_> = [0, 6, 8, 28].map(|i: usize| rows[i]["id"].clone()).into();
+    assert!(rows[34..].iter().all(|row| row["error"].as_str().unwrap().contains("not UTF-8")));
+    let ids: Vec<_> = [0, 6, 8, 32].map(|i: usize| rows[i]["id"].clone()).into();
     assert_eq!(json!(ids), json!([1, 5, 6, "long"]));
     // Errors are rows that are done, too.
-    let stderr = place.batch(&["in.jsonl", "-o", "out.jsonl", "-n", "3", "-c", "64"]);
-    assert_eq!(stderr, "note: all rows are there: 32, 17 of them with an error\n");
+    let stderr = place.batch_ends(&["in.jsonl", "-o", "out.jsonl", "-n", "3", "-c", "64"], 1);
+    assert_eq!(
+        stderr,
+        "note: all rows are there: 36, 19 of them with an error\nerror: 19 rows have an error, see out.jsonl\n"
+    );
     assert_eq!(place.rows("out.jsonl"), rows);
 }
 
@@ -316,6 +328,8 @@ fn killed_at_any_moment_it_goes_on() {
         place.batch(&["in.jsonl", "-o", "out.jsonl"]);
         assert_eq!(place.read("out.jsonl"), whole);
     }
+    place.write("empty.jsonl", "\n");
+    assert_eq!(place.batch(&["empty.jsonl", "-o", "empty"]), "note: there are no rows\n");
     // Done is done, and more rows make more.
     assert_eq!(place.batch(&["in.jsonl", "-o", "out.jsonl"]), "note: all rows are there: 60\n");
     place.write("in.jsonl", prompts(62));
@@ -412,7 +426,7 @@ fn folders_stdin_and_messages() {
         // The output is in the folder itself, which does not make it an input.
         let (code, stderr) =
             place.output(b"{\"prompt\": \"Last\"}", &["batch", "in", "-", "-o", "in/out.jsonl", "-n", "4"]);
-        assert_eq!(code, 0, "{stderr}");
+        assert_eq!(code, 1, "{stderr}");
     }
     let rows = place.rows("in/out.jsonl");
     let ids: Vec<_> = rows.iter().map(|row| row["id"].clone()).collect();
@@ -426,7 +440,8 @@ fn folders_stdin_and_messages() {
 
     // A text with --chat is the question of a conversation, and as good as its messages.
     place.write("question.txt", "Once upon a time");
-    let messages = json!([{ "role": "system", "content": "Be brief." }, { "role": "user", "content": "Once upon a time" }]);
+    let parts = json!([{ "type": "text", "text": "Once upon a time" }]);
+    let messages = json!([{ "role": "system", "content": "Be brief." }, { "role": "user", "name": "Ann", "content": parts }]);
     place.write("q.jsonl", lines(&[json!({ "messages": messages, "seed": 0 })]));
     place.write(
         "t.jinja",

@@ -218,7 +218,8 @@ struct Fields {
     _id: Option<Value>,
     prompt: Option<String>,
     messages: Option<Vec<Message>>,
-    #[serde(alias = "n", alias = "n_predict", alias = "max_completion_tokens")]
+    n: Option<u32>,
+    #[serde(alias = "n_predict", alias = "max_completion_tokens")]
     max_tokens: Option<i64>,
     #[serde(alias = "temp")]
     temperature: Option<f32>,
@@ -298,6 +299,8 @@ impl Row {
                 if let Some(biases) = fields.logit_bias {
                     c.logit_bias = biases.into_iter().collect();
                 }
+                let n = fields.n.unwrap_or(1);
+                ensure!(n == 1, "n is {n}: a row gets 1 answer; max_tokens is the number of tokens");
                 if let Some(max) = fields.max_tokens {
                     ensure!(max >= -1, "max_tokens is {max}; expected -1 (no limit) or more");
                     stop.max_tokens = usize::try_from(max).ok();
