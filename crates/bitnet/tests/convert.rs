@@ -120,6 +120,16 @@ fn a_checkpoint_becomes_a_file() {
     assert_eq!(gguf.get_str("bitnet-b1.58.hidden_act").unwrap(), Some("relu2"));
     assert!(gguf.get("bitnet-b1.58.attention.key_length").is_none());
     assert!(gguf.get("tokenizer.ggml.tokens").is_none());
+
+    // In the hub's cache.
+    let snapshot = dir.path().join("models--owner--some-name/snapshots/0123");
+    std::fs::create_dir_all(&snapshot).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::rename(dir.path().join(file), snapshot.join(file)).unwrap();
+    }
+    let path = dir.path().join("out.gguf");
+    to(&snapshot, &path, TernaryType::I2_S, HeadType::Auto).unwrap();
+    assert_eq!(Gguf::open(&path).unwrap().get_str("general.name").unwrap(), Some("some-name"));
 }
 
 #[test]
@@ -317,7 +327,7 @@ fn configurations_are_refused() {
     std::fs::write(dir.path().join("config.json"), "{").unwrap();
     assert!(refusal(&dir).contains("config.json: JSON: EOF"));
     std::fs::remove_file(dir.path().join("config.json")).unwrap();
-    assert!(refusal(&dir).contains("config.json: cannot read"));
+    assert!(refusal(&dir).contains("no model in this folder: expected config.json"));
 }
 
 #[test]

@@ -14,6 +14,11 @@ use super::{ConvertError, HeadType, Meter, Options, Report, Result, Tell};
 use crate::model::stored::{Pairs, misfit};
 
 pub(super) fn to_gguf(dir: &Path, out: &Path, options: Options, progress: &mut Tell<'_>) -> Result<Report> {
+    if !dir.join("config.json").exists() {
+        let expected =
+            "expected config.json, model.safetensors (or its parts and their index) and tokenizer.json";
+        return Err(ConvertError::checkpoint(dir, "no model in this folder", expected));
+    }
     let config = HfConfig::read(&dir.join("config.json"))?;
     let tokenizer = HfTokenizer::read(dir, &config)?;
     let checkpoint = Checkpoint::open(dir)?;
@@ -50,7 +55,14 @@ pub(super) fn to_gguf(dir: &Path, out: &Path, options: Options, progress: &mut T
 
     let mut writer = Writer::new(out);
     let name = std::path::absolute(dir).map_err(|e| ConvertError::io(dir, "open", e))?;
-    let name = name.file_name().map(|name| name.to_string_lossy().into_owned());
+    // In the hub's cache a folder is called by its commit; the one of the repository is models--OWNER--NAME.
+    let cached = name
+        .iter()
+        .rev()
+        .nth(2)
+        .and_then(|folder| folder.to_str()?.strip_prefix("models--")?.split_once("--"));
+    let folder = name.file_name().map(|name| name.to_string_lossy().into_owned());
+    let name = cached.map(|(_, name)| name.to_owned()).or(folder);
     config.write(&mut writer, name.as_deref(), options.ternary.row().2)?;
     if let Some(tokenizer) = &tokenizer {
         tokenizer.write(&mut writer)?;

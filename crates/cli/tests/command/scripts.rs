@@ -358,7 +358,7 @@ fn convert_makes_the_demo_or_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out.gguf");
     let failed = bitnet(&["convert", text(folder.path()), text(&out)]);
-    assert!(error(&failed).contains("config.json"), "{}", failed.stderr);
+    assert!(error(&failed).contains("no model in this folder: expected config.json"), "{}", failed.stderr);
     assert!(!out.exists());
 }
 
