@@ -8,8 +8,8 @@ use std::fmt::{self, Display};
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 /// Whoever read stdout has left: not a failure.
@@ -81,11 +81,19 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
     let cancelled = matches!(error.downcast_ref(), Some(bitnet::Error::Cancelled))
         || matches!(error.downcast_ref(), Some(ConvertError::Cancelled));
     if cancelled || error.is::<Interrupted>() {
-        return ExitCode::from(130);
+        return ExitCode::from(interrupted_code());
     }
     notice(format_args!("error: {}", format!("{error:#}").replace(['\n', '\r'], " ")));
     // A grammar that is wrong is wrong usage.
     ExitCode::from(if error.is::<ConstraintError>() { 2 } else { 1 })
+}
+
+/// Whether a request to end came, and not Ctrl-C.
+static REQUESTED: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
+
+/// The exit code of a command that was interrupted: as a shell gives it, 128 and the number of the signal.
+pub fn interrupted_code() -> u8 {
+    if REQUESTED.load(Ordering::Relaxed) { 143 } else { 130 }
 }
 
 /// A flag that Ctrl-C or a request to end raises, so that the command can clean up; while it is up, another one ends the
@@ -105,9 +113,12 @@ fn flag(requests_too: bool) -> anyhow::Result<Arc<AtomicBool>> {
     use signal_hook::flag::{register, register_conditional_shutdown};
 
     let flag = Arc::new(AtomicBool::new(false));
+    if requests_too {
+        register(SIGTERM, REQUESTED.clone()).context("cannot watch for requests to end")?;
+    }
     for &signal in if requests_too { &[SIGINT, SIGTERM][..] } else { &[SIGINT] } {
         // In this order, for the first signal must find the flag down.
-        register_conditional_shutdown(signal, 130, flag.clone())
+        register_conditional_shutdown(signal, 128 + signal, flag.clone())
             .and_then(|_| register(signal, flag.clone()))
             .context("cannot watch for Ctrl-C")?;
     }
@@ -117,7 +128,6 @@ fn flag(requests_too: bool) -> anyhow::Result<Arc<AtomicBool>> {
 /// Windows ends a program without a request that it could see.
 #[cfg(windows)]
 fn flag(_: bool) -> anyhow::Result<Arc<AtomicBool>> {
-    use std::sync::atomic::Ordering;
     use std::sync::{Mutex, PoisonError};
 
     static FLAGS: Mutex<Vec<Arc<AtomicBool>>> = Mutex::new(Vec::new());

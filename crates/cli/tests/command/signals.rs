@@ -28,18 +28,19 @@ fn interrupted(spawn: impl Fn() -> Child) -> Output {
         send("-TERM", &child);
         let output = child.wait_with_output().unwrap();
         if output.status.signal().is_none() {
-            return checked(output);
+            return checked(output, "-TERM");
         }
         wait *= 2;
     }
 }
 
-fn ended(child: Child) -> Output {
-    checked(child.wait_with_output().unwrap())
+fn ended(child: Child, signal: &str) -> Output {
+    checked(child.wait_with_output().unwrap(), signal)
 }
 
-fn checked(output: Output) -> Output {
-    assert_eq!(output.status.code(), Some(130), "{}", String::from_utf8_lossy(&output.stderr));
+fn checked(output: Output, signal: &str) -> Output {
+    let code = if signal == "-TERM" { 143 } else { 130 };
+    assert_eq!(output.status.code(), Some(code), "{}", String::from_utf8_lossy(&output.stderr));
     output
 }
 
@@ -51,7 +52,7 @@ fn an_interrupt_ends_the_text() {
     send("-INT", &child);
     let mut text = String::new();
     while stdout.read_line(&mut text).unwrap() > 0 {}
-    let stderr = ended(child).stderr;
+    let stderr = ended(child, "-INT").stderr;
     assert!(text.ends_with('\n') && String::from_utf8_lossy(&stderr).contains("ended: cancelled"));
 }
 
@@ -80,7 +81,7 @@ fn an_interrupt_ends_a_chat_that_waits_for_its_pipe_and_keeps_its_cache() {
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut answer).unwrap();
         // Whether the answer has ended yet or not.
         send(signal, &child);
-        ended(child);
+        ended(child, signal);
         assert!(fs::metadata(&cache).unwrap().len() > 1000);
         fs::remove_file(&cache).unwrap();
     }
@@ -99,7 +100,7 @@ fn signals_leave_no_half_written_file() {
             sleep(Duration::from_millis(1));
         }
         send(signal, &child);
-        ended(child);
+        ended(child, signal);
         assert_eq!(files(), 0);
     }
 }
@@ -120,7 +121,7 @@ fn signals_leave_a_whole_prompt_cache_or_none() {
     let begun = !stdout.fill_buf().unwrap().is_empty();
     send("-INT", &child);
     std::io::copy(&mut stdout, &mut std::io::sink()).unwrap();
-    ended(child);
+    ended(child, "-INT");
     assert!(begun && cache.exists() && files() == 2);
     let again = run("1").wait_with_output().unwrap();
     assert!(String::from_utf8_lossy(&again.stderr).contains("from the prompt cache"));
@@ -132,6 +133,6 @@ fn signals_leave_a_whole_prompt_cache_or_none() {
     }
     send("-TERM", &child);
     let code = child.wait_with_output().unwrap().status.code();
-    assert!(code == Some(0) && cache.exists() || code == Some(130) && !cache.exists(), "{code:?}");
+    assert!(code == Some(0) && cache.exists() || code == Some(143) && !cache.exists(), "{code:?}");
     assert_eq!(files(), 1 + usize::from(cache.exists()));
 }
