@@ -191,6 +191,19 @@ fn refusals_say_what_to_do() {
     // Nobody waits for a day.
     let error = fails(Manners { statuses: vec![(429, Some(86_400))], ..Manners::default() });
     assert!(matches!(error, HubError::Status { status: 429, .. }));
+    assert!(
+        error.to_string().ends_with("or set HF_TOKEN for a larger share; it asks to wait for 86400 s"),
+        "{error}"
+    );
+    for (status, problem) in
+        [(401, "the token is wrong or gives no access"), (429, "too many requests: try again later")]
+    {
+        let manners = Manners { statuses: vec![(status, None); 9], ..Manners::default() };
+        let (_server, _cache, hub) = start(&[], manners);
+        let hub = Hub { token: Some("secret".into()), ..hub };
+        let error = pull(&hub).unwrap_err().to_string();
+        assert!(error.contains(problem) && !error.contains("set HF_TOKEN"), "{error}");
+    }
 }
 
 #[test]

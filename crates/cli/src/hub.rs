@@ -1,11 +1,14 @@
 //! The Hugging Face hub as the command sees it: settings from the environment, and a bar while a file comes.
 
 use crate::output::{self, notice};
-use anyhow::Context;
+use anyhow::{Context, bail, ensure};
 use bitnet::hub::{Content, Hub, HubError, KNOWN, ModelName, Pulled};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
 
 /// The settings that Hugging Face's programs have in this environment.
 pub fn settings() -> anyhow::Result<Hub> {
@@ -15,9 +18,16 @@ pub fn settings() -> anyhow::Result<Hub> {
 
 /// A name on the hub; anything else is an error that says what would be one.
 pub fn name(text: &str) -> anyhow::Result<ModelName> {
+    ensure!(!text.is_empty(), "the name of the model is empty");
     ModelName::parse(text)?.with_context(|| {
+        let plain = |name: &str| name.to_lowercase().replace(['-', '_', ' '], "");
+        let meant = KNOWN.iter().find(|known| plain(known.short) == plain(text));
         let short = KNOWN.map(|known| known.short).join(", ");
-        format!("{text}: not the name of a model on the hub: expected OWNER/REPO, hf:OWNER/REPO:FILE or one of {short}")
+        let hint = meant
+            .map_or(format!("expected OWNER/REPO, hf:OWNER/REPO:FILE or one of {short}"), |known| {
+                format!("did you mean {}?", known.short)
+            });
+        format!("{text}: not the name of a model on the hub: {hint}")
     })
 }
 
@@ -39,6 +49,11 @@ pub fn model_file(name: &ModelName, quiet: bool) -> anyhow::Result<PathBuf> {
     if let Some(path) = hub.find(name, false)? {
         return Ok(path);
     }
+    if hub.find(name, true)?.is_some() {
+        bail!(
+            "{name}: the cache has a checkpoint of it: `bitnet convert {name} OUT.gguf` makes a model of it"
+        );
+    }
     if !quiet && !hub.offline {
         notice(format_args!("note: {name} is not here yet; downloading it (once)"));
     }
@@ -59,7 +74,15 @@ pub fn pull(name: &ModelName, checkpoints: bool, quiet: bool) -> anyhow::Result<
         "{msg:20!} {wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left",
     )?);
     let waiting = AtomicBool::new(false);
+    let (answers, answered) = mpsc::channel();
+    let host = hub.endpoint.rsplit('/').next().unwrap_or_default().to_owned();
+    thread::spawn(move || {
+        if answered.recv_timeout(Duration::from_secs(3)) == Err(RecvTimeoutError::Timeout) && !quiet {
+            notice(format_args!("asking {host} ..."));
+        }
+    });
     let pulled = hub.pull(name, checkpoints, &|progress| {
+        let _ = answers.send(()); // only the first is waited for
         if progress.waiting && !waiting.swap(true, Ordering::Relaxed) && !quiet {
             notice(format_args!("note: {}: another process downloads it; waiting", progress.file));
         }
@@ -72,6 +95,7 @@ pub fn pull(name: &ModelName, checkpoints: bool, quiet: bool) -> anyhow::Result<
         }
         bar.set_position(progress.done);
     });
+    drop(answers);
     bar.finish_and_clear();
     match pulled {
         Ok(pulled) => {

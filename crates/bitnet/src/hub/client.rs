@@ -195,9 +195,12 @@ impl<'a> Client<'a> {
             (401 | 403, false) => {
                 "no such repository, or it needs a token: set HF_TOKEN, and accept its terms on its page"
             }
-            (401 | 403, true) => "the token gives no access: accept the repository's terms on its page",
+            (401 | 403, true) => {
+                "the token is wrong or gives no access: check HF_TOKEN, and accept the repository's terms on its page"
+            }
             (404, _) => "no such repository or file",
-            (429, _) => "too many requests: try again later, or set HF_TOKEN for a larger share",
+            (429, false) => "too many requests: try again later, or set HF_TOKEN for a larger share",
+            (429, true) => "too many requests: try again later",
             (416, _) => "the server does not have as many bytes as it said",
             (500.., _) => "the server has a problem: try again later",
             _ => "not the answer that was expected",
@@ -205,7 +208,8 @@ impl<'a> Client<'a> {
         let seconds = header(headers, "retry-after").and_then(|text| text.trim().parse().ok());
         let pause = seconds.map(Duration::from_secs);
         let passing = matches!(status, 408 | 429 | 500..) && pause.is_none_or(|pause| pause <= MAX_PAUSE);
-        let error = HubError::Status { url: shown(url), status, problem: problem.into() };
+        let after = seconds.map_or(String::new(), |seconds| format!("; it asks to wait for {seconds} s"));
+        let error = HubError::Status { url: shown(url), status, problem: format!("{problem}{after}") };
         Failure { error, passing, pause }
     }
 

@@ -49,8 +49,8 @@ pub const KNOWN: [Known; 11] = {
 };
 
 impl ModelName {
-    /// Reads `hf:owner/name[:file]`, `owner/name[:file]` or a short name. None for what looks like none of them, such as
-    /// the path of a file.
+    /// Reads `hf:owner/name[:file]`, `owner/name[:file]`, the address of a repository's page or a short name. None for what
+    /// looks like none of them, such as the path of a file.
     ///
     /// # Errors
     /// [`HubError::Name`] for what begins with `hf:` and does not go on as it should, and for a file that is no path
@@ -60,7 +60,8 @@ impl ModelName {
         if let Some(known) = KNOWN.iter().find(|known| known.short.eq_ignore_ascii_case(text)) {
             return Ok(Some(Self { repo: known.repo.to_owned(), file: None }));
         }
-        let (prefixed, rest) = match text.strip_prefix("hf:") {
+        let page = text.strip_prefix("https://huggingface.co/").map(|page| page.trim_end_matches('/'));
+        let (prefixed, rest) = match text.strip_prefix("hf:").or(page) {
             Some(rest) => (true, rest),
             None => (false, text),
         };
@@ -116,7 +117,8 @@ mod tests {
         let repo = "microsoft/bitnet-b1.58-2B-4T-gguf".to_owned();
         assert_eq!(name("2b-4t"), Some((repo.clone(), None)));
         assert_eq!(name(&repo), Some((repo.clone(), None)));
-        assert_eq!(name(&format!("hf:{repo}")), Some((repo, None)));
+        assert_eq!(name(&format!("hf:{repo}")), Some((repo.clone(), None)));
+        assert_eq!(name(&format!("https://huggingface.co/{repo}/")), Some((repo, None)));
         assert_eq!(name("hf:a/b:c/d.gguf"), Some(("a/b".into(), Some("c/d.gguf".into()))));
         for path in
             ["model.gguf", "./a/b", "/a/b", "../a", "a/b/c", "a/b.gguf", "a", "", "C:\\a/b", "a/..", "-a/b"]

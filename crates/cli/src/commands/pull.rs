@@ -1,6 +1,10 @@
 use crate::{hub, output};
 use bitnet::hub::KNOWN;
 use serde_json::json;
+use std::io::{self, IsTerminal};
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::Duration;
 
 /// Downloads a model from the Hugging Face hub into its cache, or goes on with a download that broke off.
 ///
@@ -30,6 +34,20 @@ fn known() -> String {
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let name = hub::name(&args.name)?;
+    let (interrupted, quiet) = (output::interrupt_flag()?, args.quiet);
+    thread::spawn(move || {
+        while !interrupted.load(Ordering::Relaxed) {
+            thread::sleep(Duration::from_millis(50));
+        }
+        if !quiet {
+            // A terminal shows ^C, or the bar, on this line.
+            let line = if io::stderr().is_terminal() { "\n" } else { "" };
+            output::notice(format_args!(
+                "{line}interrupted: what has arrived is kept; the same command goes on from there"
+            ));
+        }
+        std::process::exit(output::interrupted_code().into());
+    });
     let pulled = hub::pull(&name, true, args.quiet)?;
     if pulled.path.is_dir() && !args.quiet {
         let path = pulled.path.display();

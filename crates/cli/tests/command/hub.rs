@@ -6,6 +6,8 @@ mod hub_server;
 use super::DEMO;
 use hub_server::{Manners, Server, noise, sha256};
 use std::fs;
+use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -80,7 +82,7 @@ fn without_network_a_line_says_what_was_tried_and_what_to_do() {
     let home = tempfile::tempdir().unwrap();
     for args in [&["pull", "2b-4t"][..], &["run", "-q", "-m", REPO, "-p", "x"]] {
         let (stdout, stderr) = bitnet(home.path(), "http://127.0.0.1:1", args, 1);
-        let lines: Vec<_> = stderr.lines().collect();
+        let lines: Vec<_> = stderr.lines().filter(|line| !line.starts_with("asking ")).collect();
         assert!(stdout.is_empty() && lines.len() == 1, "{stderr}");
         for part in
             ["error: ", REPO, "http://127.0.0.1:1/", "refused", "-m PATH", home.path().to_str().unwrap()]
@@ -93,6 +95,9 @@ fn without_network_a_line_says_what_was_tried_and_what_to_do() {
     assert!(stderr.contains("HF_HUB_OFFLINE"), "{stderr}");
     for bad in ["hf:x", "model.gguf", "../a/b"] {
         assert!(bitnet(home.path(), "http://127.0.0.1:1", &["pull", bad], 1).1.contains("OWNER/"));
+    }
+    for (name, words) in [("", "is empty"), ("2B4T", "did you mean 2b-4t?")] {
+        assert!(bitnet(home.path(), "http://127.0.0.1:1", &["pull", name], 1).1.contains(words));
     }
     // A word may be a file; where there is none, it was meant as a name.
     for args in [&["run", "-p", "x", "-m", "falcon"][..], &["convert", "falcon", "x.gguf"]] {
@@ -129,4 +134,18 @@ fn a_killed_download_goes_on_where_it_was() {
     let (path, _) = bitnet(home.path(), &server.url, &["pull", "a/b"], 0);
     assert!(fs::read(path.trim_end()).unwrap() == bytes);
     assert!(server.starts().iter().all(|start| *start >= kept), "{:?} {kept}", server.starts());
+}
+
+#[test]
+#[cfg(unix)]
+fn a_hub_that_says_nothing_is_named_and_ctrl_c_ends_the_wait() {
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let host = silent.local_addr().unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let mut child = command(home.path(), &format!("http://{host}"), &["pull", "a/b"]).spawn().unwrap();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap()).lines();
+    assert_eq!(stderr.next().unwrap().unwrap(), format!("asking {host} ..."));
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    assert!(stderr.next().unwrap().unwrap().contains("the same command goes on"));
+    assert_eq!((child.wait().unwrap().code(), stderr.count()), (Some(130), 0));
 }
