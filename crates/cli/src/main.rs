@@ -102,9 +102,9 @@ fn main() -> ExitCode {
         Command::List(args) => commands::list::run(&args),
         Command::Rm(args) => commands::rm::run(&args),
         Command::Convert(args) => commands::convert::run(&args),
-        Command::Verify(args) => commands::verify::run(&args),
-        Command::Doctor(args) => commands::doctor::run(&args),
-        Command::Bench(args) => commands::bench::run(&args),
+        Command::Verify(args) => commands::verify::run(args),
+        Command::Doctor(args) => commands::doctor::run(args),
+        Command::Bench(args) => commands::bench::run(args),
         Command::Completions(args) => commands::completions::run(&args),
         Command::Man(args) => commands::man::run(&args),
     };

@@ -22,7 +22,7 @@ use std::sync::Arc;
 pub struct FileArgs {
     /// Path of a GGUF file, or a name on the hub such as 2b-4t or OWNER/REPO [default: the built-in demo]
     #[arg(short = 'm', long, value_name = "MODEL")]
-    model: Option<String>,
+    pub model: Option<String>,
     /// No notices and statistics on stderr
     #[arg(short = 'q', long)]
     pub quiet: bool,

@@ -157,7 +157,7 @@ pub(super) fn fits(x: f32, ty: TensorType) -> bool {
         }
 }
 
-fn error(gguf: &Gguf, tensor: &TensorInfo, problem: impl Into<String>) -> ConvertError {
+pub(super) fn error(gguf: &Gguf, tensor: &TensorInfo, problem: impl Into<String>) -> ConvertError {
     let thing = format!("tensor {:?} at byte {}", tensor.name, tensor.offset);
     ConvertError::checkpoint(Path::new(gguf.name()), thing, problem)
 }

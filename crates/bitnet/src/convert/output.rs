@@ -10,7 +10,7 @@ use bitnet_kernels::half::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 use bitnet_kernels::ternary::pack;
 use sha2::{Digest, Sha256};
 
-use super::gguf::{pieces, read_ternary};
+use super::gguf::{error, pieces, read_ternary};
 use super::{ConvertError, Meter, Report, Result};
 use crate::model::stored::{ExactScales, is_ternary, row_format};
 
@@ -27,30 +27,40 @@ pub struct Trits {
     pub counts: [u64; 3],
     /// Smallest and largest scale.
     pub scales: (f32, f32),
+    /// Names of the tensors whose weights are all zero.
+    pub zero: Vec<String>,
 }
 
 impl Trits {
-    /// Reads all ternary weights of a file, checking each.
+    /// Reads all ternary weights of a file, checking each, and that scales are above 0.
     pub fn read(gguf: &Gguf) -> Result<Self, ConvertError> {
         let exact = ExactScales::read(gguf);
-        let mut all = BTreeMap::new();
+        let (mut all, mut zero) = (BTreeMap::new(), Vec::new());
         let (mut counts, mut scales) = ([0; 3], (f32::INFINITY, f32::NEG_INFINITY));
         for tensor in gguf.tensors().iter().filter(|tensor| is_ternary(tensor)) {
             let mut hash = TritHash::new(&tensor.name);
+            let mut is_zero = true;
             let scale = read_ternary(gguf, tensor, &exact, &mut |trits, _| {
+                is_zero &= trits.iter().all(|&trit| trit == 0);
                 let count = |wanted| trits.iter().filter(|&&trit| trit == wanted).count() as u64;
                 for (sum, wanted) in counts.iter_mut().zip([-1, 0, 1]) {
                     *sum += count(wanted);
                 }
                 hash.push(trits)
             })?;
+            if is_zero {
+                zero.push(tensor.name.clone());
+            }
             if let Some(scale) = scale {
+                if scale <= 0.0 {
+                    return Err(error(gguf, tensor, format!("the scale is {scale}, expected one above 0")));
+                }
                 scales = (scales.0.min(scale), scales.1.max(scale));
             }
             all.insert(tensor.name.as_str(), hash.end());
             gguf.advise_dontneed(tensor.range());
         }
-        Ok(Self { hash: joined(all.values()), tensors: all.len(), counts, scales })
+        Ok(Self { hash: joined(all.values()), tensors: all.len(), counts, scales, zero })
     }
 }
 

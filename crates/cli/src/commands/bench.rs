@@ -24,6 +24,9 @@ head that its small copy leaves open, and those that are computed exactly, for e
 pub struct Args {
     #[command(flatten)]
     model: source::ModelArgs,
+    /// The same as -m
+    #[arg(value_name = "MODEL", conflicts_with_all = ["model", "synthetic"])]
+    name: Option<String>,
     /// Random weights of a known shape instead of a file
     #[arg(long, value_name = "SHAPE", conflicts_with = "model", value_parser = ["2b-4t"])]
     synthetic: Option<String>,
@@ -115,7 +118,9 @@ impl Read {
     }
 }
 
-pub fn run(args: &Args) -> Result<()> {
+pub fn run(mut args: Args) -> Result<()> {
+    args.model.file.model = args.name.take().or(args.model.file.model);
+    let args = &args;
     if args.n_prompt == 0 && args.n_gen == 0 {
         usage_error(ErrorKind::ArgumentConflict, "-p 0 and -n 0 leave nothing to measure");
     }

@@ -19,9 +19,14 @@ const ROWS: usize = 64;
 pub struct Args {
     #[command(flatten)]
     model: source::ModelArgs,
+    /// The same as -m
+    #[arg(value_name = "MODEL", conflicts_with = "model")]
+    name: Option<String>,
 }
 
-pub fn run(args: &Args) -> anyhow::Result<()> {
+pub fn run(mut args: Args) -> anyhow::Result<()> {
+    args.model.file.model = args.name.take().or(args.model.file.model);
+    let args = &args;
     let say = |what: &str, found: String| output::print(format!("{what:<11} {found}\n").as_bytes());
     let compute = args.model.compute()?;
     let (threads, kernels) = (compute.pool().threads(), compute.kernels().name());

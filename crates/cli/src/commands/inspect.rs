@@ -15,6 +15,10 @@ use std::fmt::Write;
   bitnet inspect model.gguf --json")]
 pub struct Args {
     /// Path of a GGUF file or a name on the hub [default: the built-in demo]
+    #[arg(value_name = "MODEL")]
+    name: Option<String>,
+    /// The same
+    #[arg(short = 'm', long, value_name = "MODEL", conflicts_with = "name")]
     model: Option<String>,
     /// Tokens of context to plan the memory for; 0: as many as the model was trained with
     /// [default: the same, at most 4096]
@@ -31,7 +35,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let gguf = source::open(args.model.as_deref(), false)?;
+    let gguf = source::open(args.name.as_deref().or(args.model.as_deref()), false)?;
     let info = ModelInfo::new(&gguf, Strategy::default());
     if args.json {
         output::print_json(&as_json(args, &gguf, info.as_ref()))?;

@@ -2,7 +2,7 @@ use crate::output::{self, notice};
 use crate::source::{self, Wish};
 use anyhow::{Context, bail, ensure};
 use bitnet::convert::Trits;
-use bitnet::gguf::Gguf;
+use bitnet::gguf::{self, Gguf};
 use bitnet::kernels::Logits;
 use bitnet::model::{ModelInfo, Strategy};
 use bitnet::text::Specials;
@@ -27,19 +27,38 @@ pub struct Args {
     name: Option<String>,
 }
 
-pub fn run(args: &Args) -> anyhow::Result<()> {
-    let name = args.name.as_deref().or(args.model.name());
-    let gguf = Arc::new(source::open(name, args.model.file.quiet)?);
-    let say = |what: &str, found: &str| output::print(format!("{what:<11} {found}\n").as_bytes());
-    say("file", gguf.name())?;
+pub fn run(mut args: Args) -> anyhow::Result<()> {
+    args.model.file.model = args.name.take().or(args.model.file.model);
+    let result = match args.model.file.open() {
+        Ok(gguf) => check(&args, &Arc::new(gguf)),
+        Err(error) if matches!(error.downcast_ref(), Some(gguf::Error::Malformed { .. })) => Err(error),
+        // There is no file.
+        Err(error) => return Err(error),
+    };
+    if result.as_ref().is_err_and(|error| !output::is_final(error)) {
+        say("verdict", "the model did not pass: the error says why")?;
+    }
+    result
+}
 
-    let info = ModelInfo::new(&gguf, Strategy::default())?;
+fn say(what: &str, found: &str) -> anyhow::Result<()> {
+    output::print(format!("{what:<11} {found}\n").as_bytes())
+}
+
+/// A scale, with an exponent where it is none that models have.
+fn scale(x: f32) -> String {
+    if (1e-4..1e4).contains(&x) { format!("{x:.6}") } else { format!("{x:.6e}") }
+}
+
+fn check(args: &Args, gguf: &Arc<Gguf>) -> anyhow::Result<()> {
+    say("file", gguf.name())?;
+    let info = ModelInfo::new(gguf, Strategy::default())?;
     let (size, tensors) = (output::bytes(gguf.byte_len()), gguf.tensors().len());
     say("structure", &format!("sound: GGUF version {}, {tensors} tensors, {size}", gguf.version()))?;
     for repair in &info.repairs {
         say("repaired", &repair.message)?;
     }
-    let sum = checksum(&gguf)?;
+    let sum = checksum(gguf)?;
     let reference = !matches!(sum, Some((_, None)));
     match sum {
         Some((found, None)) => say("sha-256", &found)?,
@@ -53,7 +72,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         }
         None => {}
     }
-    let trits = Trits::read(&gguf)?;
+    let trits = Trits::read(gguf)?;
     let all: u64 = trits.counts.iter().sum();
     let [minus, zero, plus] = trits.counts.map(|count| 100.0 * count as f64 / all.max(1) as f64);
     say(
@@ -67,14 +86,16 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         notice("note: trained models have some 30 to 60 % zeros and as many -1 as +1: is this one damaged?");
     }
     let (low, high) = trits.scales;
-    say("scales", &format!("{low:.6} to {high:.6}"))?;
-    ensure!(low > 0.0, "{}: a scale of {low} is not above 0", gguf.name());
+    say("scales", &format!("{} to {}", scale(low), scale(high)))?;
+    for name in &trits.zero {
+        args.model.file.note(format_args!("tensor {name:?}: all weights are zero"));
+    }
     say("trits", &trits.hash)?;
 
     let compute = args.model.compute()?;
     let context = Some(64.min(info.config.context_length as u32));
     let (model, options) =
-        args.model.load_file(&gguf, &compute, &Wish { context, ..Wish::default() }, |_| ())?;
+        args.model.load_file(gguf, &compute, &Wish { context, ..Wish::default() }, |_| ())?;
     let kernels = compute.kernels().name();
     let prompt = match model.tokenizer() {
         Ok(_) => model.prompt("Once upon a time", Specials::AsText)?,
@@ -86,7 +107,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     while ids.len() < TOKENS && prompt.len() + ids.len() < options.context {
         let logits = engine.feed(&[Feed { sequence, tokens: &next, wanted: Wanted::Last(Logits::Every) }])?;
         if let Some(bad) = logits.iter().position(|x| !x.is_finite()) {
-            bail!("the logit of token {bad} is {}: the model computes nonsense", logits[bad]);
+            let name = gguf.name();
+            bail!("{name}: the logit of token {bad} is {}: the model computes nonsense", logits[bad]);
         }
         let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap_or(0);
         ids.push(best as u32);

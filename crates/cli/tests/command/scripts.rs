@@ -181,6 +181,8 @@ fn inspect_shows_sound_and_refused_files() {
     assert_eq!(object["config"]["vocab_size"], 4096);
     assert!(object["repairs"].is_array() && object["memory"]["total_bytes"].as_u64() > Some(1 << 20));
     assert!(stdout(&["inspect", "--tensors"]).contains("token_embd.weight"));
+    let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/demo.gguf");
+    assert_eq!(stdout(&["inspect", "-m", demo]), stdout(&["inspect", demo]));
     let folder = tempfile::tempdir().unwrap();
     let path = rewritten(
         folder.path(),
@@ -390,6 +392,28 @@ fn weights_that_make_no_sense_are_refused() {
     let path = with_tensor(folder.path(), up, |b| b[1000] = 0x1b);
     refused(&path, "blk.2.ffn_up.weight");
     refused(&path, "code 3");
+    // What can be computed, and is odd all the same.
+    let path =
+        with_tensor(folder.path(), up, |b| b[codes..codes + 4].copy_from_slice(&(-1f32).to_le_bytes()));
+    let bad = bitnet(&["verify", text(&path)]);
+    assert!(
+        bad.code == 1 && bad.stderr.contains(up) && bad.stderr.contains("changed.gguf"),
+        "{}",
+        bad.stderr
+    );
+    assert!(bad.stdout.lines().last().unwrap().starts_with("verdict "), "{}", bad.stdout);
+    let path = with_tensor(folder.path(), up, |b| {
+        b[..codes].fill(0x55);
+        b[codes..codes + 4].copy_from_slice(&1e9f32.to_le_bytes());
+    });
+    let odd = bitnet(&["verify", text(&path)]);
+    assert!(odd.stdout.contains(" to 1.000000e9\n") && odd.stdout.contains("sound"), "{}", odd.stdout);
+    assert!(
+        odd.stderr.contains("note: tensor \"blk.2.ffn_up.weight\": all weights are zero"),
+        "{}",
+        odd.stderr
+    );
+    let path = with_tensor(folder.path(), up, |b| b[1000] = 0x1b);
     // Who asks for tokens does not wait for the weights.
     assert_eq!(stdout(&["tokenize", "-m", text(&path), "Once"]), stdout(&["tokenize", "Once"]));
     let path = with_tensor(folder.path(), "blk.1.attn_norm.weight", |b| {
