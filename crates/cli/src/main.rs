@@ -15,8 +15,9 @@ mod sampling;
 mod selftest;
 mod source;
 
-use clap::error::ErrorKind;
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{Arg, CommandFactory, FromArgMatches, Parser, Subcommand};
+use std::error::Error;
 use std::fmt::Display;
 use std::process::ExitCode;
 
@@ -85,11 +86,69 @@ fn usage_error(kind: ErrorKind, message: impl Display) -> ! {
     error.exit()
 }
 
+/// Reads the command line; what is wrong with it ends the program.
+fn parse() -> Cli {
+    // A negative number is a value, right or wrong, and no option.
+    let value = |arg: Arg| {
+        let takes = arg.get_action().takes_values();
+        if takes { arg.allow_negative_numbers(true) } else { arg }
+    };
+    let mut command = Cli::command().mut_subcommands(|command| command.mut_args(value));
+    let matches = command.try_get_matches_from_mut(std::env::args_os());
+    matches
+        .and_then(|matches| Cli::from_arg_matches(&matches))
+        .unwrap_or_else(|error| explained(error).exit())
+}
+
+/// Says in an error of the command line what was expected.
+fn explained(mut error: clap::Error) -> clap::Error {
+    let text = |kind| error.get(kind).map(ToString::to_string).unwrap_or_default();
+    let (arg, value) = (text(ContextKind::InvalidArg), text(ContextKind::InvalidValue));
+    let expected = match error.source().map(ToString::to_string).as_deref() {
+        Some("invalid float literal" | "cannot parse float from empty string") => "expected a number",
+        Some("invalid digit found in string") if value.starts_with('-') => {
+            "expected a number that is not negative"
+        }
+        Some("invalid digit found in string" | "cannot parse integer from empty string") => {
+            "expected a whole number"
+        }
+        Some("number too large to fit in target type") => "expected a smaller number",
+        _ => "",
+    };
+    let command = std::env::args_os().nth(1).unwrap_or_default();
+    let command = command.to_string_lossy();
+    if !expected.is_empty() {
+        usage_error(error.kind(), format_args!("invalid value '{value}' for '{arg}': {expected}"));
+    }
+    let tip = match error.kind() {
+        ErrorKind::UnknownArgument if ["run", "chat"].contains(&&*command) && !arg.starts_with('-') => {
+            let is_model = command == "chat" || arg.ends_with(".gguf");
+            let (what, option) = if is_model { ("model", "-m") } else { ("prompt", "-p") };
+            format!("the {what} is given with {option} \"{arg}\"")
+        }
+        ErrorKind::InvalidSubcommand if error.get(ContextKind::SuggestedSubcommand).is_none() => {
+            // Letters that changed places are not alike enough for clap.
+            let letters = |word: &str| {
+                let mut letters: Vec<_> = word.chars().collect();
+                letters.sort_unstable();
+                letters
+            };
+            let all = Cli::command();
+            let mut names = all.get_subcommands().map(clap::Command::get_name);
+            let Some(name) = names.find(|name| letters(name) == letters(&command)) else { return error };
+            format!("did you mean {name}?")
+        }
+        _ => return error,
+    };
+    error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
+    error
+}
+
 fn main() -> ExitCode {
     // That a file may not grow any more is an error like any other.
     #[cfg(unix)]
     let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, std::sync::Arc::default());
-    let result = match Cli::parse().command {
+    let result = match parse().command {
         Command::Run(args) => commands::run::run(&args),
         Command::Chat(args) => commands::chat::run(&args),
         Command::Batch(args) => commands::batch::run(&args),

@@ -329,7 +329,20 @@ fn usage_errors_are_2() {
         let outcome = bitnet(args);
         assert!(outcome.code == 2 && outcome.stdout.is_empty(), "{args:?}: {}", outcome.stderr);
     }
-    assert!(bitnet(&["run", "-p", "x", "--kernels", "sse"]).stderr.contains("scalar"));
+    for (args, words) in [
+        (&["run", "-p", "x", "--kernels", "sse"][..], "scalar"),
+        (&["run", "Once upon"], "-p \"Once upon\""),
+        (&["run", "model.gguf"], "-m \"model.gguf\""),
+        (&["chat", "model.gguf"], "-m \"model.gguf\""),
+        (&["run", "-s", "-1"], "'--seed <S>': expected a number that is not negative"),
+        (&["run", "--temp", "hot"], "'--temp <T>': expected a number"),
+        (&["batch", "-", "-o", "x", "--top-k", "0.5"], "expected a whole number"),
+        (&["rnu"], "did you mean run?"),
+        (&["inspect", "a", "-m", "b"], "cannot be used with"),
+    ] {
+        let outcome = bitnet(args);
+        assert!(outcome.code == 2 && outcome.stderr.contains(words), "{args:?}: {}", outcome.stderr);
+    }
     assert!(stdout(&["--help"]).contains("perplexity"));
 }
 
