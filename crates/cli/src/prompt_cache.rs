@@ -2,6 +2,7 @@
 
 use crate::output::{self, Interrupted};
 use anyhow::{Context, bail, ensure};
+use bitnet::gguf::AtomicFile;
 use bitnet::{Engine, SavedError, SequenceId};
 use std::fs::{self, File};
 use std::io;
@@ -34,6 +35,8 @@ impl PromptCacheArgs {
             Err(error) if error.kind() == io::ErrorKind::NotFound && !self.prompt_cache_ro => {
                 let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty());
                 ensure!(folder.is_none_or(Path::is_dir), "{name}: there is no such folder");
+                // Known before anything is computed.
+                AtomicFile::create(path).with_context(|| format!("{name}: cannot write"))?;
                 return Ok(());
             }
             meta => meta.with_context(|| format!("{name}: cannot read"))?,

@@ -34,7 +34,9 @@ pub enum Fault {
     BigEndian { version: u32 },
     #[error("expected GGUF version 2 or 3, found {found}")]
     Version { found: u32 },
-    #[error("expected at most {left} bytes, found a count of {count} entries of at least {each} bytes")]
+    #[error(
+        "truncated, or a wrong count: {count} entries of at least {each} bytes, the file has {left} more bytes"
+    )]
     Count { count: u64, each: u64, left: u64 },
     #[error("expected at most {limit} {what}, found {found}")]
     Limit { what: &'static str, found: u64, limit: u64 },

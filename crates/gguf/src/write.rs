@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
-use tempfile::NamedTempFile;
+use tempfile::TempPath;
 
 /// Collects the directory of a GGUF version 3 file, then writes the file.
 ///
@@ -272,7 +272,8 @@ fn io_error(path: &Path, action: &'static str, error: io::Error) -> Error {
 /// removed if this is dropped before.
 pub struct AtomicFile {
     destination: PathBuf,
-    file: BufWriter<NamedTempFile>,
+    file: BufWriter<File>,
+    temporary: TempPath,
 }
 
 impl AtomicFile {
@@ -285,29 +286,50 @@ impl AtomicFile {
         let mut prefix = OsString::from(".");
         prefix.push(destination.file_name().ok_or(io::ErrorKind::InvalidFilename)?);
         prefix.push(".");
+        #[cfg(unix)]
+        remove_left(folder(destination), prefix.as_encoded_bytes());
         let mut builder = tempfile::Builder::new();
         // Created here, for others than its owner may read it.
         let file = builder
             .prefix(&prefix)
             .suffix(".tmp")
             .make_in(folder(destination), |path| File::create_new(path))?;
-        Ok(Self { destination: destination.to_owned(), file: BufWriter::with_capacity(1 << 20, file) })
+        let (file, temporary) = file.into_parts();
+        #[cfg(unix)]
+        let _ = file.try_lock();
+        let file = BufWriter::with_capacity(1 << 20, file);
+        Ok(Self { destination: destination.to_owned(), file, temporary })
     }
 
     /// Where the bytes are until [`commit`](Self::commit); all of them after [`TensorWriter::end`].
     pub fn temporary(&self) -> &Path {
-        self.file.get_ref().path()
+        &self.temporary
     }
 
     /// Gives the file its name, durably: an older file of that name is replaced at once or not at all.
     pub fn commit(self) -> io::Result<()> {
         let file = self.file.into_inner()?;
-        file.as_file().sync_all()?;
-        file.persist(&self.destination)?;
+        file.sync_all()?;
+        self.temporary.persist(&self.destination)?;
         // The rename itself is durable once the folder is.
         #[cfg(unix)]
         File::open(folder(&self.destination))?.sync_all()?;
         Ok(())
+    }
+}
+
+/// Removes what killed processes left of this file: whoever still writes one holds a lock.
+#[cfg(unix)]
+fn remove_left(folder: &Path, prefix: &[u8]) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let left = name
+            .as_encoded_bytes()
+            .strip_prefix(prefix)
+            .is_some_and(|rest| rest.len() == 10 && rest.ends_with(b".tmp"));
+        if left && File::open(entry.path()).is_ok_and(|file| file.try_lock().is_ok()) {
+            let _ = fs::remove_file(entry.path());
+        }
     }
 }
 

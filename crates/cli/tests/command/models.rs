@@ -17,6 +17,7 @@ fn a_converted_model_writes_the_same_text() {
     let mut from = demo();
     for ty in ["tq1_0", "IQ2_BN", "i2_s"] {
         let out = path(&format!("{ty}.gguf"));
+        fs::write(path(&format!(".{ty}.gguf.killed.tmp")), "").unwrap();
         let (stdout, stderr) = coded(&["convert", &from, &out, "--type", ty], 0);
         assert_eq!(coded(&["convert", "-q", &from, &out, "--type", ty], 0), (stdout.clone(), String::new()));
         assert!(stderr.contains("verified") && stderr.contains(&ty.to_uppercase()), "{stderr}");
@@ -27,6 +28,10 @@ fn a_converted_model_writes_the_same_text() {
     assert!(hashes[0].starts_with("trits ") && hashes.iter().all(|hash| *hash == hashes[0]), "{hashes:?}");
     let (verified, _) = coded(&["verify", &from], 0);
     assert!(verified.contains(hashes[0].trim_end().trim_start_matches("trits ")), "{verified}");
+    let hidden = fs::read_dir(folder.path())
+        .unwrap()
+        .filter(|file| file.as_ref().unwrap().file_name().to_str().unwrap().starts_with('.'));
+    assert!(cfg!(not(unix)) || hidden.count() == 0, "what a killed conversion left");
     let refused = coded(&["convert", &from, &from], 1).1;
     assert!(refused.contains("this is the input"), "{refused}");
     coded(&["convert", &from, &path("x.gguf"), "--type", "q4_0"], 2);

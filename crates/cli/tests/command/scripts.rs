@@ -224,9 +224,9 @@ fn damaged_files_are_refused_in_one_line() {
         (b"GGU".to_vec(), "truncated"),
         (with(0, b"PK\x03\x04"), "not a GGUF file"),
         (with(4, &99u32.to_le_bytes()), "found 99"),
-        (with(8, &u64::MAX.to_le_bytes()), "expected at most"),
-        (with(16, &u64::MAX.to_le_bytes()), "expected at most"),
-        (DEMO[..100].to_vec(), "expected at most"),
+        (with(8, &u64::MAX.to_le_bytes()), "wrong count"),
+        (with(16, &u64::MAX.to_le_bytes()), "wrong count"),
+        (DEMO[..100].to_vec(), "truncated"),
         (DEMO[..DEMO.len() / 2].to_vec(), "truncated"),
         (DEMO[..DEMO.len() - 1].to_vec(), "truncated"),
     ] {
@@ -351,6 +351,12 @@ fn outputs_that_cannot_be_written_fail() {
     for path in ["/no/such/folder/x.npy", "/dev/full", "/"] {
         let failed = bitnet(&["logits", "--tokens", "1", "-o", path]);
         assert!(error(&failed).contains(path), "{}", failed.stderr);
+    }
+    // Before anything is generated.
+    #[cfg(target_os = "linux")]
+    {
+        let failed = bitnet(&["run", "-p", "x", "--prompt-cache", "/proc/cache"]);
+        assert!(error(&failed).starts_with("/proc/cache: cannot write: "), "{}", failed.stderr);
     }
 }
 
