@@ -263,6 +263,9 @@ impl Session {
                 self.chat.set_system(if text == "-" { "" } else { text });
                 hint(if text == "-" { "no system prompt from now on" } else { "system prompt set" });
             }
+            ("clear" | "retry" | "stats", argument) if !argument.is_empty() => {
+                bail!("/{name} takes no argument")
+            }
             ("clear", _) => {
                 self.chat.clear();
                 hint("conversation forgotten");
@@ -341,12 +344,12 @@ impl Session {
         let compute = self.engine.compute();
         notice(format_args!(
             "answers    {answers:>7}\nread       {:>7} tokens  {:>8.2} tokens/s  ({cached_tokens} more were in the cache)\n\
-             generated  {generated:>7} tokens  {:>8.2} tokens/s\ncontext    {used:>7} of {context} tokens\n{}, {} threads",
+             generated  {generated:>7} tokens  {:>8.2} tokens/s\ncontext    {used:>7} of {context} tokens\n{}, {}",
             prompt_tokens - cached_tokens,
             rate(prompt_tokens - cached_tokens, prompt_time),
             rate(generated.saturating_sub(answers), decode_time),
             compute.kernels().name(),
-            compute.pool().threads(),
+            output::threads(compute.pool().threads()),
         ));
     }
 }

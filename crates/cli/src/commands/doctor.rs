@@ -44,7 +44,10 @@ pub fn run(mut args: Args) -> anyhow::Result<()> {
     let quota = match machine::cgroup_cpus(Path::new("/")) {
         Some(cpus) => {
             if cpus < threads as f64 {
-                advice.push(format!("the control group gives {cpus:.1} CPUs of time for {threads} threads: they will wait for each other"));
+                advice.push(format!(
+                    "the control group gives {cpus:.1} CPUs of time for {}: they will wait for each other",
+                    output::threads(threads)
+                ));
             }
             format!("; the control group {cpus:.1}")
         }
@@ -52,7 +55,10 @@ pub fn run(mut args: Args) -> anyhow::Result<()> {
     };
     say(
         "cores",
-        format!("{threads} threads for {logical} logical CPUs, one a physical core{affinity}{quota}"),
+        format!(
+            "{} for {logical} logical CPUs, one a physical core{affinity}{quota}",
+            output::threads(threads)
+        ),
     )?;
     if let Some((total, available, _)) = machine::memory() {
         let limit = machine::cgroup_memory(Path::new("/")).map_or(String::new(), |group| {
@@ -76,7 +82,7 @@ pub fn run(mut args: Args) -> anyhow::Result<()> {
     let mut streams = stream(&compute, 256 << 20, 5)?;
     streams.sort_by(f64::total_cmp);
     let stream = streams[2];
-    say("bandwidth", format!("{:.1} GB/s, read by {threads} threads", stream / 1e9))?;
+    say("bandwidth", format!("{:.1} GB/s, read by {}", stream / 1e9, output::threads(threads)))?;
     let products = products(args, Compute::new(compute.kernels(), threads))?;
     say(
         "arithmetic",

@@ -1,6 +1,7 @@
 use crate::{Cli, output};
 use anyhow::Context;
-use clap::CommandFactory;
+use clap::{Command, CommandFactory};
+use clap_mangen::Man;
 use std::path::PathBuf;
 
 /// Print the manual page of bitnet or of one of its commands, or write all of them to a folder.
@@ -22,17 +23,29 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     if let Some(folder) = &args.out {
         let failed = || format!("{}: cannot write", folder.display());
         std::fs::create_dir_all(folder).with_context(failed)?;
-        return clap_mangen::generate_to(cli, folder).with_context(failed);
+        cli.build();
+        for command in cli.get_subcommands().chain([&cli]) {
+            let (name, text) = page(command)?;
+            std::fs::write(folder.join(name), text).with_context(failed)?;
+        }
+        return Ok(());
     }
     cli.build();
-    let page = match &args.command {
-        None => cli,
+    let command = match &args.command {
+        None => &cli,
         Some(name) => cli
             .find_subcommand(name)
-            .cloned()
             .with_context(|| format!("there is no command {name}; `bitnet --help` lists them"))?,
     };
+    output::print(page(command)?.1.as_bytes())
+}
+
+/// The page of a command: the name of its file, and the text.
+fn page(command: &Command) -> anyhow::Result<(String, String)> {
+    let name = command.get_display_name().unwrap_or("bitnet");
+    let man = Man::new(command.clone()).source(format!("{name} {}", env!("CARGO_PKG_VERSION")));
     let mut text = Vec::new();
-    clap_mangen::Man::new(page).render(&mut text)?;
-    output::print(&text)
+    man.render(&mut text)?;
+    let text = String::from_utf8(text)?.replace(".SH EXTRA\nExamples:\n", ".SH EXAMPLES\n");
+    Ok((man.get_filename(), text.replace(".SH EXTRA\n", ".SH NOTES\n")))
 }

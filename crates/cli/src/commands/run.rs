@@ -175,7 +175,7 @@ impl Statistics {
         };
         notice(format_args!(
             "\nprompt     {:>6} tokens  {:>8.2} tokens/s{}\ngenerated  {:>6} tokens  {:>8.2} tokens/s  (ended: {}; \
-             speculation: {} of {} accepted)\nload {:.2} s, first token after {:.3} s, seed {}, {}, {} threads",
+             speculation: {} of {} accepted)\nload {:.2} s, first token after {:.3} s, seed {}, {}, {}",
             self.prompt_tokens,
             self.prompt_rate(),
             cached,
@@ -188,7 +188,7 @@ impl Statistics {
             self.first_token.as_secs_f64(),
             self.seed,
             self.kernel,
-            self.threads,
+            output::threads(self.threads),
         ));
     }
 

@@ -71,7 +71,8 @@ fn completions_and_manual_pages_know_every_command() {
     for name in commands {
         let page = fs::read_to_string(path.join(format!("bitnet-{name}.1"))).unwrap();
         assert_eq!(bitnet(b"", &["man", name]).0, page);
-        assert!(page.contains(".SH SYNOPSIS"), "{name}");
+        assert!(page.contains(".SH SYNOPSIS") && !page.contains(".SH EXTRA"), "{name}");
+        assert!(page.contains(&format!("\"bitnet-{name} ")), "{name}");
     }
     assert_eq!(bitnet(b"", &["man"]).0, fs::read_to_string(path.join("bitnet.1")).unwrap());
     assert_eq!(bitnet(b"", &["man", "no"]).2, 1);
@@ -135,6 +136,8 @@ mod terminal {
         say(&mut s, "/system Be brief.");
         say(&mut s, "/system");
         expect(&mut s, "Be brief.");
+        say(&mut s, "/clear now");
+        expect(&mut s, "/clear takes no argument");
         say(&mut s, "/clear");
         say(&mut s, "/stats");
         expect(&mut s, "context          0 of 1024");
