@@ -226,6 +226,13 @@ fn known_tokens_stay_as_they_are() {
 }
 
 #[test]
+fn templates_may_ask_for_the_date() {
+    let dated = jinja("{{ strftime_now('%d %b %Y')[-4:-2] }}").unwrap();
+    let ids = dated.encode(&TOKENIZER, &user("x"), true).unwrap();
+    assert_eq!(TOKENIZER.decode(&ids, true).unwrap(), b"20");
+}
+
+#[test]
 fn hostile_templates_end_in_a_clear_error() {
     let start = Instant::now();
     let doubling =
@@ -245,6 +252,8 @@ fn hostile_templates_end_in_a_clear_error() {
         "{{ '%1000000000d' % 1 }}",
         "{{ '%1000000000d' | format(1) }}",
         "{{ '{:>1000000000}'.format(1) }}",
+        "{{ strftime_now('%1000000000d') }}",
+        "{{ strftime_now('%') }}",
         "{{ 'x\ny' | indent(1000000000) }}",
         "{{ 'x\ny' | indent(width=1000000000) }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",

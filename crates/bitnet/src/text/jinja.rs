@@ -2,12 +2,12 @@
 
 use super::TemplateError;
 use super::jinja_guard::{PLAIN, guard_operators};
+use jiff::{ZonedDateTime, fmt::strtime};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Rest, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, State, context, filters};
 use std::fmt::{self, Write};
 use std::io;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Steps that any template may take, each also good for 64 bytes of text. Real ones take some hundreds.
 const BASE_FUEL: u64 = 50_000;
@@ -41,8 +41,9 @@ impl Jinja {
         });
         env.add_function(PLAIN, plain);
         env.add_function("strftime_now", |format: &str| {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            strftime(format, now.as_secs())
+            let format: String = format.chars().take(100).collect();
+            strtime::format(&format, &ZonedDateTime::now())
+                .map_err(|error| Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {error}")))
         });
         macro_rules! named {
             ($($name:ident),+) => { [$((stringify!($name), Value::from_function(filters::$name))),+] };
@@ -200,49 +201,6 @@ impl io::Write for Bounded {
     }
 }
 
-/// The time of `seconds` since 1970 in UTC, as C's strftime and Python write it.
-fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
-    const DAYS: &str = "Thursday Friday Saturday Sunday Monday Tuesday Wednesday";
-    const MONTHS: &str =
-        "January February March April May June July August September October November December";
-    let word = |words: &'static str, n: u64| words.split(' ').nth(n as usize).unwrap_or_default();
-    let (days, time) = (seconds / 86_400, seconds % 86_400);
-    // The calendar repeats itself every 400 years; here years begin in March, so that a leap day is the last of its year.
-    let (era, of_era) = ((days + 719_468) / 146_097, (days + 719_468) % 146_097);
-    let of_years = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * of_years + of_years / 4 - of_years / 100);
-    let march = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * march + 2) / 5 + 1;
-    let month = (march + 2) % 12;
-    let year = 400 * era + of_years + u64::from(march > 9);
-    let (weekday, name) = (word(DAYS, days % 7), word(MONTHS, month));
-    let mut out = String::new();
-    let mut chars = format.chars().take(100);
-    while let Some(c) = chars.next() {
-        let part = match if c == '%' { chars.next() } else { Some('%') } {
-            Some('%') => c.to_string(),
-            Some('Y') => year.to_string(),
-            Some('y') => format!("{:02}", year % 100),
-            Some('m') => format!("{:02}", month + 1),
-            Some('d') => format!("{day:02}"),
-            Some('e') => format!("{day:2}"),
-            Some('B') => name.to_owned(),
-            Some('b') => name[..3].to_owned(),
-            Some('A') => weekday.to_owned(),
-            Some('a') => weekday[..3].to_owned(),
-            Some('H') => format!("{:02}", time / 3600),
-            Some('M') => format!("{:02}", time / 60 % 60),
-            Some('S') => format!("{:02}", time % 60),
-            other => {
-                let problem = format!("strftime_now: %{} is not known", other.unwrap_or(' '));
-                return Err(Error::new(ErrorKind::InvalidOperation, problem));
-            }
-        };
-        out.push_str(&part);
-    }
-    Ok(out)
-}
-
 /// Tells the template's own refusals from its faults.
 #[derive(Debug, thiserror::Error)]
 #[error("refused by the template")]
@@ -254,17 +212,4 @@ fn broken(error: &Error) -> TemplateError {
 
 fn one_line(text: &str) -> String {
     text.replace(['\n', '\r'], " ").chars().take(400).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn dates_are_those_of_python() {
-        let date = |seconds| super::strftime("%a %d %b %Y %H:%M:%S, %A %e %B %y, %m%%", seconds).unwrap();
-        assert_eq!(date(0), "Thu 01 Jan 1970 00:00:00, Thursday  1 January 70, 01%");
-        assert_eq!(date(951_868_799), "Tue 29 Feb 2000 23:59:59, Tuesday 29 February 00, 02%");
-        assert_eq!(date(1_735_646_400), "Tue 31 Dec 2024 12:00:00, Tuesday 31 December 24, 12%");
-        assert_eq!(date(4_107_542_400), "Mon 01 Mar 2100 00:00:00, Monday  1 March 00, 03%");
-        assert!(super::strftime("%Q", 0).is_err());
-    }
 }
