@@ -28,6 +28,9 @@ pub struct FileArgs {
     pub quiet: bool,
 }
 
+/// From so many bytes on the layout of rows is chosen: caches hold what is smaller, and there fewer bits gain nothing.
+pub const LARGE_FILE: u64 = 256 << 20;
+
 /// The model of a command, and what it runs on.
 #[derive(clap::Args)]
 pub struct ModelArgs {
@@ -172,12 +175,10 @@ impl ModelArgs {
 
     /// How the weights are kept and what a decoded token reads of them, where the file has so many bytes.
     pub fn strategy(&self, compute: &Compute, bytes: u64, sequences: usize) -> Strategy {
-        // Caches hold what is smaller, and there fewer bits gain nothing.
-        const LARGE: u64 = 256 << 20;
         let rows = match self.layout {
             RowLayout::Base3 => Layout::Base3,
             // Several tokens share what is read of a row, and two bits take less arithmetic.
-            RowLayout::Auto if bytes >= LARGE && sequences == 1 => {
+            RowLayout::Auto if bytes >= LARGE_FILE && sequences == 1 => {
                 let race = compute.race_rows();
                 if self.verbose {
                     notice(format_args!("layout of rows: {race}"));

@@ -1,6 +1,7 @@
 use crate::memory::{self, MemoryArgs};
 use crate::{output, source};
 use bitnet::gguf::{Gguf, Value};
+use bitnet::kernels::ternary::Layout;
 use bitnet::kernels::{MemoryPart, allowed_threads};
 use bitnet::model::{ModelInfo, Strategy};
 use bitnet::{EngineOptions, MemoryPlan};
@@ -123,6 +124,18 @@ fn as_text(args: &Args, gguf: &Gguf, info: Option<&ModelInfo<'_>>) -> String {
                     line("memory", &memory::sum(&plan, &options));
                     if let Some(shrunk) = shrunk {
                         line("budget", &shrunk);
+                    }
+                    // Which layout is faster is only measured where a model is loaded.
+                    let base3 = Strategy { rows: Layout::Base3, ..Strategy::default() };
+                    let packed =
+                        ModelInfo::new(gguf, base3).map(|info| info.memory(&options, allowed_threads()));
+                    let less = packed.map_or(0, |packed| plan.total().saturating_sub(packed.total()));
+                    if gguf.byte_len() >= source::LARGE_FILE && less > 0 {
+                        let less = output::bytes(less as u64);
+                        line(
+                            "layout",
+                            &format!("{less} less with five weights in a byte, if that is faster here"),
+                        );
                     }
                 }
                 Err(error) => line("memory", &error.to_string()),
