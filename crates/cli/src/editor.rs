@@ -9,6 +9,7 @@ use rustyline::hint::Hinter;
 use rustyline::history::FileHistory;
 use rustyline::validate::{ValidationContext, ValidationResult, Validator};
 use rustyline::{Cmd, CompletionType, Config, Editor, Helper, KeyCode, KeyEvent, Modifiers};
+use std::ffi::OsString;
 use std::io::{self, BufRead, IsTerminal, Read};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -151,23 +152,43 @@ impl Hinter for Words {
 impl Highlighter for Words {}
 impl Helper for Words {}
 
-/// Where the history of a chat is kept: the user's folder for the state of programs.
+/// Where the history of a chat is kept.
 pub fn history_file() -> Option<PathBuf> {
-    let folder = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let home = std::env::home_dir();
-    let state = if cfg!(windows) {
-        folder("LOCALAPPDATA")
-    } else if cfg!(target_os = "macos") {
-        home.map(|home| home.join("Library/Application Support"))
-    } else {
-        folder("XDG_STATE_HOME").or_else(|| home.map(|home| home.join(".local/state")))
-    };
+    let state = state_folder(std::env::consts::OS, |name| std::env::var_os(name), std::env::home_dir());
     Some(state?.join("bitnet").join("chat_history"))
+}
+
+/// The user's folder for the state of programs, as each system has it.
+fn state_folder(
+    os: &str,
+    variable: impl Fn(&str) -> Option<OsString>,
+    home: Option<PathBuf>,
+) -> Option<PathBuf> {
+    let folder = |name: &str| variable(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    match os {
+        "windows" => folder("LOCALAPPDATA"),
+        "macos" => Some(home?.join("Library/Application Support")),
+        _ => folder("XDG_STATE_HOME").or_else(|| Some(home?.join(".local/state"))),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_system_has_its_folder_for_state() {
+        let root = |path: &str| std::path::absolute(path).unwrap();
+        let home = || Some(root("/home"));
+        let set = |_: &str| Some(root("/set").into_os_string());
+        let unset = |_: &str| None;
+        assert_eq!(state_folder("macos", set, home()), Some(root("/home/Library/Application Support")));
+        assert_eq!(state_folder("linux", unset, home()), Some(root("/home/.local/state")));
+        assert_eq!(state_folder("linux", set, home()), Some(root("/set")));
+        assert_eq!(state_folder("linux", |_| Some("relative".into()), None), None);
+        assert_eq!(state_folder("windows", set, home()), Some(root("/set")));
+        assert_eq!(state_folder("windows", unset, home()), None);
+    }
 
     #[test]
     fn lines_that_belong_together_are_one_message() {

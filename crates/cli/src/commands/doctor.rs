@@ -169,7 +169,7 @@ fn weights(c: &Config) -> f64 {
 /// Runs the model with all kernels; an error where one differs from scalar in a single bit. Returns those that do not.
 fn prove(args: &Args, threads: usize) -> anyhow::Result<Vec<&'static str>> {
     let mut expected: Option<Vec<u32>> = None;
-    let mut equal = Vec::new();
+    let (mut equal, mut different) = (Vec::new(), Vec::new());
     for (kernels, rows) in supported().into_iter().flat_map(|k| [(k, Layout::Rows), (k, Layout::Base3)]) {
         let (name, compute) = (kernels.name(), Compute::new(kernels, threads));
         let model = Model::load(
@@ -182,13 +182,19 @@ fn prove(args: &Args, threads: usize) -> anyhow::Result<Vec<&'static str>> {
             expected = Some(bits);
             continue;
         };
-        ensure!(
-            *expected == bits,
-            "the kernels {name} differ from scalar: run with --kernels scalar, and report this machine"
-        );
-        if rows == Layout::Rows {
+        if *expected != bits {
+            different.push(name);
+        } else if rows == Layout::Rows {
             equal.push(name);
         }
     }
+    equal.retain(|name| !different.contains(name));
+    different.dedup();
+    ensure!(
+        different.is_empty(),
+        "the kernels {} differ from scalar: run with --kernels {}, and report this machine",
+        different.join(", "),
+        equal.last().unwrap_or(&"scalar")
+    );
     Ok(equal)
 }
