@@ -36,7 +36,7 @@ impl PromptCacheArgs {
                 let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty());
                 ensure!(folder.is_none_or(Path::is_dir), "{name}: there is no such folder");
                 // Known before anything is computed.
-                AtomicFile::create(path).with_context(|| format!("{name}: cannot write"))?;
+                AtomicFile::possible(path).with_context(|| format!("{name}: cannot write"))?;
                 return Ok(());
             }
             meta => meta.with_context(|| format!("{name}: cannot read"))?,

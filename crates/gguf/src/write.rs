@@ -301,6 +301,11 @@ impl AtomicFile {
         Ok(Self { destination: destination.to_owned(), file, temporary })
     }
 
+    /// Whether files can be written where `destination` is. What is written to find out has no name that could stay.
+    pub fn possible(destination: &Path) -> io::Result<()> {
+        tempfile::tempfile_in(folder(destination)).map(drop)
+    }
+
     /// Where the bytes are until [`commit`](Self::commit); all of them after [`TensorWriter::end`].
     pub fn temporary(&self) -> &Path {
         &self.temporary
