@@ -254,6 +254,7 @@ fn hostile_templates_end_in_a_clear_error() {
         "{{ '{:>1000000000}'.format(1) }}",
         "{{ strftime_now('%1000000000d') }}",
         "{{ strftime_now('%') }}",
+        "{{ strftime_now('%d' * 51) }}",
         "{{ 'x\ny' | indent(1000000000) }}",
         "{{ 'x\ny' | indent(width=1000000000) }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",

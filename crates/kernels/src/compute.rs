@@ -264,6 +264,12 @@ pub enum Activation {
     Silu,
 }
 
+/// The first row and the number of rows of a matrix whose `rows` rows are the items from `begin` on that lie in `range`.
+fn part_of(range: &Range<usize>, begin: usize, rows: usize) -> (usize, usize) {
+    let row = |item: usize| item.saturating_sub(begin).min(rows);
+    (row(range.start), row(range.end) - row(range.start))
+}
+
 fn check(matrix: &TernaryMatrix, q: &QuantizedRows, out: &[f32]) {
     let by_columns = matrix.layout.by_columns();
     assert_eq!(
@@ -506,8 +512,7 @@ impl Compute {
             let tiles = &q.tiles[..QuantizedRows::tiled(q.tokens) * 4 * row_bytes];
             self.pool.run_ranges(end, most, grain, |range, worker| {
                 for (matrix, out, begin) in plan {
-                    let first = range.start.saturating_sub(begin).min(matrix.rows);
-                    let count = range.end.saturating_sub(begin).min(matrix.rows) - first;
+                    let (first, count) = part_of(&range, begin, matrix.rows);
                     if count == 0 {
                         continue;
                     }
@@ -542,8 +547,7 @@ impl Compute {
             // SAFETY: each worker runs one task at a time.
             let mut plain = unsafe { plain.row(worker) };
             let parts = plan.map(|(matrix, out, begin)| {
-                let first = range.start.saturating_sub(begin).min(matrix.rows);
-                let count = range.end.saturating_sub(begin).min(matrix.rows) - first;
+                let (first, count) = part_of(&range, begin, matrix.rows);
                 let w = &matrix.bytes[..];
                 let source = match matrix.layout {
                     Layout::Columns => {

@@ -156,7 +156,7 @@ impl Pool {
 
     /// Calls `f(range, worker)` for ranges that together make up `0..items`, on all threads. Each thread has a run of items of its
     /// own and goes through it in order, so that it reads memory as one stream; when it has done it helps the others. Ranges
-    /// begin at multiples of `least` and have at most `most` items, fewer towards the end of a run, so that all end together.
+    /// begin at multiples of `least` and have at most `most` items, a multiple of it, fewer towards the end of a run, so that all end together.
     pub fn run_ranges(
         &self,
         items: usize,

@@ -53,15 +53,6 @@ pub struct Screen {
     rows: usize,
     columns: usize,
     dither: Dither,
-    blocks: Vec<Widest>,
-}
-
-/// The greatest of what is known of the finite rows of a block, which its widest bound follows from.
-#[derive(Clone, Copy, Default)]
-struct Widest {
-    step: f64,
-    norm: f64,
-    greatest: f64,
 }
 
 /// Where a row's codes and its scales are.
@@ -90,17 +81,7 @@ impl Screen {
     /// If the length does not fit.
     pub fn new(bytes: Bytes, rows: usize, columns: usize) -> Self {
         assert_eq!(bytes.len(), Self::bytes(rows, columns));
-        let mut screen = Self { bytes, rows, columns, dither: Dither::new(columns), blocks: Vec::new() };
-        let widest = |first: usize| {
-            let scales = screen.scales(first, BLOCK.min(rows - first)).iter().map(RowScales::read);
-            scales.filter(|row| row.step < f32::INFINITY).fold(Widest::default(), |widest, row| Widest {
-                step: widest.step.max(f64::from(row.step)),
-                norm: widest.norm.max(f64::from(row.norm)),
-                greatest: widest.greatest.max(row.greatest()),
-            })
-        };
-        screen.blocks = (0..rows).step_by(BLOCK).map(widest).collect();
-        screen
+        Self { bytes, rows, columns, dither: Dither::new(columns) }
     }
     /// Rows.
     pub fn rows(&self) -> usize {
@@ -469,20 +450,19 @@ pub(crate) fn screen_logits<I: Isa>(
         i += 1;
     }
     let mut rows = BlockRows { min: [0.0; BLOCK], step: [0.0; BLOCK], dithered: [0.0; BLOCK] };
+    let (mut step, mut norm, mut greatest) = (0.0f64, 0.0f64, 0.0f64);
     for (i, stored) in scales.iter().enumerate() {
         let scales = RowScales::read(stored);
         (rows.min[i], rows.step[i], rows.dithered[i]) = (scales.min, scales.step, scales.dithered);
+        if scales.step < f32::INFINITY {
+            step = step.max(f64::from(scales.step));
+            norm = norm.max(f64::from(scales.norm));
+            greatest = greatest.max(scales.greatest());
+        }
     }
-    let Widest { step, norm, greatest } = screen.blocks[first / BLOCK];
     for (t, probe) in probes.iter().enumerate() {
         probe.logits(&rows, &dots[t], &mut logits[t]);
-        let mut lanes = [f32::NEG_INFINITY; 16];
-        for part in logits[t][..count].chunks(16) {
-            for (top, &x) in lanes.iter_mut().zip(part) {
-                *top = if x > *top { x } else { *top };
-            }
-        }
-        let top = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
+        let top = logits[t][..count].iter().fold(f32::NEG_INFINITY, |top, &x| if x > top { x } else { top });
         tops[t] = [top, probe.bound([step; 2], norm, greatest) as f32];
     }
 }

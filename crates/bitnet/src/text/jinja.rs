@@ -41,9 +41,12 @@ impl Jinja {
         });
         env.add_function(PLAIN, plain);
         env.add_function("strftime_now", |format: &str| {
-            let format: String = format.chars().take(100).collect();
-            strtime::format(&format, &ZonedDateTime::now())
-                .map_err(|error| Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {error}")))
+            let refused =
+                |problem: String| Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {problem}"));
+            if format.len() > 100 {
+                return Err(refused("the format is too long".into()));
+            }
+            strtime::format(format, &ZonedDateTime::now()).map_err(|error| refused(error.to_string()))
         });
         macro_rules! named {
             ($($name:ident),+) => { [$((stringify!($name), Value::from_function(filters::$name))),+] };

@@ -127,11 +127,11 @@ fn as_text(args: &Args, gguf: &Gguf, info: Option<&ModelInfo<'_>>) -> String {
                     }
                     // Which layout is faster is only measured where a model is loaded.
                     let base3 = Strategy { rows: Layout::Base3, ..Strategy::default() };
-                    let packed =
-                        ModelInfo::new(gguf, base3).map(|info| info.memory(&options, allowed_threads()));
-                    let less = packed.map_or(0, |packed| plan.total().saturating_sub(packed.total()));
-                    if gguf.byte_len() >= source::LARGE_FILE && less > 0 {
-                        let less = output::bytes(less as u64);
+                    if gguf.byte_len() >= source::LARGE_FILE
+                        && let Ok(info) = ModelInfo::new(gguf, base3)
+                    {
+                        let packed = info.memory(&options, allowed_threads());
+                        let less = output::bytes(plan.total().saturating_sub(packed.total()) as u64);
                         line(
                             "layout",
                             &format!("{less} less with five weights in a byte, if that is faster here"),

@@ -282,15 +282,8 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
         out: OutPtr,
     ) {
         assert!(self.fast_base3());
-        let ahead = self.ahead().div_ceil(w.row_bytes).max(2);
         // SAFETY: just detected; the rest is the caller's contract.
-        unsafe {
-            match (self.0.far(), listed && self.0.pairs()) {
-                (true, _) => super::vbmi::dots::<true, false>(w, count, row, ahead, a, bias, factor, out),
-                (_, false) => super::vbmi::dots::<false, false>(w, count, row, ahead, a, bias, factor, out),
-                (_, true) => super::vbmi::dots::<false, true>(w, count, row, ahead, a, bias, factor, out),
-            }
-        }
+        unsafe { super::vbmi::dots(self.0, w, count, row, listed, a, bias, factor, out) }
     }
     #[inline(always)]
     fn base3_unpack(self, row: &[u8], out: &mut [u8]) {

@@ -42,13 +42,41 @@ impl Tables {
     }
 }
 
-/// [`super::Isa::base3_dots`], which asks for rows that come so many later, and for those of `PAIRS` two at a time and all lines
-/// at once. The loop over the rows is in here, for a call costs as much as a row.
+/// [`super::Isa::base3_dots`], as suits the CPU that `ask` is of.
 ///
 /// # Safety
 /// The CPU must have what [`detect`] looks for; `out` as in [`crate::ternary::gemv_rows`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-pub(super) unsafe fn dots<const FAR: bool, const PAIRS: bool>(
+pub(super) unsafe fn dots(
+    ask: Ask,
+    w: StoredRows<'_>,
+    count: usize,
+    row: impl Fn(usize) -> usize,
+    listed: bool,
+    a: &[i8],
+    bias: i32,
+    factor: f32,
+    out: OutPtr,
+) {
+    let ahead = ask.ahead().div_ceil(w.row_bytes).max(2);
+    // SAFETY: the caller's contract, handed on.
+    unsafe {
+        match (ask.far(), listed && ask.pairs()) {
+            (true, _) => dots_by::<true, false>(w, count, row, ahead, a, bias, factor, out),
+            (_, false) => dots_by::<false, false>(w, count, row, ahead, a, bias, factor, out),
+            (_, true) => dots_by::<false, true>(w, count, row, ahead, a, bias, factor, out),
+        }
+    }
+}
+
+/// The same, asking for rows that come `ahead` later, to the second-level cache where `FAR` is true, and for those of `PAIRS` two at
+/// a time and all lines at once. The loop over the rows is in here, for a call costs as much as a row.
+///
+/// # Safety
+/// As there.
+#[inline(never)] // three of them in one function are slower
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
+unsafe fn dots_by<const FAR: bool, const PAIRS: bool>(
     w: StoredRows<'_>,
     count: usize,
     row: impl Fn(usize) -> usize,
@@ -199,4 +227,36 @@ pub(super) unsafe fn unpack(row: &[u8], out: &mut [u8]) {
         }
     }
     rest.copy_from_slice(tail);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Which of them a CPU takes by itself depends on the CPU.
+    #[test]
+    fn rows_in_pairs_give_what_rows_one_by_one_give() {
+        if !detect() {
+            return;
+        }
+        // Two blocks and a chunk; the codes of a byte are base 3 in blocks, two bits in chunks.
+        let (rows, row_bytes) = (11, 2 * STORED + 64);
+        let byte = |i: usize| (i * 37 % 243) as u8 & if i % row_bytes < 2 * STORED { 0xff } else { 0x55 };
+        let bytes: Vec<u8> = (0..rows * row_bytes).map(byte).collect();
+        let a: Vec<i8> = (0..8 * PLAIN + 256).map(|i| (i * 91 % 251) as i8).collect();
+        let w = StoredRows { bytes: &bytes, row_bytes, base3: true };
+        for count in 1..=rows {
+            let mut all = [[0.0f32; 11]; 3];
+            let [one, far, pairs] = all.each_mut().map(|out| OutPtr { ptr: out.as_mut_ptr(), stride: rows });
+            let row = |i: usize| rows - 1 - i.min(rows - 1);
+            // SAFETY: the CPU has the instructions; each output has room for all rows.
+            unsafe {
+                dots_by::<false, false>(w, count, row, 2, &a, 3, 0.5, one);
+                dots_by::<true, false>(w, count, row, 2, &a, 3, 0.5, far);
+                dots_by::<false, true>(w, count, row, 2, &a, 3, 0.5, pairs);
+            }
+            assert_eq!(all[0].iter().filter(|x| **x != 0.0).count(), count);
+            assert!(all[0] == all[1] && all[0] == all[2], "{count} rows");
+        }
+    }
 }
