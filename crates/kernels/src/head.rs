@@ -363,7 +363,7 @@ impl Compute {
         stored: &Rows<'_, u8>,
         out: &mut [f32],
     ) -> Option<HeadCounts> {
-        let Logits::Best { top, also, .. } = choice else {
+        let Logits::Best { top, also, among } = choice else {
             return None;
         };
         // A caller may lower the logits in `also`, and then others take their places.
@@ -371,6 +371,8 @@ impl Compute {
         if top > most_wanted(matrix.rows) {
             return None;
         }
+        // Rows that were left out are not listed, whatever the floor.
+        let least = if among.is_some() { f32::MIN } else { f32::NEG_INFINITY };
         let Desk { select, list, ranges, exact } = desk;
         let most = most_open(matrix.rows);
         // At least `top` rows are in blocks whose greatest logit is not below this one.
@@ -380,7 +382,7 @@ impl Compute {
         list.clear();
         ranges.clear();
         for (block, _) in tops.iter().enumerate().filter(|(_, [top, _])| *top >= first_floor) {
-            self.push_rows(list, most, out, block, [first_floor, f32::NAN])?;
+            self.push_rows(list, most, out, block, [first_floor.max(least), f32::NAN])?;
         }
         self.narrow(team, screen, probe, list, None, ranges);
         // `top` of them are not below this one, so nothing below it matters.
@@ -390,7 +392,7 @@ impl Compute {
         for (block, [top, widest]) in tops.iter().enumerate() {
             // Every logit and its own bound follow only where the block's widest bound does not already tell.
             if top + widest >= floor {
-                self.push_rows(list, most, out, block, [floor - widest, first_floor])?;
+                self.push_rows(list, most, out, block, [(floor - widest).max(least), first_floor])?;
             }
             if list.len() - filtered >= SOME || block + 1 == tops.len() {
                 self.kernels.retain_open(screen, probe, list, filtered, out, floor);

@@ -67,7 +67,7 @@ impl KvShape {
     /// Bytes that attention takes for each row of a step.
     pub fn row_bytes(&self) -> usize {
         let coded = if self.ty == KvType::Q8 { 8 * quads(self.head_dim) + 12 } else { 0 };
-        self.query_heads * (8 + coded) + self.heads * size_of::<AtomicUsize>()
+        self.query_heads * (8 + coded) + (self.heads + 1) * size_of::<AtomicUsize>()
     }
 
     /// Bytes of one page of one head of one layer:
@@ -110,6 +110,8 @@ pub struct KvStore {
     states: Vec<f32>,
     /// `[rows][heads]`: how many segments are joined to the state.
     joined: Vec<AtomicUsize>,
+    /// `[rows]`: segments of a row and those before it.
+    ends: Vec<usize>,
     queries: Queries,
     _counted: Counted,
 }
@@ -136,7 +138,9 @@ impl KvStore {
             scales: vec![0.0; coded],
             starts: vec![[0; 2]; coded],
         };
-        let lists = taken(&states) + taken(&joined) + taken(&queries.scales) + taken(&queries.starts);
+        let ends = vec![0; rows];
+        let coded = taken(&queries.scales) + taken(&queries.starts);
+        let lists = taken(&states) + taken(&joined) + taken(&ends) + coded;
         Some(Self {
             shape,
             head_bytes,
@@ -146,6 +150,7 @@ impl KvStore {
             part_floats,
             states,
             joined,
+            ends,
             queries,
             _counted: Counted::new(MemoryPart::Scratch, lists),
         })
@@ -352,12 +357,18 @@ impl Compute {
             }
         };
 
-        let segments = |token: usize| sequence(token).1.div_ceil(PAGE);
-        let (longest, all) = (0..tokens).map(segments).fold((0, 0), |(top, sum), n| (n.max(top), sum + n));
+        // Asked for once, as parts that no two tasks share follow from it.
+        let mut all = 0;
+        for (token, end) in kv.ends[..tokens].iter_mut().enumerate() {
+            all += sequence(token).1.div_ceil(PAGE);
+            *end = all;
+        }
+        let before = |token: usize| token.checked_sub(1).map_or(0, |last| kv.ends[last]);
+        let segments = |token: usize| kv.ends[token] - before(token);
+        let longest = (0..tokens).map(segments).max().unwrap_or(0);
         if threads > 1 && tokens * heads < 8 * threads && longest >= 4 && all <= kv.pages {
             // A few tokens with a long past. A thread goes along the segments of a head, and joins them on the way if it has those from
             // the first on. The others are computed on their own and joined, in order, at the end.
-            let before = |token: usize| (0..token).map(segments).sum::<usize>();
             let parts = Rows::new(kv.parts.floats_mut(), kv.part_floats);
             let joined = &kv.joined[..tokens * heads];
             joined.iter().for_each(|joined| joined.store(0, Relaxed));
@@ -393,12 +404,11 @@ impl Compute {
             });
             self.pool().run(tokens * heads, |task, _| {
                 let (token, head) = (task / heads, task % heads);
-                let before = before(token);
                 // SAFETY: each head of each token is one task.
                 let (state, out) = unsafe { (states.row(task), outs.row(task)) };
                 for segment in joined[task].load(Acquire)..segments(token) {
                     // SAFETY: as above.
-                    let part = unsafe { parts.row((before + segment) * heads + head) };
+                    let part = unsafe { parts.row((before(token) + segment) * heads + head) };
                     kernels.join(part, segment == 0, state, out);
                 }
                 finish(state, out);

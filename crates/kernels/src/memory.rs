@@ -232,8 +232,12 @@ pub struct Aligned<T> {
 
 impl<T: Plain> Aligned<T> {
     /// `len` zeros.
+    ///
+    /// # Panics
+    /// If no memory could hold them.
     pub fn zeroed(len: usize) -> Self {
-        let lines = vec![Line([0; 64]); (len * size_of::<T>()).div_ceil(64)];
+        let bytes = len.checked_mul(size_of::<T>()).expect("a length that memory can hold");
+        let lines = vec![Line([0; 64]); bytes.div_ceil(64)];
         Self { len, _counted: Counted::new(MemoryPart::Scratch, taken(&lines)), lines, of: PhantomData }
     }
 }

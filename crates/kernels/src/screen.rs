@@ -32,7 +32,7 @@
 //! # Layout
 //!
 //! Parts of [`Screen::PART`] rows, the last one shorter: the codes of all rows of the part, then the finer codes of all,
-//! then what else is known of each row, [`RowScales`], four float32, a step of infinity where the row is not finite.
+//! then what else is known of each row, [`RowScales`], four float32, a step of infinity where the codes tell nothing of the row.
 
 use crate::isa::Isa;
 use crate::memory::{Aligned, Bytes};
@@ -133,7 +133,7 @@ pub(crate) struct RowScales {
 
 impl RowScales {
     const BYTES: usize = 16;
-    const NOT_FINITE: Self = Self { min: 0.0, step: f32::INFINITY, norm: 0.0, dithered: 0.0 };
+    const UNKNOWN: Self = Self { min: 0.0, step: f32::INFINITY, norm: 0.0, dithered: 0.0 };
 
     #[inline(always)]
     fn read(bytes: &[u8; Self::BYTES]) -> Self {
@@ -166,7 +166,7 @@ pub(crate) fn fill_part(
     {
         let RowScales { min, step, norm, dithered } = match decode(i, &mut row) {
             true => screen_row(&row, &dither, coarse, fine),
-            false => RowScales::NOT_FINITE,
+            false => RowScales::UNKNOWN,
         };
         for (out, value) in scale.as_chunks_mut().0.iter_mut().zip([min, step, norm, dithered]) {
             *out = value.to_le_bytes();
@@ -308,7 +308,7 @@ impl Probe {
             let dot = self.unit * (f64::from(dots[i]) - f64::from(rows.dithered[i]));
             logits[i] = (min * self.sums[0] + step * (dot - self.dithered[0])) as f32;
         }
-        // A row that is not finite is always computed.
+        // A row of which nothing is known is always computed.
         for i in 0..BLOCK {
             logits[i] = if rows.step[i] == f32::INFINITY { f32::INFINITY } else { logits[i] };
         }
@@ -413,10 +413,11 @@ pub(crate) fn screen_row<I: Isa>(
     }
     let norm = squares.iter().sum::<f64>().sqrt() + f64::from(step) * 0.5 * (row.len() as f64).sqrt();
     let norm = (norm * (1.0 + 1e-6)) as f32 + f32::MIN_POSITIVE;
-    if norm.is_finite() {
+    // The inverse of a step so small that it has fewer bits is no longer exact, or infinite.
+    if norm.is_finite() && (step >= f32::MIN_POSITIVE || min == max) {
         RowScales { min, step, norm, dithered: fold(isa, dithered) }
     } else {
-        RowScales::NOT_FINITE
+        RowScales::UNKNOWN
     }
 }
 

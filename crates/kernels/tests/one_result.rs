@@ -76,7 +76,7 @@ fn everywhere<T: PartialEq + std::fmt::Debug>(f: impl Fn(&Compute) -> T) -> T {
     let run = |kernels: &'static Kernels, threads| f(&Compute::new(kernels, threads));
     let reference = run(supported()[0], 1);
     for kernels in supported() {
-        for threads in [1, 2, 3] {
+        for threads in [1, 3, 4] {
             let got = run(kernels, threads);
             assert!(got == reference, "{} on {threads} threads differs from scalar", kernels.name());
         }
@@ -204,7 +204,7 @@ fn extreme_codes_do_not_overflow() {
         let (w, v) = (matrix(&ones, columns, 1.0), by_columns(&ones, columns, 1.0));
         let norm = vec![1.0; columns];
         for sign in [1.0, -1.0] {
-            let x = vec![sign; 9 * columns];
+            let x = vec![sign; 17 * columns];
             let out = everywhere(|compute| {
                 let mut work = Workspace::new(columns, compute.pool().threads());
                 let mut product = |tokens, layout, matrix: &TernaryMatrix| {
@@ -214,10 +214,14 @@ fn extreme_codes_do_not_overflow() {
                     compute.linear(&q, &mut work, [(matrix, &mut out)]);
                     bits(&out)
                 };
-                let out = product(9, Layout::Rows, &w);
-                assert_eq!(out, product(9, Layout::Rows, &packed(&ones, columns, 1.0, compute)), "base 3");
-                assert_eq!(out, product(9, Layout::Columns, &v));
-                assert_eq!(out[..2], product(1, Layout::Columns, &v));
+                // So many that they are multiplied by rows, by columns, or with weights unpacked.
+                let out = product(17, Layout::Rows, &w);
+                let packed = packed(&ones, columns, 1.0, compute);
+                for tokens in [1, 9, 17] {
+                    assert_eq!(out[..2 * tokens], product(tokens, Layout::Rows, &w));
+                    assert_eq!(out[..2 * tokens], product(tokens, Layout::Rows, &packed), "base 3");
+                    assert_eq!(out[..2 * tokens], product(tokens, Layout::Columns, &v));
+                }
                 out
             });
             assert!(out.iter().all(|&y| (f32::from_bits(y) - sign * columns as f32).abs() < 0.1));
@@ -279,7 +283,8 @@ fn attention_is_the_same_everywhere_and_right() {
         for (ty, tolerance) in [(KvType::F32, 2e-5), (KvType::F16, 3e-3), (KvType::Q8, 6e-2)] {
             let shape = KvShape { ty, layers, heads: kv_heads, query_heads: kv_heads * group, head_dim };
             let filled = |compute: &Compute| {
-                let mut kv = KvStore::new(shape, 6, positions).unwrap();
+                // Room for the segments of two tokens.
+                let mut kv = KvStore::new(shape, 12, positions).unwrap();
                 compute.store(&mut kv, 1, &k, &v, |t| (&pages, t + 1));
                 kv
             };
@@ -333,7 +338,7 @@ fn attention_is_the_same_everywhere_and_right() {
 #[test]
 fn head_embedding_rope_and_sums_are_the_same_everywhere() {
     let mut random = Random(4);
-    for (columns, rows, tokens) in [(256, 41, 1), (100, 7, 6), (2560, 9, 4), (24, 130, 5)] {
+    for (columns, rows, tokens) in [(256, 41, 1), (100, 7, 6), (2560, 9, 7), (24, 130, 5)] {
         let x = random.floats(tokens * columns);
         for ty in [FloatType::F16, FloatType::BF16, FloatType::F32] {
             // Any finite bit pattern may be stored, subnormal halves included.
@@ -369,16 +374,33 @@ fn head_embedding_rope_and_sums_are_the_same_everywhere() {
                 }
             }
         }
-        let (cos, sin) = (random.floats(tokens * (columns / 8)), random.floats(tokens * (columns / 8)));
+        let (half, head_dim) = (columns / 8, columns / 2);
+        let (cos, sin) = (random.floats(tokens * half), random.floats(tokens * half));
         let y = random.floats(tokens * columns);
-        everywhere(|compute| {
+        let (rotated, sums, _) = everywhere(|compute| {
             let mut x = x.clone();
-            compute.rope(&mut x, columns / 2, &cos, &sin, tokens);
+            compute.rope(&mut x, head_dim, &cos, &sin, tokens);
+            let rotated = bits(&x);
             compute.add(&mut x, &y);
             let mut normed = vec![0.0; x.len()];
             compute.rmsnorm(&x, &y[..columns], 1e-6, &mut normed);
-            bits(&normed)
+            (rotated, bits(&x), bits(&normed))
         });
+        for (i, (&got, &sum)) in rotated.iter().zip(&sums).enumerate() {
+            let (t, d) = (i / columns, i % columns % head_dim);
+            // An element is rotated with the one half a rotation away; those past two halves stay.
+            let turn = |with: usize, sign: f32| {
+                let at = t * half + d % half;
+                f64::from(x[i]) * f64::from(cos[at]) + f64::from(sign * x[with]) * f64::from(sin[at])
+            };
+            let want = match d / half {
+                0 => turn(i + half, -1.0),
+                1 => turn(i - half, 1.0),
+                _ => f64::from(x[i]),
+            };
+            assert!((f64::from(f32::from_bits(got)) - want).abs() < 1e-5, "{i}: {want}");
+            assert_eq!(f32::from_bits(sum), f32::from_bits(got) + y[i]);
+        }
     }
 }
 
@@ -407,6 +429,11 @@ fn screened_head(random: &mut Random, rows: usize, columns: usize, compute: &Com
         (0..rows * columns).map(|_| (0..6).map(|_| random.float()).sum::<f32>()).collect();
     (0..rows).step_by(97).for_each(|r| weights[r * columns + r % columns] *= 20.0);
     weights[..columns].fill(0.25);
+    screened(&weights, columns, compute)
+}
+
+fn screened(weights: &[f32], columns: usize, compute: &Compute) -> Head {
+    let rows = weights.len() / columns;
     let bytes: Vec<u8> = weights.iter().flat_map(|w| w.to_le_bytes()).collect();
     let matrix = FloatMatrix::new(shared(bytes), FloatType::F32, rows, columns);
     let mut copy = vec![0; Screen::bytes(rows, columns)];
@@ -414,6 +441,27 @@ fn screened_head(random: &mut Random, rows: usize, columns: usize, compute: &Com
         compute.screen_part(&matrix, part, out);
     }
     Head { matrix, screen: Some(Screen::new(shared(copy), rows, columns)) }
+}
+
+#[test]
+fn rows_that_codes_cannot_tell_are_computed() {
+    let mut random = Random(13);
+    let (rows, columns) = (2048, 128);
+    // All others are far below a row whose steps are too small for a float32, and below one with an infinity.
+    for odd in [1e-39, f32::INFINITY] {
+        let mut weights: Vec<f32> = random.floats(rows * columns).into_iter().map(|w| w - 3.0).collect();
+        weights[1000 * columns..][..columns].fill(0.0);
+        weights[1000 * columns + 5] = odd;
+        let x = vec![1.0; columns];
+        everywhere(|compute| {
+            let head = screened(&weights, columns, compute);
+            let mut scratch = HeadScratch::new(rows, columns, compute.pool().threads());
+            let mut out = vec![f32::NAN; rows];
+            let wanted = |_| Logits::Best { top: 1, also: &[], among: None };
+            compute.head(&head, &x, wanted, &mut scratch, &mut out);
+            assert!(scratch.take_counts().tokens == 1 && out[1000] == odd, "{odd}: {}", out[1000]);
+        });
+    }
 }
 
 #[test]
@@ -446,6 +494,15 @@ fn the_screen_never_loses_a_row() {
             let counts = scratch.take_counts();
             // The finer codes must settle most of what the coarse ones leave open.
             assert!(counts.tokens > 0 && 4 * counts.exact < counts.open, "{counts:?}");
+            // Fewer blocks than are looked at first, and all that is left out stays so.
+            let wanted = |_| Logits::Best { top: 2, also: &[], among: Some(&mask[..4]) };
+            let mut few = logits();
+            compute.head(&head, &x, wanted, &mut scratch, &mut few);
+            assert_eq!(scratch.take_counts().tokens, tokens as u64);
+            for few in few.chunks(rows) {
+                assert!(few[..128].iter().filter(|x| x.is_finite()).count() >= 2);
+                assert!(few[128..].iter().all(|x| *x == f32::NEG_INFINITY));
+            }
             // The second token wants others than the first.
             let wanted = |t| if t == 1 { Logits::Every } else { Logits::Listed(&list) };
             compute.head(&head, &x, wanted, &mut scratch, &mut listed);

@@ -1,7 +1,8 @@
 //! Asking for memory ahead on x86-64.
 //!
 //! Zen 4 gets almost twice as many bytes a second where lines are asked for into the second-level cache, a longer way ahead, and to
-//! Zen 3 it is all the same. On others they go to the first, as suits Zen 5 (a tenth faster so) and Intel's Sapphire Rapids.
+//! Zen 3 it is all the same. On Zen 5 they go to the first, a tenth faster so. Intel's Sapphire Rapids takes them into the second
+//! and, where a row is computed with for long, a second time into the first, a few rows ahead.
 
 use std::arch::x86_64::{__cpuid, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
 use std::sync::LazyLock;
@@ -13,15 +14,21 @@ static ASK: LazyLock<Ask> = LazyLock::new(|| {
     let (vendor, version) = (__cpuid(0), __cpuid(1).eax);
     let family = (version >> 8 & 0xf) + (version >> 20 & 0xff);
     let amd = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).as_flattened() == b"AuthenticAMD";
-    Ask { far: amd && family < ZEN_5, far_in_cache: amd, pairs: amd && family >= ZEN_5 }
+    let pairs = amd && family >= ZEN_5;
+    Ask { far: !pairs, twice: !amd, pairs, in_cache: if amd { 22 << 10 } else { 32 << 10 } }
 });
 
 /// Into which cache, and how far ahead.
 #[derive(Clone, Copy)]
 pub(crate) struct Ask {
-    far: bool,
-    far_in_cache: bool,
-    pairs: bool,
+    /// Whether lines go to the second-level cache.
+    pub(super) far: bool,
+    /// Whether those of rows in base 3 are asked for once more.
+    pub(super) twice: bool,
+    /// Whether listed rows come faster two side by side, each of whose lines are asked for at once.
+    pub(super) pairs: bool,
+    /// Bytes of a page of the cache that are asked for ahead of those that are read.
+    pub(super) in_cache: usize,
 }
 
 impl Ask {
@@ -47,24 +54,9 @@ impl Ask {
             }
         }
     }
-    /// Whether lines go to the second-level cache.
-    #[inline(always)]
-    pub(super) fn far(self) -> bool {
-        self.far
-    }
     /// Bytes of a stream that are asked for ahead of those that are read.
     #[inline(always)]
     pub(super) fn ahead(self) -> usize {
         if self.far { 10 << 10 } else { 5 << 10 }
-    }
-    /// The same for pages of the cache.
-    #[inline(always)]
-    pub(super) fn ahead_in_cache(self) -> usize {
-        if self.far_in_cache { 22 << 10 } else { 4 << 10 }
-    }
-    /// Whether listed rows come faster two side by side, each of whose lines are asked for at once.
-    #[inline(always)]
-    pub(super) fn pairs(self) -> bool {
-        self.pairs
     }
 }

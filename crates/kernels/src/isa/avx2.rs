@@ -47,7 +47,7 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
     }
     #[inline(always)]
     fn ahead_in_cache(self) -> usize {
-        self.0.ahead_in_cache()
+        self.0.in_cache
     }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {

@@ -56,7 +56,7 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
     }
     #[inline(always)]
     fn ahead_in_cache(self) -> usize {
-        self.0.ahead_in_cache()
+        self.0.in_cache
     }
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -256,6 +256,7 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
     }
     #[inline(always)]
     fn panel_tile<const T: usize>(self, panel: &[u8], a: [&[i8]; T], dots: &mut [[i32; PANEL]; T]) {
+        assert!(VNNI, "without it sums are looked up");
         let quads = panel_quads(panel, a);
         if AMX && T == super::amx::TOKENS && quads % 16 == 0 {
             // SAFETY: `self` proves AMX; the lengths were checked above.

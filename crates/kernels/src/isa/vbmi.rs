@@ -61,22 +61,33 @@ pub(super) unsafe fn dots(
     let ahead = ask.ahead().div_ceil(w.row_bytes).max(2);
     // SAFETY: the caller's contract, handed on.
     unsafe {
-        match (ask.far(), listed && ask.pairs()) {
-            (true, _) => dots_by::<true, false>(w, count, row, ahead, a, bias, factor, out),
-            (_, false) => dots_by::<false, false>(w, count, row, ahead, a, bias, factor, out),
-            (_, true) => dots_by::<false, true>(w, count, row, ahead, a, bias, factor, out),
+        match ask {
+            Ask { pairs: true, .. } if listed => dots_by::<PAIRS>(w, count, row, ahead, a, bias, factor, out),
+            Ask { twice: true, .. } => dots_by::<TWICE>(w, count, row, ahead, a, bias, factor, out),
+            Ask { far: true, .. } => dots_by::<FAR>(w, count, row, ahead, a, bias, factor, out),
+            _ => dots_by::<NEAR>(w, count, row, ahead, a, bias, factor, out),
         }
     }
 }
 
-/// The same, asking for rows that come `ahead` later, to the second-level cache where `FAR` is true, and for those of `PAIRS` two at
-/// a time and all lines at once. The loop over the rows is in here, for a call costs as much as a row.
+/// How rows that come later are asked for: to the first-level cache; to the second; to the second, and to the first when
+/// they are [`SHORTLY`] due; or two at a time, all lines at once.
+const NEAR: u8 = 0;
+const FAR: u8 = 1;
+const TWICE: u8 = 2;
+const PAIRS: u8 = 3;
+
+/// Rows.
+const SHORTLY: usize = STEP;
+
+/// The same, asking in the way of `HOW` for rows that come `ahead` later. The loop over the rows is in here, for a call costs as
+/// much as a row.
 ///
 /// # Safety
 /// As there.
-#[inline(never)] // three of them in one function are slower
+#[inline(never)] // several of them in one function are slower
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-unsafe fn dots_by<const FAR: bool, const PAIRS: bool>(
+unsafe fn dots_by<const HOW: u8>(
     w: StoredRows<'_>,
     count: usize,
     row: impl Fn(usize) -> usize,
@@ -98,15 +109,19 @@ unsafe fn dots_by<const FAR: bool, const PAIRS: bool>(
     ];
     let mut i = 0;
     while i < count {
-        let (mut rows, mut nexts) = ([w.bytes.as_ptr(); STEP], [w.bytes.as_ptr(); STEP]);
+        let mut rows = [w.bytes.as_ptr(); STEP];
+        let (mut nexts, mut shortly) = (rows, rows);
         for r in 0..STEP {
             // A short last step has its last row several times.
             rows[r] = w.bytes[at(row((i + r).min(count - 1)))..][..w.row_bytes].as_ptr();
             nexts[r] = w.bytes.as_ptr().wrapping_add(at(row(i + r + ahead)));
+            if HOW == TWICE {
+                shortly[r] = w.bytes.as_ptr().wrapping_add(at(row(i + r + SHORTLY)));
+            }
         }
         // The lanes of the products of `$w` rows from the `$r`-th on, side by side. A function would not be inlined each time.
         macro_rules! lanes {
-            ($r:expr, $w:expr, $each:expr) => {{
+            ($r:expr, $w:expr) => {{
                 // Fields are multiplied where they stand in the byte, as with rows in two bits: a row has at most 2^12 chunks,
                 // and each adds less than 2^16 to a lane.
                 let mut fields = [[_mm512_setzero_si512(); 5]; $w];
@@ -119,9 +134,7 @@ unsafe fn dots_by<const FAR: bool, const PAIRS: bool>(
                             let mut both = [(masks[0], masks[0]); $w];
                             for k in 0..$w {
                                 let line = _mm512_loadu_si512(rows[$r + k].add(at).cast());
-                                if $each {
-                                    Ask::line_of::<FAR>(nexts[$r + k].wrapping_add(at));
-                                }
+                                ask_line::<HOW>(nexts[$r + k], shortly[$r + k], at);
                                 both[k] = tables.codes(line);
                             }
                             for f in 0..4 {
@@ -142,9 +155,7 @@ unsafe fn dots_by<const FAR: bool, const PAIRS: bool>(
                         let (at, codes) = (STORED * blocks + 64 * c, 4 * PLAIN * blocks + 256 * c);
                         for k in 0..$w {
                             let chunk = _mm512_loadu_si512(rows[$r + k].add(at).cast());
-                            if $each {
-                                Ask::line_of::<FAR>(nexts[$r + k].wrapping_add(at));
-                            }
+                            ask_line::<HOW>(nexts[$r + k], shortly[$r + k], at);
                             for f in 0..4 {
                                 let code = _mm512_and_si512(chunk, masks[f]);
                                 fields[k][f] = _mm512_dpbusd_epi32(fields[k][f], code, q(codes + 64 * f));
@@ -162,18 +173,18 @@ unsafe fn dots_by<const FAR: bool, const PAIRS: bool>(
                 sums
             }};
         }
-        let sums = if PAIRS {
+        let sums = if HOW == PAIRS {
             let [ask, ask2] = [[nexts[0], nexts[1]], [nexts[2], nexts[3]]];
-            all_lines::<FAR>(ask, w.row_bytes);
-            let [s0, s1] = lanes!(0, 2, false);
-            all_lines::<FAR>(ask2, w.row_bytes);
-            let [s2, s3] = lanes!(2, 2, false);
+            all_lines(ask, w.row_bytes);
+            let [s0, s1] = lanes!(0, 2);
+            all_lines(ask2, w.row_bytes);
+            let [s2, s3] = lanes!(2, 2);
             [s0, s1, s2, s3]
         } else {
-            let [s0] = lanes!(0, 1, true);
-            let [s1] = lanes!(1, 1, true);
-            let [s2] = lanes!(2, 1, true);
-            let [s3] = lanes!(3, 1, true);
+            let [s0] = lanes!(0, 1);
+            let [s1] = lanes!(1, 1);
+            let [s2] = lanes!(2, 1);
+            let [s3] = lanes!(3, 1);
             [s0, s1, s2, s3]
         };
         // SAFETY: AVX-512F is there; `values` takes four floats; and the caller's contract.
@@ -191,12 +202,25 @@ unsafe fn dots_by<const FAR: bool, const PAIRS: bool>(
     }
 }
 
+/// Asks for a line of a row that comes later and of one that comes shortly, as `HOW` says, unless it asks for whole rows.
+#[inline(always)]
+fn ask_line<const HOW: u8>(next: *const u8, shortly: *const u8, at: usize) {
+    match HOW {
+        NEAR => Ask::line_of::<false>(next.wrapping_add(at)),
+        FAR | TWICE => Ask::line_of::<true>(next.wrapping_add(at)),
+        _ => (),
+    }
+    if HOW == TWICE {
+        Ask::line_of::<false>(shortly.wrapping_add(at));
+    }
+}
+
 /// Asks for all lines of two rows at once.
 #[inline(always)]
-fn all_lines<const FAR: bool>(rows: [*const u8; 2], row_bytes: usize) {
+fn all_lines(rows: [*const u8; 2], row_bytes: usize) {
     for row in rows {
         for line in 0..row_bytes / 64 {
-            Ask::line_of::<FAR>(row.wrapping_add(64 * line));
+            Ask::line_of::<false>(row.wrapping_add(64 * line));
         }
     }
 }
@@ -235,7 +259,7 @@ mod tests {
 
     /// Which of them a CPU takes by itself depends on the CPU.
     #[test]
-    fn rows_in_pairs_give_what_rows_one_by_one_give() {
+    fn rows_are_the_same_however_they_are_asked_for() {
         if !detect() {
             return;
         }
@@ -246,17 +270,19 @@ mod tests {
         let a: Vec<i8> = (0..8 * PLAIN + 256).map(|i| (i * 91 % 251) as i8).collect();
         let w = StoredRows { bytes: &bytes, row_bytes, base3: true };
         for count in 1..=rows {
-            let mut all = [[0.0f32; 11]; 3];
-            let [one, far, pairs] = all.each_mut().map(|out| OutPtr { ptr: out.as_mut_ptr(), stride: rows });
+            let mut all = [[0.0f32; 11]; 4];
+            let [near, far, twice, pairs] =
+                all.each_mut().map(|out| OutPtr { ptr: out.as_mut_ptr(), stride: rows });
             let row = |i: usize| rows - 1 - i.min(rows - 1);
             // SAFETY: the CPU has the instructions; each output has room for all rows.
             unsafe {
-                dots_by::<false, false>(w, count, row, 2, &a, 3, 0.5, one);
-                dots_by::<true, false>(w, count, row, 2, &a, 3, 0.5, far);
-                dots_by::<false, true>(w, count, row, 2, &a, 3, 0.5, pairs);
+                dots_by::<NEAR>(w, count, row, 2, &a, 3, 0.5, near);
+                dots_by::<FAR>(w, count, row, 2, &a, 3, 0.5, far);
+                dots_by::<TWICE>(w, count, row, 2, &a, 3, 0.5, twice);
+                dots_by::<PAIRS>(w, count, row, 2, &a, 3, 0.5, pairs);
             }
             assert_eq!(all[0].iter().filter(|x| **x != 0.0).count(), count);
-            assert!(all[0] == all[1] && all[0] == all[2], "{count} rows");
+            assert!(all.iter().all(|some| *some == all[0]), "{count} rows");
         }
     }
 }
