@@ -2,7 +2,8 @@
 //!
 //! Zen 4 gets almost twice as many bytes a second where lines are asked for into the second-level cache, a longer way ahead, and to
 //! Zen 3 it is all the same. On Zen 5 they go to the first, a tenth faster so. Intel's Sapphire Rapids takes them into the second
-//! and, where a row is computed with for long, a second time into the first, a few rows ahead.
+//! and, where a row is computed with for long, a second time into the first, a few rows ahead; columns only
+//! into the first.
 
 use std::arch::x86_64::{__cpuid, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
 use std::sync::LazyLock;
@@ -53,6 +54,11 @@ impl Ask {
                 _mm_prefetch::<_MM_HINT_T0>(p.cast());
             }
         }
+    }
+    /// The same for columns that are anywhere.
+    #[inline(always)]
+    pub(super) fn for_columns(self) -> Self {
+        Self { far: self.far && !self.twice, ..self }
     }
     /// Bytes of a stream that are asked for ahead of those that are read.
     #[inline(always)]

@@ -32,23 +32,54 @@ macro_rules! both {
     }};
 }
 
+/// Methods of [`Isa`] that are the same with AVX-512, which comes with AVX2.
+macro_rules! with_avx2 {
+    () => {
+        #[inline(always)]
+        fn prefetch(self, p: *const u8) {
+            self.0.line(p);
+        }
+        #[inline(always)]
+        fn ahead(self) -> usize {
+            self.0.ahead()
+        }
+        #[inline(always)]
+        fn ahead_in_cache(self) -> usize {
+            self.0.in_cache
+        }
+        #[inline(always)]
+        fn for_columns(self) -> Self {
+            Self(self.0.for_columns())
+        }
+        #[inline(always)]
+        fn nonzero(self, codes: &[i8; 16]) -> u16 {
+            super::avx2::nonzero(codes)
+        }
+        #[inline(always)]
+        fn transpose(self, rows: &[[i8; LANES]; LANES], out: &mut [[i8; LANES]; LANES]) {
+            // SAFETY: `self` proves AVX2.
+            unsafe { super::avx2::transpose(rows, out) }
+        }
+        #[inline(always)]
+        fn fill_tables(self, quads: Quads<'_>, tables: &mut [[i16; LANES]]) {
+            // SAFETY: `self` proves AVX2.
+            unsafe { super::avx2::fill_tables(quads, tables) }
+        }
+        #[inline(always)]
+        unsafe fn add_looked_up(self, tables: &[[i16; LANES]], places: &[Places], sums: &mut [[i16; LANES]]) {
+            // SAFETY: `self` proves AVX2; the rest is the caller's contract.
+            unsafe { super::avx2::add_looked_up(tables, places, sums) }
+        }
+    };
+}
+pub(super) use with_avx2;
+
 impl<const VNNI: bool> Isa for Avx2<VNNI> {
     type F = [__m256; 2];
     const PANEL_TOKENS: usize = 1;
     const LOOKS_UP: bool = true;
 
-    #[inline(always)]
-    fn prefetch(self, p: *const u8) {
-        self.0.line(p);
-    }
-    #[inline(always)]
-    fn ahead(self) -> usize {
-        self.0.ahead()
-    }
-    #[inline(always)]
-    fn ahead_in_cache(self) -> usize {
-        self.0.in_cache
-    }
+    with_avx2!();
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
         // SAFETY: `self` proves AVX2.
@@ -132,10 +163,6 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         unsafe { (_mm256_movemask_ps(lo) | _mm256_movemask_ps(hi) << 8) as u16 }
     }
     #[inline(always)]
-    fn nonzero(self, codes: &[i8; 16]) -> u16 {
-        nonzero(codes)
-    }
-    #[inline(always)]
     fn dot_rows<const R: usize>(self, w: [&[u8]; R], ahead: [*const u8; R], a: &[i8]) -> [i32; R] {
         let chunks = row_chunks(w, a);
         // SAFETY: `self` proves AVX2, and AVX-VNNI where it is used; chunk c < chunks reads weights below 64 c + 64 and codes
@@ -202,21 +229,6 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
             }
         }
         out
-    }
-    #[inline(always)]
-    fn transpose(self, rows: &[[i8; LANES]; LANES], out: &mut [[i8; LANES]; LANES]) {
-        // SAFETY: `self` proves AVX2.
-        unsafe { transpose(rows, out) }
-    }
-    #[inline(always)]
-    fn fill_tables(self, quads: Quads<'_>, tables: &mut [[i16; LANES]]) {
-        // SAFETY: `self` proves AVX2.
-        unsafe { fill_tables(quads, tables) }
-    }
-    #[inline(always)]
-    unsafe fn add_looked_up(self, tables: &[[i16; LANES]], places: &[Places], sums: &mut [[i16; LANES]]) {
-        // SAFETY: `self` proves AVX2; the rest is the caller's contract.
-        unsafe { add_looked_up(tables, places, sums) }
     }
     #[inline(always)]
     fn add_columns(

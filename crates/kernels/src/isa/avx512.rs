@@ -3,6 +3,7 @@
 //! Every intrinsic below needs only those sets, which the existence of an [`Avx512`] value proves.
 
 use super::ask::Ask;
+use super::avx2::with_avx2;
 use super::{
     GROUP, Isa, LANES, PANEL, check_split, column_chunks, lanes, nibble_chunks, panel_quads, row_chunks,
 };
@@ -46,18 +47,7 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
     const LOOKS_UP: bool = !VNNI;
     const TILES: bool = AMX;
 
-    #[inline(always)]
-    fn prefetch(self, p: *const u8) {
-        self.0.line(p);
-    }
-    #[inline(always)]
-    fn ahead(self) -> usize {
-        self.0.ahead()
-    }
-    #[inline(always)]
-    fn ahead_in_cache(self) -> usize {
-        self.0.in_cache
-    }
+    with_avx2!();
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
         // SAFETY: `self` proves AVX-512F; no memory is touched.
@@ -117,10 +107,6 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
     fn at_least(self, a: __m512, b: __m512) -> u16 {
         // SAFETY: `self` proves AVX-512F; no memory is touched.
         unsafe { _mm512_cmp_ps_mask::<_CMP_GE_OQ>(a, b) }
-    }
-    #[inline(always)]
-    fn nonzero(self, codes: &[i8; 16]) -> u16 {
-        super::avx2::nonzero(codes)
     }
     #[inline(always)]
     fn places(self, mask: u16, first: u32, out: &mut [u32; 16]) -> usize {
@@ -318,21 +304,6 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
         assert!(AMX);
         // SAFETY: `self` proves AMX.
         unsafe { super::amx::columns(w, column_bytes, range, codes, tokens, sums) }
-    }
-    #[inline(always)]
-    fn transpose(self, rows: &[[i8; LANES]; LANES], out: &mut [[i8; LANES]; LANES]) {
-        // SAFETY: AVX-512F comes with AVX2.
-        unsafe { super::avx2::transpose(rows, out) }
-    }
-    #[inline(always)]
-    fn fill_tables(self, quads: Quads<'_>, tables: &mut [[i16; LANES]]) {
-        // SAFETY: AVX-512F comes with AVX2.
-        unsafe { super::avx2::fill_tables(quads, tables) }
-    }
-    #[inline(always)]
-    unsafe fn add_looked_up(self, tables: &[[i16; LANES]], places: &[Places], sums: &mut [[i16; LANES]]) {
-        // SAFETY: AVX-512F comes with AVX2; the rest is the caller's contract.
-        unsafe { super::avx2::add_looked_up(tables, places, sums) }
     }
     #[inline(always)]
     fn add_columns(

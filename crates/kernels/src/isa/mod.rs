@@ -76,6 +76,11 @@ pub(crate) trait Isa: Copy {
     fn ahead_in_cache(self) -> usize {
         4 << 10
     }
+    /// The same, asking as suits columns that are anywhere.
+    #[inline(always)]
+    fn for_columns(self) -> Self {
+        self
+    }
     fn splat(self, x: f32) -> Self::F;
     fn load(self, x: &[f32; 16]) -> Self::F;
     fn store(self, v: Self::F, out: &mut [f32; 16]);

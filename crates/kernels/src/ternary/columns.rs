@@ -41,6 +41,7 @@ pub(crate) fn add_columns<I: Isa>(
     q: &[i8],
     sums: &mut [i32],
 ) {
+    let isa = isa.for_columns();
     let column = |c: u32| &w[c as usize * column_bytes..][..column_bytes];
     // The columns of the next groups are anywhere: they are asked for while these are added.
     let ahead_of = (isa.ahead() / (GROUP * column_bytes)).max(1) * GROUP;
