@@ -73,43 +73,16 @@ pub(crate) fn attend<I: Isa>(isa: I, s: &Segment<'_>, state: &mut [f32], out: &m
 /// Joins what a segment gave on its own, `part` (`[heads][head_dim]`, then `[2][heads]`), to `state` and `out`.
 #[inline(always)]
 pub(crate) fn join<I: Isa>(isa: I, part: &[f32], first: bool, state: &mut [f32], out: &mut [f32]) {
-    let heads = state.len() / 2;
-    let mut h = 0;
-    while h < heads {
-        let step = if heads - h >= 4 { 4 } else { 1 };
-        match step {
-            4 => join_heads::<I, 4>(isa, part, first, h, state, out),
-            _ => join_heads::<I, 1>(isa, part, first, h, state, out),
-        }
-        h += step;
-    }
-}
-
-#[inline(always)]
-fn join_heads<I: Isa, const Q: usize>(
-    isa: I,
-    part: &[f32],
-    first: bool,
-    h: usize,
-    state: &mut [f32],
-    out: &mut [f32],
-) {
     let (heads, head_dim) = (state.len() / 2, out.len() * 2 / state.len());
-    let (o, rest) = part.split_at(out.len());
-    let (mut tops, mut sums) = ([0.0; Q], [0.0; Q]);
-    tops.copy_from_slice(&rest[h..h + Q]);
-    sums.copy_from_slice(&rest[heads + h..heads + h + Q]);
-    let (own, old) = factors(isa, first, tops, sums, h, state);
-    for i in 0..Q {
-        let range = (h + i) * head_dim..(h + i + 1) * head_dim;
-        let (blocks, tail) = o[range.clone()].as_chunks::<16>();
-        let out = &mut out[range];
-        for (d, block) in blocks.iter().enumerate() {
-            join_lanes(isa, isa.load(block), own[i], old[i], first, &mut out[16 * d..16 * d + 16]);
+    let (part, rest) = part.split_at(out.len());
+    for (h, (part, out)) in part.chunks(head_dim).zip(out.chunks_mut(head_dim)).enumerate() {
+        let ([own], [old]) = factors(isa, first, [rest[h]], [rest[heads + h]], h, state);
+        let (blocks, tail) = part.as_chunks::<16>();
+        for (block, out) in blocks.iter().zip(out.chunks_mut(16)) {
+            join_lanes(isa, isa.load(block), own, old, first, out);
         }
         if !tail.is_empty() {
-            let tail_out = &mut out[16 * blocks.len()..];
-            join_lanes(isa, isa.load(&padded(tail)), own[i], old[i], first, tail_out);
+            join_lanes(isa, isa.load(&padded(tail)), own, old, first, &mut out[16 * blocks.len()..]);
         }
     }
 }

@@ -102,10 +102,6 @@ impl FloatMatrix {
     pub fn byte_len(&self) -> usize {
         self.bytes.len()
     }
-    /// Encoding of the elements.
-    pub fn float_type(&self) -> FloatType {
-        self.ty
-    }
 }
 
 /// Least rows of a task with few tokens, whole steps.
@@ -304,24 +300,20 @@ impl<'a, T> Rows<'a, T> {
     /// Nobody else may hold row `i` while the result lives.
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn row(&self, i: usize) -> &mut [T] {
-        assert!((i + 1) * self.width <= self.len);
-        // SAFETY: in bounds as just checked; exclusive by the caller's contract.
-        unsafe { std::slice::from_raw_parts_mut(self.ptr.add(i * self.width), self.width) }
+        // SAFETY: the caller's contract.
+        unsafe { self.rows(i, 1) }
     }
     /// # Safety
     /// Nobody else may hold any of the `count` rows from `first` on while the result lives.
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn rows(&self, first: usize, count: usize) -> &mut [T] {
         assert!((first + count) * self.width <= self.len);
-        // SAFETY: as above.
+        // SAFETY: in bounds as just checked; exclusive by the caller's contract.
         unsafe { std::slice::from_raw_parts_mut(self.ptr.add(first * self.width), count * self.width) }
     }
 }
 
 impl Compute {
-    /// Most tokens that are multiplied row by row or column by column, so that what is not needed can be left out.
-    pub const FEW: usize = ROW_TOKENS;
-
     /// Kernels on `threads` threads, the caller counted.
     pub fn new(kernels: &'static Kernels, threads: usize) -> Self {
         Self { kernels, pool: Pool::new(threads) }
@@ -570,7 +562,7 @@ impl Compute {
         });
     }
 
-    /// As [`Compute::linear`] with few tokens ([`Compute::FEW`]), for the rows `list`, in order, of a matrix stored by rows.
+    /// As [`Compute::linear`] with up to 16 tokens, for the rows `list`, in order, of a matrix stored by rows.
     /// Other outputs are left alone.
     ///
     /// # Panics

@@ -4,7 +4,7 @@ use crate::compute::{Compute, FloatMatrix, Rows};
 use crate::isa;
 use crate::memory::{Counted, MemoryPart, taken};
 use crate::pool::Pool;
-use crate::screen::{BLOCK, GROUP, Probe, Screen, fill_part};
+use crate::screen::{BLOCK, GROUP, Probe, Screen};
 use crate::ternary::OutPtr;
 use std::ops::Range;
 
@@ -178,26 +178,11 @@ fn put(list: &[u32], exact: &[f32], out: &mut [f32]) {
 }
 
 impl Compute {
-    /// Makes the `part`-th part of the small copy of `matrix`, which has [`Screen::PART`] rows, or what is left of them.
-    ///
-    /// # Panics
-    /// If the matrix has no such part.
-    pub fn screen_part(&self, matrix: &FloatMatrix, part: usize, out: &mut [u8]) {
-        let row_bytes = matrix.columns * matrix.ty.size();
-        let stored = &matrix.bytes[part * Screen::PART * row_bytes..];
-        let decode = |i: usize, row: &mut [f32]| {
-            self.kernels.decode_row(matrix.ty, &stored[i * row_bytes..][..row_bytes], row)
-        };
-        let screen_row = |row: &[f32], dither: &_, coarse: &mut [u8], fine: &mut [u8]| {
-            self.kernels.screen_row(row, dither, coarse, fine)
-        };
-        fill_part(matrix.columns, out, decode, screen_row);
-    }
-
     /// Tells that [`Compute::head`] will be called, so that threads without work ask for what it reads first.
     pub fn head_soon(&self, head: &Head) {
         if let Some(screen) = &head.screen {
-            self.pool.soon(screen.rows().div_ceil(BLOCK), 1, |block| screen.coarse_at(block * BLOCK));
+            self.pool
+                .soon(screen.rows().div_ceil(BLOCK), 1, |block| screen.coarse(block * BLOCK, 1).as_ptr());
         }
     }
 

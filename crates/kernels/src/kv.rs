@@ -369,7 +369,7 @@ impl Compute {
         if threads > 1 && tokens * heads < 8 * threads && longest >= 4 && all <= kv.pages {
             // A few tokens with a long past. A thread goes along the segments of a head, and joins them on the way if it has those from
             // the first on. The others are computed on their own and joined, in order, at the end.
-            let parts = Rows::new(kv.parts.floats_mut(), kv.part_floats);
+            let parts = Rows::new(cast_mut(&mut kv.parts), kv.part_floats);
             let joined = &kv.joined[..tokens * heads];
             joined.iter().for_each(|joined| joined.store(0, Relaxed));
             let all = longest * heads;

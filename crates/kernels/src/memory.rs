@@ -144,11 +144,6 @@ impl HugeBuffer {
         // SAFETY: aligned to 2 MiB, and any bits are a float.
         unsafe { std::slice::from_raw_parts(self.ptr.cast(), self.len / 4) }
     }
-    /// The buffer as float32.
-    pub fn floats_mut(&mut self) -> &mut [f32] {
-        // SAFETY: as above, and `self` is borrowed exclusively.
-        unsafe { std::slice::from_raw_parts_mut(self.ptr.cast(), self.len / 4) }
-    }
 }
 
 impl Drop for HugeBuffer {

@@ -152,11 +152,7 @@ pub(crate) fn list_nonzero<I: Isa>(isa: I, codes: &[i8], list: &mut Vec<u32>, pa
     let begun = list.len();
     list_lanes(isa, codes.len(), 0, list, |at| match codes[at..].first_chunk() {
         Some(block) => isa.nonzero(block),
-        None => {
-            let mut block = [0; 16];
-            block[..codes.len() - at].copy_from_slice(&codes[at..]);
-            isa.nonzero(&block)
-        }
+        None => isa.nonzero(&padded(&codes[at..])),
     });
     packed.extend(list[begun..].iter().map(|&i| codes[i as usize]));
 }
@@ -382,7 +378,6 @@ unsafe fn head_typed<I: Isa>(
             unsafe {
                 match (step_rows, step) {
                     (4, 4) => head_tile::<I, 4, 4>(isa, ty, w, x, columns, t, at, out),
-                    (4, _) => head_tile::<I, 4, 1>(isa, ty, w, x, columns, t, at, out),
                     (_, 4) => head_tile::<I, 1, 4>(isa, ty, w, x, columns, t, at, out),
                     _ => head_tile::<I, 1, 1>(isa, ty, w, x, columns, t, at, out),
                 }

@@ -34,6 +34,7 @@
 //! Parts of [`Screen::PART`] rows, the last one shorter: the codes of all rows of the part, then the finer codes of all,
 //! then what else is known of each row, [`RowScales`], four float32, a step of infinity where the codes tell nothing of the row.
 
+use crate::compute::{Compute, FloatMatrix};
 use crate::isa::Isa;
 use crate::memory::{Aligned, Bytes};
 use crate::ops::fold;
@@ -102,12 +103,8 @@ impl Screen {
         Place { coarse: coarse + at * bytes, fine: fine + at * bytes, scales: scales + at * RowScales::BYTES }
     }
     /// Codes of `count` rows of one part.
-    fn coarse(&self, row: usize, count: usize) -> &[u8] {
+    pub(crate) fn coarse(&self, row: usize, count: usize) -> &[u8] {
         &self.bytes[self.place(row).coarse..][..count * Self::row_bytes(self.columns)]
-    }
-    /// Where the codes of a row are.
-    pub(crate) fn coarse_at(&self, row: usize) -> *const u8 {
-        self.coarse(row, 1).as_ptr()
     }
     fn fine(&self, row: usize) -> &[u8] {
         &self.bytes[self.place(row).fine..][..Self::row_bytes(self.columns)]
@@ -147,29 +144,29 @@ impl RowScales {
     }
 }
 
-/// Makes the copy of some rows, `part` being as long as their number asks for. `decode` writes the i-th of them to a row of
-/// floats, or says that it is not finite.
-pub(crate) fn fill_part(
-    columns: usize,
-    part: &mut [u8],
-    mut decode: impl FnMut(usize, &mut [f32]) -> bool,
-    screen_row: impl Fn(&[f32], &Dither, &mut [u8], &mut [u8]) -> RowScales,
-) {
-    let rows = part.len() / Screen::bytes(1, columns);
-    let (dither, mut row) = (Dither::new(columns), vec![0.0; columns]);
-    let bytes = Screen::row_bytes(columns);
-    let (coarse, rest) = part.split_at_mut(rows * bytes);
-    let (fine, scales) = rest.split_at_mut(rows * bytes);
-    let codes = coarse.chunks_exact_mut(bytes).zip(fine.chunks_exact_mut(bytes));
-    for (i, ((coarse, fine), scale)) in
-        codes.zip(scales.as_chunks_mut::<{ RowScales::BYTES }>().0).enumerate()
-    {
-        let RowScales { min, step, norm, dithered } = match decode(i, &mut row) {
-            true => screen_row(&row, &dither, coarse, fine),
-            false => RowScales::UNKNOWN,
-        };
-        for (out, value) in scale.as_chunks_mut().0.iter_mut().zip([min, step, norm, dithered]) {
-            *out = value.to_le_bytes();
+impl Compute {
+    /// Makes the `part`-th part of the small copy of `matrix`, which has [`Screen::PART`] rows, or what is left of them.
+    ///
+    /// # Panics
+    /// If the matrix has no such part.
+    pub fn screen_part(&self, matrix: &FloatMatrix, part: usize, out: &mut [u8]) {
+        let (columns, bytes) = (matrix.columns, Screen::row_bytes(matrix.columns));
+        let (rows, row_bytes) = (out.len() / Screen::bytes(1, columns), columns * matrix.ty.size());
+        let stored = &matrix.bytes[part * Screen::PART * row_bytes..][..rows * row_bytes];
+        let (dither, mut row) = (Dither::new(columns), vec![0.0; columns]);
+        let (coarse, rest) = out.split_at_mut(rows * bytes);
+        let (fine, scales) = rest.split_at_mut(rows * bytes);
+        let codes = coarse.chunks_exact_mut(bytes).zip(fine.chunks_exact_mut(bytes));
+        let rows = stored.chunks_exact(row_bytes).zip(codes);
+        for ((stored, (coarse, fine)), scale) in rows.zip(scales.as_chunks_mut::<{ RowScales::BYTES }>().0) {
+            let RowScales { min, step, norm, dithered } =
+                match self.kernels.decode_row(matrix.ty, stored, &mut row) {
+                    true => self.kernels.screen_row(&row, &dither, coarse, fine),
+                    false => RowScales::UNKNOWN,
+                };
+            for (out, value) in scale.as_chunks_mut().0.iter_mut().zip([min, step, norm, dithered]) {
+                *out = value.to_le_bytes();
+            }
         }
     }
 }

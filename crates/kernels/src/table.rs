@@ -40,7 +40,7 @@ macro_rules! kernels {
         ) = ternary::gemv_rows;
         pack_base3: fn(row: &[u8], out: &mut [u8]) = base3::pack_row;
         unpack_base3: fn(w: &[u8], row_bytes: usize, columns: usize, out: &mut [u8]) = base3::unpack_rows;
-        fast_base3: fn() -> bool = ternary::fast_base3;
+        fast_base3: fn() -> bool = Isa::fast_base3;
         /// # Safety
         /// As [`ternary::matmul`].
         matmul: unsafe fn(parts: &[Part<'_>], a: Activations<'_>, t0: usize, scratch: &mut [u8]) = ternary::matmul;

@@ -1,7 +1,7 @@
 //! Every instruction set and every number of threads computes what the scalar kernels compute on one thread, to the bit,
 //! and those compute the formulas.
 
-use bitnet_kernels::ternary::{Layout, base3, columns, position, row_bytes};
+use bitnet_kernels::ternary::{Layout, base3, columns, row_bytes};
 use bitnet_kernels::{
     Activation, Bytes, Compute, FloatMatrix, FloatType, Head, HeadScratch, Kernels, KvShape, KvStore, KvType,
     Logits, QuantizedRows, Screen, TernaryMatrix, Workspace, supported,
@@ -175,7 +175,7 @@ fn columns_and_listed_rows_equal_rows() {
             let norm = vec![1.0; columns];
             compute.norm_quantize(&x, &norm, 1e-5, Layout::Rows, &mut work, &mut q);
             compute.linear(&q, &mut work, [(&by_rows, &mut out)]);
-            if tokens <= Compute::FEW {
+            if tokens <= 16 {
                 compute.linear_listed(&q, &mut work, &by_rows, &list, &mut out2);
                 let mut out3 = vec![f32::NAN; tokens * rows];
                 let packed = packed(&trits, columns, 0.7, compute);
@@ -528,11 +528,4 @@ fn the_screen_never_loses_a_row() {
             }
         }
     }
-}
-
-#[test]
-fn positions_are_a_permutation() {
-    let mut seen = vec![false; 1024];
-    (0..1024).for_each(|i| seen[position(i)] = true);
-    assert!(seen.into_iter().all(|seen| seen));
 }

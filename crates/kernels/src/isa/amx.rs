@@ -100,14 +100,6 @@ macro_rules! multiply {
 #[repr(C, align(64))]
 struct Unpacked([MaybeUninit<u8>; 4 * TILE]);
 
-impl Unpacked {
-    #[inline(always)]
-    fn halves(&mut self) -> [*mut u8; 2] {
-        let first: *mut u8 = self.0.as_mut_ptr().cast();
-        [first, first.wrapping_add(2 * TILE)]
-    }
-}
-
 /// The dot products of stored rows with every sixteen tokens in `tiles`: see [`super::Isa::tile_rows`].
 ///
 /// # Safety
@@ -359,7 +351,8 @@ pub(super) unsafe fn columns(
     assert!(column_bytes.is_multiple_of(64) && outputs == 4 * column_bytes && tokens <= SIDE);
     assert!(range.start + 64 * steps <= width && w.len() == (last + 1) * column_bytes);
     let mut unpacked = Unpacked([MaybeUninit::uninit(); 4 * TILE]);
-    let halves = unpacked.halves();
+    let first: *mut u8 = unpacked.0.as_mut_ptr().cast();
+    let halves = [first, first.wrapping_add(2 * TILE)];
     // SAFETY: the loads of codes are 64 of each token below `width`; those of columns begin with one that exists; sums are loaded
     // and stored 32 for each token, below `outputs`.
     unsafe {

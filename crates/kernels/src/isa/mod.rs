@@ -273,8 +273,7 @@ pub(crate) trait Isa: Copy {
     ) -> [[Self::F; Q]; P];
 }
 
-/// Methods of [`Isa`] that are one intrinsic each, applied to all registers by the macro `$each`.
-#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+/// Methods of [`Isa`] that are one operation each, applied to all registers by the macro `$each`.
 macro_rules! lanes {
     ($each:ident: $($name:ident($($x:ident),+) = $op:expr;)+) => {$(
         #[inline(always)]
@@ -283,7 +282,6 @@ macro_rules! lanes {
         }
     )+};
 }
-#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use lanes;
 
 /// Checks the lengths that [`Isa::dot_rows`] relies on. Returns the number of 64-byte chunks of a row.

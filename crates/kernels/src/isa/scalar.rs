@@ -1,7 +1,8 @@
 //! The specification: plain Rust, one lane after the other.
 
-use super::Isa;
+use super::{Isa, lanes};
 use crate::half::{bf16_to_f32, f16_to_f32};
+use std::ops::{Add, Div, Mul, Sub};
 
 /// Plain Rust; any CPU.
 #[derive(Clone, Copy)]
@@ -13,6 +14,12 @@ impl Scalar {
     pub(crate) unsafe fn assume() -> Self {
         Self
     }
+}
+
+macro_rules! each {
+    ($op:expr, $($x:expr),+) => {
+        std::array::from_fn(|i| ($op)($($x[i]),+))
+    };
 }
 
 impl Isa for Scalar {
@@ -33,33 +40,14 @@ impl Isa for Scalar {
     fn store(self, v: [f32; 16], out: &mut [f32; 16]) {
         *out = v;
     }
-    #[inline(always)]
-    fn add(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
-        std::array::from_fn(|i| a[i] + b[i])
-    }
-    #[inline(always)]
-    fn sub(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
-        std::array::from_fn(|i| a[i] - b[i])
-    }
-    #[inline(always)]
-    fn mul(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
-        std::array::from_fn(|i| a[i] * b[i])
-    }
-    #[inline(always)]
-    fn div(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
-        std::array::from_fn(|i| a[i] / b[i])
-    }
-    #[inline(always)]
-    fn max(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
-        std::array::from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
-    }
-    #[inline(always)]
-    fn abs(self, a: [f32; 16]) -> [f32; 16] {
-        a.map(f32::abs)
-    }
-    #[inline(always)]
-    fn round(self, a: [f32; 16]) -> [f32; 16] {
-        a.map(f32::round_ties_even)
+    lanes! { each:
+        add(a, b) = Add::add;
+        sub(a, b) = Sub::sub;
+        mul(a, b) = Mul::mul;
+        div(a, b) = Div::div;
+        max(a, b) = |a: f32, b: f32| if a > b { a } else { b };
+        abs(a) = f32::abs;
+        round(a) = f32::round_ties_even;
     }
     #[inline(always)]
     fn pow2(self, n: [f32; 16]) -> [f32; 16] {

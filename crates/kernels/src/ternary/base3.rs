@@ -100,27 +100,3 @@ pub(crate) fn unpack_rows<I: Isa>(isa: I, w: &[u8], row_bytes: usize, columns: u
         isa.base3_unpack(row, out);
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::isa::scalar::Scalar;
-
-    #[test]
-    fn every_five_codes_have_a_byte_of_their_own() {
-        let mut seen = [false; 256];
-        for n in 0..243u8 {
-            // The same five weights everywhere in a block, but for the fifths that the other lines need.
-            let (four, fifth) = (two_bits(n % 81), n / 81);
-            let mut block = [four; PLAIN];
-            block[STORED..].fill(fifth * 0x55);
-            let (mut stored, mut plain) = ([0; STORED], [0; PLAIN]);
-            // SAFETY: scalar code runs anywhere.
-            pack_row(unsafe { Scalar::assume() }, &block, &mut stored);
-            assert!(stored.iter().all(|&byte| byte == stored[0]) && stored[0] < HIGH + 51);
-            assert!(!std::mem::replace(&mut seen[usize::from(stored[0])], true));
-            unpack(&stored, &mut plain);
-            assert_eq!(plain, block);
-        }
-    }
-}

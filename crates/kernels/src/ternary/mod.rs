@@ -207,12 +207,6 @@ unsafe fn gemv_tokens<I: Isa>(
     }
 }
 
-/// [`Isa::fast_base3`].
-#[inline(always)]
-pub(crate) fn fast_base3<I: Isa>(isa: I) -> bool {
-    isa.fast_base3()
-}
-
 /// [`Isa::TILES`].
 #[inline(always)]
 pub(crate) fn has_tiles<I: Isa>(_: I) -> bool {
