@@ -54,10 +54,15 @@ impl Repo {
         self.folder.join("snapshots").join(commit)
     }
 
+    /// The snapshot that the revision means.
+    pub(super) fn current(&self, revision: &str) -> PathBuf {
+        let commit = fs::read_to_string(self.folder.join("refs").join(revision)).unwrap_or_default();
+        self.snapshot(commit.trim())
+    }
+
     /// The snapshots, that of the revision first.
     pub(super) fn snapshots(&self, revision: &str) -> Vec<PathBuf> {
-        let commit = fs::read_to_string(self.folder.join("refs").join(revision)).unwrap_or_default();
-        let first = self.snapshot(commit.trim());
+        let first = self.current(revision);
         let mut all = entries(&self.folder.join("snapshots"));
         all.sort_by_key(|path| *path != first);
         all
