@@ -156,6 +156,15 @@ impl Sampler {
         &self.config
     }
 
+    /// Other settings but for the seed: the random numbers go on.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn configure(&mut self, config: SamplerConfig) -> Result<(), SamplerConfigError> {
+        *self = Self { state: self.state, ..Self::new(config)? };
+        Ok(())
+    }
+
     /// Which logits the next choice looks at: where only so many of the greatest can be chosen, those, and those that biases
     /// and penalties change.
     pub fn wanted(&mut self, history: &[u32]) -> Logits<'_> {
