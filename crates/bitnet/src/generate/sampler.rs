@@ -538,7 +538,10 @@ mod tests {
         let logits = vec![0.0; 1000];
         let tokens = |seed| {
             let mut s = sampler(SamplerConfig { seed, ..plain() });
-            std::array::from_fn::<u32, 6, _>(|_| s.sample(&logits, &[]).unwrap())
+            std::array::from_fn::<u32, 6, _>(|_| {
+                s.configure(plain()).unwrap(); // which does not begin anew
+                s.sample(&logits, &[]).unwrap()
+            })
         };
         assert_eq!(tokens(7), tokens(7));
         assert_ne!(tokens(7), tokens(8));

@@ -287,10 +287,14 @@ impl Hub {
 }
 
 /// Bytes that are free on the disk where `file` is to be; None where the system does not tell.
+#[cfg(unix)]
 fn free_space(file: &Path) -> Option<u64> {
-    #[cfg(unix)]
-    return rustix::fs::statvfs(file.parent()?).ok().map(|disk| disk.f_bavail.saturating_mul(disk.f_frsize));
-    #[cfg(not(unix))]
+    let disk = rustix::fs::statvfs(file.parent()?).ok()?;
+    Some(disk.f_bavail.saturating_mul(disk.f_frsize))
+}
+
+#[cfg(not(unix))]
+fn free_space(_: &Path) -> Option<u64> {
     None
 }
 

@@ -72,7 +72,10 @@ fn a_model_is_downloaded_once_and_runs_by_its_name() {
         (json[0]["size"].as_u64(), json[0]["complete"].as_bool()),
         (Some(DEMO.len() as u64), Some(true))
     );
-    assert!(bitnet(home, NOWHERE, &["rm", "2b-4t"], 0).1.contains("freed"));
+    let files = [("config.json", b"{}".to_vec()), ("model.safetensors", vec![1])];
+    let (checkpoint, _) = bitnet(home, &Server::new(&files, Manners::default()).url, &["pull", "a/b"], 0);
+    assert_eq!(bitnet(home, NOWHERE, &["pull", "a/b"], 0).0, checkpoint);
+    assert!(bitnet(home, NOWHERE, &["rm", "a/b", "2b-4t"], 0).1.contains("freed"));
     assert_eq!(bitnet(home, NOWHERE, &["list"], 0).0, "");
     let (_, gone) = bitnet(home, NOWHERE, &["rm", "2b-4t", "a/b"], 1);
     assert!(gone.matches("bitnet list").count() == 2, "all names are tried: {gone}");

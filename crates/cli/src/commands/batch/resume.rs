@@ -8,8 +8,8 @@ use crate::source::FileArgs;
 use anyhow::{Context, bail, ensure};
 use bitnet::gguf::AtomicFile;
 use serde::{Deserialize, Serialize};
-use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{BufRead, BufReader, ErrorKind, Read, Seek, SeekFrom, Write};
+use std::fs::{File, TryLockError};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -56,47 +56,46 @@ impl<'a> Before<'a> {
         check: &mut dyn FnMut(Kept) -> anyhow::Result<()>,
     ) -> anyhow::Result<Self> {
         let name = path.display().to_string();
-        let file = match OpenOptions::new().read(true).write(true).open(path) {
-            Ok(file) => file,
+        let file = match File::options().read(true).write(true).open(path) {
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 // Known before anything is computed.
                 AtomicFile::possible(path).with_context(|| format!("{name}: cannot open"))?;
-                return Ok(Self { path, file: None, end: 0 });
+                None
             }
-            Err(error) => return Err(error).with_context(|| format!("{name}: cannot open")),
+            file => Some(locked(&name, file, notes)?),
         };
-        lock(&name, &file, notes)?;
-        let end = if overwrite { 0 } else { read(&name, &file, check)? };
-        Ok(Self { path, file: Some(file), end })
+        let end = match &file {
+            Some(file) if !overwrite => read(&name, file, check)?,
+            _ => 0,
+        };
+        Ok(Self { path, file, end })
     }
 
     /// Makes the file where there is none, and cuts off what does not stay, such as the rest of a row that was not finished.
     pub fn begin(self, notes: &FileArgs) -> anyhow::Result<Output> {
         let name = self.path.display().to_string();
-        let failed = || format!("{name}: cannot open");
         let mut file = match self.file {
             Some(file) => file,
-            None => {
-                let file = File::create_new(self.path).with_context(failed)?;
-                lock(&name, &file, notes)?;
-                file
-            }
+            None => locked(&name, File::create_new(self.path), notes)?,
         };
-        file.set_len(self.end).and_then(|()| file.seek(SeekFrom::Start(self.end))).with_context(failed)?;
+        let cut = file.set_len(self.end).and_then(|()| file.seek(SeekFrom::Start(self.end)));
+        cut.with_context(|| format!("{name}: cannot write"))?;
         Ok(Output { name, file, synced: Instant::now() })
     }
 }
 
-fn lock(name: &str, file: &File, notes: &FileArgs) -> anyhow::Result<()> {
-    let meta = file.metadata().with_context(|| format!("{name}: cannot open"))?;
-    ensure!(meta.is_file(), "{name}: not a regular file");
+/// A regular file that nobody else writes.
+fn locked(name: &str, file: io::Result<File>, notes: &FileArgs) -> anyhow::Result<File> {
+    let failed = || format!("{name}: cannot open");
+    let file = file.with_context(failed)?;
+    ensure!(file.metadata().with_context(failed)?.is_file(), "{name}: not a regular file");
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => bail!("{name}: another batch is writing it"),
         // Some network file systems have no locks.
         Err(TryLockError::Error(error)) => notes.note(format_args!("{name}: cannot be locked: {error}")),
     }
-    Ok(())
+    Ok(file)
 }
 
 impl Output {
