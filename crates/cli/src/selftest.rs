@@ -42,8 +42,8 @@ pub fn bits(model: Model, compute: Compute, cache_type: KvType) -> Result<Vec<u3
     Ok(bits)
 }
 
-/// Runs tiny random models, with each layout and each cache, and one with a head that is screened: a millisecond's work that
-/// finds a CPU or an emulator that computes wrongly.
+/// Runs tiny random models, with each layout and two caches, and one with a head that is screened: a few milliseconds' work
+/// that finds a CPU or an emulator that computes wrongly.
 pub fn passes(kernels: &'static Kernels) -> bool {
     let run = |kernels, vocab_size, rows, cache_type| {
         let config = Config {
@@ -51,7 +51,7 @@ pub fn passes(kernels: &'static Kernels) -> bool {
             context_length: 16,
             hidden_size: 256,
             n_layers: 1,
-            intermediate_size: 512,
+            intermediate_size: 256,
             n_heads: 2,
             n_kv_heads: 1,
             head_dim: 128,
@@ -63,7 +63,7 @@ pub fn passes(kernels: &'static Kernels) -> bool {
         bits(Model::random(config, &compute, strategy).ok()?, compute, cache_type).ok()
     };
     let scalar = supported()[0];
-    let cases = [(Layout::Rows, KvType::F32), (Layout::Base3, KvType::F16), (Layout::Rows, KvType::Q8)];
+    let cases = [(Layout::Rows, KvType::F32), (Layout::Base3, KvType::Q8)];
     scalar.name() == kernels.name()
         || cases.into_iter().all(|(rows, cache_type)| {
             let expected = run(scalar, 32, rows, cache_type);
