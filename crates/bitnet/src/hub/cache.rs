@@ -172,9 +172,13 @@ pub(super) fn list(cache: &Path) -> Vec<Cached> {
             continue;
         };
         let mut push = |content, size, path| all.push(Cached { repo: repo.clone(), content, size, path });
+        let current = Repo::new(cache, &repo).current(super::REVISION);
         for snapshot in entries(&folder.join("snapshots")) {
             let files = files_below(&snapshot);
-            if files.iter().any(|file| file.ends_with(".safetensors")) && is_bitnet(&snapshot) {
+            if snapshot == current
+                && files.iter().any(|file| file.ends_with(".safetensors"))
+                && is_bitnet(&snapshot)
+            {
                 let size = files.iter().map(|file| size(&snapshot.join(file))).sum();
                 push(Content::Checkpoint, size, snapshot.clone());
             }
