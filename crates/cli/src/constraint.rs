@@ -1,7 +1,7 @@
 //! The form of the output, of a command or of a row of a batch.
 
 use crate::source;
-use anyhow::{Context, Error};
+use anyhow::{Context, Error, anyhow};
 use bitnet::generate::{Constraint, ConstraintError};
 use bitnet::grammar::{Grammar, Vocabulary};
 use bitnet::model::Model;
@@ -53,7 +53,7 @@ impl ConstraintArgs {
             (.., Some(regex)) => ("--regex".to_owned(), Form::Regex(regex.clone())),
             _ => return Ok(None),
         };
-        form.check().context(name)?;
+        form.compile().context(name)?;
         Ok(Some(form))
     }
 }
@@ -65,11 +65,6 @@ impl Form {
             Self::Grammar(text) => Grammar::lark(text),
             Self::Regex(text) => Grammar::regex(text),
         }
-    }
-
-    /// Whether it is one.
-    pub fn check(&self) -> Result<(), ConstraintError> {
-        self.compile().map(drop)
     }
 }
 
@@ -102,8 +97,9 @@ impl Forms {
             return Ok(Some(made.clone()));
         }
         let tokenizer = model.tokenizer()?;
-        let vocabulary =
-            self.vocabulary.get_or_init(|| Vocabulary::new(tokenizer)).as_ref().map_err(Clone::clone)?;
+        let vocabulary = self.vocabulary.get_or_init(|| Vocabulary::new(tokenizer)).as_ref();
+        // No fault of the usage, as what is wrong with a form is.
+        let vocabulary = vocabulary.map_err(|error| anyhow!("{}: {error}", model.file()))?;
         let made = vocabulary.constraint(&form.compile()?).map_err(Error::new).context("grammar")?;
         if self.made.len() >= Self::MOST {
             self.made.clear();

@@ -1,6 +1,6 @@
 //! Lines from a person or from a pipe.
 
-use crate::output::Interrupted;
+use crate::output::{self, Interrupted};
 use anyhow::{Context, bail, ensure};
 use rustyline::completion::Completer;
 use rustyline::error::ReadlineError;
@@ -12,6 +12,11 @@ use rustyline::{Cmd, CompletionType, Config, Editor, Helper, KeyCode, KeyEvent, 
 use std::ffi::OsString;
 use std::io::{self, BufRead, IsTerminal, Read};
 use std::path::PathBuf;
+use std::sync::Arc;
+#[cfg(unix)]
+use std::sync::Weak;
+#[cfg(unix)]
+use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::Duration;
@@ -32,7 +37,7 @@ pub enum Input {
 /// Where lines come from.
 pub enum Lines {
     /// A terminal on both sides: editing, history, completion.
-    Edited { editor: Box<Editor<Words, FileHistory>>, history: Option<PathBuf> },
+    Edited { editor: Box<Editor<Words, FileHistory>>, history: Option<PathBuf>, _open: Arc<()> },
     /// A pipe or a file, or a terminal whose other side is one.
     Plain(Receiver<anyhow::Result<Input>>),
 }
@@ -59,7 +64,10 @@ impl Lines {
         if let Some(file) = &history {
             let _ = editor.load_history(file); // there is none the first time
         }
-        Ok(Self::Edited { editor: Box::new(editor), history })
+        let open = Arc::default();
+        #[cfg(unix)]
+        give_back(Arc::downgrade(&open))?;
+        Ok(Self::Edited { editor: Box::new(editor), history, _open: open })
     }
 
     /// Whether a person sits there.
@@ -77,7 +85,7 @@ impl Lines {
                     line => break line?,
                 }
             },
-            Self::Edited { editor, history } => match editor.readline(prompt) {
+            Self::Edited { editor, history, .. } => match editor.readline(prompt) {
                 Ok(line) => {
                     if let Some(file) = history {
                         // A chat goes on without its history.
@@ -92,6 +100,35 @@ impl Lines {
             },
         }
     }
+}
+
+/// Where a signal ends the program while a line is `open`, the terminal is first made what it was.
+#[cfg(unix)]
+fn give_back(open: Weak<()>) -> anyhow::Result<()> {
+    use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
+    use signal_hook::consts::{SIGHUP, SIGTERM};
+
+    let before = tcgetattr(io::stdin()).context("cannot use the terminal")?;
+    let ended = Arc::new(AtomicUsize::new(0));
+    for signal in [SIGHUP, SIGTERM] {
+        signal_hook::flag::register_usize(signal, ended.clone(), signal as usize)
+            .context("cannot watch for signals")?;
+    }
+    std::thread::spawn(move || {
+        while open.strong_count() > 0 {
+            let signal = ended.load(Ordering::Relaxed);
+            if signal != 0 {
+                if tcgetattr(io::stdin()).is_ok_and(|now| now.local_modes != before.local_modes) {
+                    let _ = tcsetattr(io::stdin(), OptionalActions::Now, &before);
+                    // Pasted text has no brackets any more.
+                    let _ = output::print(b"\x1b[?2004l\n");
+                }
+                std::process::exit(128 + signal as i32);
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    });
+    Ok(())
 }
 
 fn next_plain(lines: &mut u64) -> anyhow::Result<Input> {

@@ -1,6 +1,6 @@
 //! The Hugging Face hub as the command sees it: settings from the environment, and a bar while a file comes.
 
-use crate::output::{self, notice};
+use crate::output::{self, note, notice};
 use anyhow::{Context, bail, ensure};
 use bitnet::hub::{Content, Hub, HubError, KNOWN, ModelName, Pulled};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -46,16 +46,12 @@ pub fn name_unless_path(text: &str) -> anyhow::Result<Option<ModelName>> {
 /// The file that a hub name means: from the cache without network, else downloaded with a notice.
 pub fn model_file(name: &ModelName, quiet: bool) -> anyhow::Result<PathBuf> {
     let hub = settings()?;
-    if let Some(path) = hub.find(name, false)? {
-        return Ok(path);
-    }
-    if hub.find(name, true)?.is_some() {
-        bail!(
+    match hub.find(name, true)? {
+        Some(path) if path.is_dir() => bail!(
             "{name}: the cache has a checkpoint of it: `bitnet convert {name} OUT.gguf` makes a model of it"
-        );
-    }
-    if !quiet && !hub.offline {
-        notice(format_args!("note: {name} is not here yet; downloading it (once)"));
+        ),
+        Some(path) => return Ok(path),
+        None => note(quiet || hub.offline, format_args!("{name} is not here yet; downloading it (once)")),
     }
     Ok(pull(name, false, quiet)?.path)
 }
@@ -83,8 +79,8 @@ pub fn pull(name: &ModelName, checkpoints: bool, quiet: bool) -> anyhow::Result<
     });
     let pulled = hub.pull(name, checkpoints, &|progress| {
         let _ = answers.send(()); // only the first is waited for
-        if progress.waiting && !waiting.swap(true, Ordering::Relaxed) && !quiet {
-            notice(format_args!("note: {}: another process downloads it; waiting", progress.file));
+        if progress.waiting && !waiting.swap(true, Ordering::Relaxed) {
+            note(quiet, format_args!("{}: another process downloads it; waiting", progress.file));
         }
         if bar.length() != Some(progress.total) || bar.message() != progress.file {
             bar.set_length(progress.total);
@@ -106,13 +102,16 @@ pub fn pull(name: &ModelName, checkpoints: bool, quiet: bool) -> anyhow::Result<
         }
         // What is here can be used without a network; whether the hub has something newer is not known.
         Err(error @ (HubError::Unreachable { .. } | HubError::Offline(_))) => {
-            if let Some(path) = hub.find(name, false)? {
-                if !quiet {
-                    notice(format_args!(
-                        "note: {name}: the hub could not be asked ({error}); this is what the cache has"
-                    ));
+            if let Some(path) = hub.find(name, checkpoints)? {
+                note(
+                    quiet,
+                    format_args!("{name}: the hub could not be asked ({error}); this is what the cache has"),
+                );
+                let mut files = vec![path.clone()];
+                if let Ok(entries) = path.read_dir() {
+                    files = entries.flatten().map(|entry| entry.path()).collect();
                 }
-                let size = path.metadata().map_or(0, |metadata| metadata.len());
+                let size = files.iter().filter_map(|file| Some(file.metadata().ok()?.len())).sum();
                 return Ok(Pulled { path, size, cached: true });
             }
             // A person needs to know what to do by hand.
@@ -131,12 +130,8 @@ pub fn pull(name: &ModelName, checkpoints: bool, quiet: bool) -> anyhow::Result<
         }
         Err(error) => {
             let kept = partial(&hub, name);
-            if kept > 0 && !quiet {
-                notice(format_args!(
-                    "note: {} are here; `bitnet pull` goes on from there",
-                    output::bytes(kept)
-                ));
-            }
+            let here = output::bytes(kept);
+            note(quiet || kept == 0, format_args!("{here} are here; `bitnet pull` goes on from there"));
             Err(error.into())
         }
     }

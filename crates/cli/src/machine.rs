@@ -1,5 +1,7 @@
 //! What this machine is, as far as it tells.
 
+#[cfg(target_arch = "x86_64")]
+use bitnet::kernels::supported;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -17,7 +19,11 @@ pub fn features() -> (Vec<&'static str>, Vec<&'static str>) {
         ($is_detected:ident: $($name:tt),+) => { [$(($name, std::arch::$is_detected!($name))),+] };
     }
     #[cfg(target_arch = "x86_64")]
-    let all = all!(is_x86_feature_detected: "avx2", "f16c", "avxvnni", "avx512f", "avx512bw", "avx512vnni");
+    let all = [
+        &all!(is_x86_feature_detected: "avx2", "f16c", "avxvnni", "avx512f", "avx512bw", "avx512vnni", "avx512vbmi")[..],
+        &[("amx-int8", supported().iter().any(|kernels| kernels.name() == "amx"))],
+    ]
+    .concat();
     #[cfg(target_arch = "aarch64")]
     let all = all!(is_aarch64_feature_detected: "neon", "dotprod", "i8mm");
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
@@ -29,8 +35,18 @@ pub fn features() -> (Vec<&'static str>, Vec<&'static str>) {
 
 /// Logical CPUs that the affinity mask of this process allows, as the system writes them: "0-3,8".
 pub fn affinity() -> Option<String> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    Some(status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?.trim().to_owned())
+    said("/proc/self/status", "Cpus_allowed_list:")
+}
+
+/// What a file of the system has behind `name`.
+fn said(file: &str, name: &str) -> Option<String> {
+    let text = fs::read_to_string(file).ok()?;
+    Some(text.lines().find_map(|line| line.strip_prefix(name))?.trim().to_owned())
+}
+
+/// The bytes that are said in kB.
+fn said_bytes(file: &str, name: &str) -> Option<u64> {
+    Some(said(file, name)?.strip_suffix(" kB")?.parse::<u64>().ok()? << 10)
 }
 
 /// The folders of the control group of this process that has `controller`, and of those around it; and whether it is one of
@@ -125,19 +141,13 @@ pub fn available() -> Option<(u64, &'static str)> {
 
 /// Bytes of memory in all, of memory that is available, and of free swap.
 pub fn memory() -> Option<(u64, u64, u64)> {
-    let info = fs::read_to_string("/proc/meminfo").ok()?;
-    let field = |name: &str| {
-        let line = info.lines().find_map(|line| line.strip_prefix(name))?;
-        Some(line.trim().trim_end_matches(" kB").parse::<u64>().ok()? << 10)
-    };
+    let field = |name| said_bytes("/proc/meminfo", name);
     Some((field("MemTotal:")?, field("MemAvailable:")?, field("SwapFree:").unwrap_or(0)))
 }
 
 /// Bytes of memory that this process had at most, pages of files included.
 pub fn resident_peak() -> Option<u64> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    Some(line.trim().trim_end_matches(" kB").parse::<u64>().ok()? << 10)
+    said_bytes("/proc/self/status", "VmHWM:")
 }
 
 /// Whether the system gives huge pages: "always", "madvise" or "never".

@@ -42,33 +42,21 @@ Examples:
 
 #[derive(Subcommand)]
 enum Command {
-    /// Continue a text
+    // A doc comment here would hide that of the arguments.
     Run(commands::run::Args),
     Chat(commands::chat::Args),
     Batch(commands::batch::Args),
-    /// Print the token ids of a text
     Tokenize(commands::tokenize::Args),
-    /// Print the text of token ids
     Detokenize(commands::detokenize::Args),
-    /// Write the logits of every token to a NumPy file
     Logits(commands::logits::Args),
-    /// Measure how well the model predicts a text
     Perplexity(commands::perplexity::Args),
-    /// Show what a model file holds and the memory it takes
     Inspect(commands::inspect::Args),
-    /// Download a model
     Pull(commands::pull::Args),
-    /// List the downloaded models
     List(commands::list::Args),
-    /// Remove downloaded models
     Rm(commands::rm::Args),
-    /// Make a GGUF file of a Hugging Face model folder, or of one with other types
     Convert(commands::convert::Args),
-    /// Check a model file from end to end
     Verify(commands::verify::Args),
-    /// Show what this machine can do and what limits it
     Doctor(commands::doctor::Args),
-    /// Measure the speed of prompt processing and generation
     Bench(commands::bench::Args),
     Completions(commands::completions::Args),
     Man(commands::man::Args),

@@ -2,9 +2,11 @@
 
 use crate::machine;
 use crate::output::{bytes, notice};
+use crate::usage_error;
 use anyhow::bail;
 use bitnet::kernels::{KvType, MemoryPart, PAGE, memory_use};
 use bitnet::{Engine, EngineOptions, MemoryPlan};
+use clap::error::ErrorKind;
 
 /// How keys and values are kept, and how much memory there is.
 #[derive(clap::Args)]
@@ -12,7 +14,7 @@ pub struct MemoryArgs {
     /// How the cache stores keys and values: f16 takes half of the memory, q8 a quarter and a bit; auto is the first of the
     /// three with which the context fits
     #[arg(long, value_name = "TYPE", value_enum, default_value = "f32", aliases = ["cache-type-k", "cache-type-v"])]
-    cache_type: CacheType,
+    cache_type: Vec<CacheType>,
     /// Take no more memory than this, such as 1.5G or 800M: a context that was not asked for becomes shorter, and what does
     /// not fit is refused [default: what the machine or the control group has available]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
@@ -34,7 +36,14 @@ const LEAST_CONTEXT: usize = 512;
 impl MemoryArgs {
     /// The cache type; for `auto` the first that is tried.
     pub fn cache_type(&self) -> KvType {
-        match self.cache_type {
+        let first = self.cache_type[0];
+        if self.cache_type.iter().any(|ty| *ty != first) {
+            usage_error(
+                ErrorKind::ArgumentConflict,
+                "keys and values are kept in one type: give --cache-type once",
+            );
+        }
+        match first {
             CacheType::F32 | CacheType::Auto => KvType::F32,
             CacheType::F16 => KvType::F16,
             CacheType::Q8 => KvType::Q8,
@@ -60,7 +69,7 @@ impl MemoryArgs {
         let Some((limit, whose)) = budget else { return Ok((options, None)) };
         let least = if free { LEAST_CONTEXT.min(options.context) } else { options.context };
         let types: &[KvType] =
-            if self.cache_type == CacheType::Auto { &[KvType::F16, KvType::Q8] } else { &[] };
+            if self.cache_type[0] == CacheType::Auto { &[KvType::F16, KvType::Q8] } else { &[] };
         let total = |options: &EngineOptions| plan(options).total();
         let budget = usize::try_from(limit).unwrap_or(usize::MAX);
         let allows = format!("{whose} {}", bytes(limit));

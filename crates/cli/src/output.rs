@@ -12,45 +12,55 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
-/// Whoever read stdout has left: not a failure.
+/// What ends a command without being a failure of it.
 #[derive(Debug)]
-struct ReaderLeft;
+pub enum Quit {
+    /// Whoever read stdout has left.
+    ReaderLeft,
+    /// The user pressed Ctrl-C, or something asked the program to end.
+    Interrupted,
+}
 
-/// The user pressed Ctrl-C, or something asked the program to end.
-#[derive(Debug)]
-pub struct Interrupted;
+pub use Quit::Interrupted;
 
-impl Display for ReaderLeft {
+impl Display for Quit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the reader of the output has left")
+        write!(f, "{self:?}")
     }
 }
 
-impl Display for Interrupted {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("interrupted")
-    }
-}
-
-impl std::error::Error for ReaderLeft {}
-impl std::error::Error for Interrupted {}
+impl std::error::Error for Quit {}
 
 /// Writes to stdout and flushes.
 pub fn print(bytes: &[u8]) -> anyhow::Result<()> {
     let mut stdout = io::stdout().lock();
     stdout.write_all(bytes).and_then(|()| stdout.flush()).map_err(|error| match error.kind() {
-        io::ErrorKind::BrokenPipe => ReaderLeft.into(),
+        io::ErrorKind::BrokenPipe => Quit::ReaderLeft.into(),
         _ => anyhow::Error::new(error).context("cannot write to stdout"),
     })
 }
 
-/// Writes a model's text. A terminal obeys control characters, so there they are replaced.
+/// `text` for a terminal, which obeys control characters: they are replaced, but for newlines and tabs.
+pub fn harmless(text: &str) -> String {
+    text.replace(|c: char| c.is_control() && !matches!(c, '\n' | '\t'), "\u{fffd}")
+}
+
+/// The same on one line.
+pub fn one_line(text: &str) -> String {
+    harmless(text).replace(['\n', '\t'], " ")
+}
+
+/// Writes a model's text.
 pub fn print_text(text: &str) -> anyhow::Result<()> {
-    let harmful = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
-    if text.contains(harmful) && io::stdout().is_terminal() {
-        return print(text.replace(harmful, "\u{fffd}").as_bytes());
+    if io::stdout().is_terminal() {
+        return print(harmless(text).as_bytes());
     }
     print(text.as_bytes())
+}
+
+/// Writes a line of a report: what, and what was found of it.
+pub fn say(what: &str, found: impl Display) -> anyhow::Result<()> {
+    print(format!("{what:<11} {}\n", one_line(&found.to_string())).as_bytes())
 }
 
 /// Writes a JSON value and a newline to stdout.
@@ -60,30 +70,37 @@ pub fn print_json(value: &serde_json::Value) -> anyhow::Result<()> {
 
 /// Writes a line to stderr; nobody needs to read it.
 pub fn notice(line: impl Display) {
-    let _ = writeln!(io::stderr(), "{line}");
+    let _ = writeln!(io::stderr(), "{}", harmless(&line.to_string()));
+}
+
+/// A [`notice`] that the user may not want.
+pub fn note(quiet: bool, line: impl Display) {
+    if !quiet {
+        notice(format_args!("note: {line}"));
+    }
 }
 
 /// As [`notice`], less prominent where the terminal has colours and the user wants them (NO_COLOR is honoured).
 pub fn hint(line: impl Display) {
-    let _ = writeln!(anstream::stderr(), "\x1b[2m{line}\x1b[0m");
+    let _ = writeln!(anstream::stderr(), "\x1b[2m{}\x1b[0m", harmless(&line.to_string()));
 }
 
 /// Whether nothing more can be printed, or the user wants to leave.
 pub fn is_final(error: &anyhow::Error) -> bool {
-    error.is::<ReaderLeft>() || error.is::<Interrupted>()
+    error.is::<Quit>()
 }
 
 /// The exit code of a failed command, after its one line on stderr.
 pub fn report(error: &anyhow::Error) -> ExitCode {
-    if error.is::<ReaderLeft>() {
+    if let Some(Quit::ReaderLeft) = error.downcast_ref() {
         return ExitCode::SUCCESS;
     }
     let cancelled = matches!(error.downcast_ref(), Some(bitnet::Error::Cancelled))
         || matches!(error.downcast_ref(), Some(ConvertError::Cancelled));
-    if cancelled || error.is::<Interrupted>() {
+    if cancelled || is_final(error) {
         return ExitCode::from(interrupted_code());
     }
-    notice(format_args!("error: {}", format!("{error:#}").replace(['\n', '\r'], " ")));
+    notice(format_args!("error: {}", one_line(&format!("{error:#}"))));
     // A grammar that is wrong is wrong usage.
     ExitCode::from(if error.is::<ConstraintError>() { 2 } else { 1 })
 }
@@ -102,38 +119,41 @@ pub fn interrupt_flag() -> anyhow::Result<Arc<AtomicBool>> {
     flag(true)
 }
 
-/// As [`interrupt_flag`], for Ctrl-C only.
+/// As [`interrupt_flag`], for Ctrl-C only, which never ends the program.
 pub fn ctrl_c_flag() -> anyhow::Result<Arc<AtomicBool>> {
     flag(false)
 }
 
 #[cfg(unix)]
-fn flag(requests_too: bool) -> anyhow::Result<Arc<AtomicBool>> {
+fn flag(ends: bool) -> anyhow::Result<Arc<AtomicBool>> {
     use signal_hook::consts::{SIGINT, SIGTERM};
     use signal_hook::flag::{register, register_conditional_shutdown};
 
     let flag = Arc::new(AtomicBool::new(false));
-    if requests_too {
-        register(SIGTERM, REQUESTED.clone()).context("cannot watch for requests to end")?;
-    }
-    for &signal in if requests_too { &[SIGINT, SIGTERM][..] } else { &[SIGINT] } {
-        // In this order, for the first signal must find the flag down.
-        register_conditional_shutdown(signal, 128 + signal, flag.clone())
-            .and_then(|_| register(signal, flag.clone()))
-            .context("cannot watch for Ctrl-C")?;
-    }
+    let watch = || {
+        if ends {
+            // Before the flag goes up, for the first signal must find it down.
+            for signal in [SIGINT, SIGTERM] {
+                register_conditional_shutdown(signal, 128 + signal, flag.clone())?;
+            }
+            register(SIGTERM, REQUESTED.clone())?;
+            register(SIGTERM, flag.clone())?;
+        }
+        register(SIGINT, flag.clone())
+    };
+    watch().context("cannot watch for signals")?;
     Ok(flag)
 }
 
 /// Windows ends a program without a request that it could see.
 #[cfg(windows)]
-fn flag(_: bool) -> anyhow::Result<Arc<AtomicBool>> {
+fn flag(ends: bool) -> anyhow::Result<Arc<AtomicBool>> {
     use std::sync::{Mutex, PoisonError};
 
-    static FLAGS: Mutex<Vec<Arc<AtomicBool>>> = Mutex::new(Vec::new());
+    static FLAGS: Mutex<Vec<(Arc<AtomicBool>, bool)>> = Mutex::new(Vec::new());
     let raise = || {
         let flags = FLAGS.lock().unwrap_or_else(PoisonError::into_inner);
-        if flags.iter().fold(false, |up, flag| flag.swap(true, Ordering::Relaxed) || up) {
+        if flags.iter().fold(false, |end, (flag, ends)| flag.swap(true, Ordering::Relaxed) && *ends || end) {
             std::process::exit(130);
         }
     };
@@ -141,8 +161,8 @@ fn flag(_: bool) -> anyhow::Result<Arc<AtomicBool>> {
     if flags.is_empty() {
         ctrlc::set_handler(raise).context("cannot watch for Ctrl-C")?;
     }
-    flags.push(Arc::default());
-    Ok(flags[flags.len() - 1].clone())
+    flags.push((Arc::default(), ends));
+    Ok(flags[flags.len() - 1].0.clone())
 }
 
 /// Writes a file by `write`, whose own `io::Error`s get its name: it appears when it is complete, or not at all.
@@ -151,7 +171,9 @@ pub fn write_file(
     write: impl FnOnce(&mut dyn Write) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let failed = || format!("{}: cannot write", path.display());
-    let mut file = AtomicFile::create(path).with_context(failed)?;
+    // A link stays one.
+    let place = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let mut file = AtomicFile::create(&place).with_context(failed)?;
     write(&mut file).map_err(|e| if e.is::<io::Error>() { e.context(failed()) } else { e })?;
     file.commit().with_context(failed)
 }

@@ -10,7 +10,7 @@ use std::hash::{BuildHasher, RandomState};
 #[derive(clap::Args)]
 pub struct GenerateArgs {
     /// Most tokens to generate; -1: until the model ends the text or the context is full
-    #[arg(short = 'n', long, value_name = "N", default_value = "128", allow_negative_numbers = true,
+    #[arg(short = 'n', long, value_name = "N", default_value = "128",
           value_parser = clap::value_parser!(i64).range(-1..))]
     n_predict: i64,
     /// Tokens of context; 0: as many as the model was trained with [default: the same, at most 4096]
@@ -45,7 +45,7 @@ impl GenerateArgs {
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingArgs {
     /// 0: always the most probable token
-    #[arg(long, value_name = "T", default_value_t = 0.8, allow_negative_numbers = true)]
+    #[arg(long, value_name = "T", default_value_t = 0.8)]
     temp: f32,
     /// Only the K most probable tokens; 0: all
     #[arg(long, value_name = "K", default_value_t = 40)]
@@ -63,27 +63,22 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "N", default_value_t = 64)]
     repeat_last_n: u32,
     /// Taken off a token's logit for each time it occurred
-    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
     frequency_penalty: f32,
     /// Taken off a token's logit if it occurred
-    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
     presence_penalty: f32,
     /// Added to a token's logit; -inf forbids it; may be given several times
     #[arg(long, value_name = "ID=BIAS", value_parser = parse_bias)]
     logit_bias: Vec<(u32, f32)>,
-    /// Start of the random numbers, 64 bits [default: 32 random ones, told with the statistics]
+    /// Start of the random numbers, 64 bits [default: 32 random ones, told with the statistics, in a chat by /set]
     #[arg(short = 's', long, value_name = "S")]
     seed: Option<u64>,
 }
 
 impl SamplingArgs {
-    /// The sampler; a setting out of range is a usage error.
-    pub fn sampler(&self) -> Sampler {
-        self.sampler_from(|| RandomState::new().hash_one(0) >> 32)
-    }
-
-    /// The sampler, with a seed where the user gave none.
-    pub fn sampler_from(&self, seed: impl FnOnce() -> u64) -> Sampler {
+    /// The sampler, with `seed` where the user gave none; a setting out of range is a usage error.
+    pub fn sampler(&self, seed: u64) -> Sampler {
         let config = SamplerConfig {
             temperature: self.temp,
             top_k: self.top_k,
@@ -94,18 +89,24 @@ impl SamplingArgs {
             frequency_penalty: self.frequency_penalty,
             presence_penalty: self.presence_penalty,
             logit_bias: self.logit_bias.clone(),
-            seed: self.seed.unwrap_or_else(seed),
+            seed: self.seed.unwrap_or(seed),
         };
         Sampler::new(config)
             .unwrap_or_else(|error| crate::usage_error(clap::error::ErrorKind::ValueValidation, error))
     }
+}
 
-    pub fn check_biases(&self, model: &Model) -> anyhow::Result<()> {
-        let vocab = model.config().vocab_size;
-        match self.logit_bias.iter().find(|(id, _)| *id as usize >= vocab) {
-            Some((id, _)) => bail!("--logit-bias has token {id}, the vocabulary ends at {}", vocab - 1),
-            None => Ok(()),
-        }
+/// A seed that is another each time, and short enough to be typed.
+pub fn random_seed() -> u64 {
+    RandomState::new().hash_one(0) >> 32
+}
+
+/// Checks that the model has the tokens whose logits are biased.
+pub fn check_biases(sampler: &SamplerConfig, model: &Model) -> anyhow::Result<()> {
+    let vocab = model.config().vocab_size;
+    match sampler.logit_bias.iter().find(|(id, _)| *id as usize >= vocab) {
+        Some((id, _)) => bail!("logit_bias has token {id}, the vocabulary ends at {}", vocab - 1),
+        None => Ok(()),
     }
 }
 

@@ -2,9 +2,9 @@
 
 use crate::hub;
 use crate::memory::{self, MemoryArgs};
-use crate::output::notice;
+use crate::output::{self, notice};
 use crate::selftest;
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use bitnet::gguf::Gguf;
 use bitnet::hub::ModelName;
 use bitnet::kernels::ternary::Layout;
@@ -14,7 +14,7 @@ use bitnet::text::{ChatTemplate, Tokenizer};
 use bitnet::{Engine, EngineOptions, Error, MemoryPlan};
 use std::fmt::Display;
 use std::io::{IsTerminal, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 /// The model of a command.
@@ -41,7 +41,7 @@ pub struct ModelArgs {
     threads: Option<u16>,
     /// Kernels: scalar; avx2, avxvnni, avx512, avx512vnni, amx; neon, neondotprod or neoni8mm [default: the best for this CPU]
     #[arg(long, value_name = "ISA", value_parser = parse_kernels)]
-    kernels: Option<&'static Kernels>,
+    pub kernels: Option<&'static Kernels>,
     #[command(flatten)]
     memory: MemoryArgs,
     /// Read every weight for every token, instead of only those that can matter; the result is the same
@@ -64,6 +64,23 @@ enum RowLayout {
     TwoBits,
     /// Five weights in a byte
     Base3,
+}
+
+/// The model of a command that takes it without -m too.
+#[derive(clap::Args)]
+pub struct NamedModelArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The same as -m
+    #[arg(value_name = "MODEL", conflicts_with = "model")]
+    name: Option<String>,
+}
+
+impl NamedModelArgs {
+    pub fn named(&mut self) -> &ModelArgs {
+        self.model.file.model = self.name.take().or(self.model.file.model.take());
+        &self.model
+    }
 }
 
 /// What a command needs of its engine.
@@ -137,9 +154,7 @@ impl FileArgs {
 
     /// One line on stderr, unless the user wants none.
     pub fn note(&self, line: impl Display) {
-        if !self.quiet {
-            notice(format_args!("note: {line}"));
-        }
+        output::note(self.quiet, line);
     }
 }
 
@@ -163,16 +178,6 @@ impl ModelArgs {
         Ok(Compute::new(kernels, asked.min(allowed)))
     }
 
-    /// Whether the user chose the kernels.
-    pub fn asks_for_kernels(&self) -> bool {
-        self.kernels.is_some()
-    }
-
-    /// The model as it was named.
-    pub fn name(&self) -> Option<&str> {
-        self.file.model.as_deref()
-    }
-
     /// How the weights are kept and what a decoded token reads of them, where the file has so many bytes.
     pub fn strategy(&self, compute: &Compute, bytes: u64, sequences: usize) -> Strategy {
         let rows = match self.layout {
@@ -190,13 +195,9 @@ impl ModelArgs {
         Strategy { sparse: !self.dense, rows }
     }
 
-    /// Plans the memory and then loads the model; tells what was repaired and what gave way.
-    pub fn load(&self, compute: &Compute, wish: &Wish) -> anyhow::Result<(Model, EngineOptions)> {
-        self.load_with(compute, wish, |_| ())
-    }
-
-    /// As [`Self::load`]; `beside` gets the tokenizer while the weights are read.
-    pub fn load_with(
+    /// Plans the memory and then loads the model; tells what was repaired and what gave way. `beside` gets the tokenizer while
+    /// the weights are read.
+    pub fn load(
         &self,
         compute: &Compute,
         wish: &Wish,
@@ -207,7 +208,7 @@ impl ModelArgs {
         Ok((model, options))
     }
 
-    /// As [`Self::load`], of another file and without a word about repairs.
+    /// As [`Self::load`], of a file that is open and without a word about repairs.
     pub fn load_file(
         &self,
         gguf: &Arc<Gguf>,
@@ -230,7 +231,7 @@ impl ModelArgs {
         plan: impl Fn(&EngineOptions) -> MemoryPlan,
     ) -> anyhow::Result<EngineOptions> {
         let options = EngineOptions {
-            context: self.context(wish.context, config),
+            context: context(wish.context, config),
             sequences: wish.sequences,
             max_rows: wish.max_rows,
             cache_type: self.memory.cache_type(),
@@ -240,6 +241,11 @@ impl ModelArgs {
         beside[MemoryPart::Scratch as usize] = wish.beside;
         let plan = |options: &EngineOptions| plan(options).and(beside);
         let (options, shrunk) = self.memory.fit(model, options, wish.context.is_none(), plan)?;
+        let (context, trained) = (options.context, config.context_length);
+        if context > trained {
+            self.file
+                .note(format_args!("a context of {context} tokens; the model was trained with {trained}"));
+        }
         if let Some(shrunk) = shrunk {
             self.file.note(shrunk);
         }
@@ -254,17 +260,6 @@ impl ModelArgs {
         if self.verbose {
             memory::tell(engine);
         }
-    }
-
-    /// Tokens of context: `asked` (0: all the model was trained with), or the engine's default.
-    fn context(&self, asked: Option<u32>, config: &Config) -> usize {
-        let context = context(asked, config);
-        if context > config.context_length {
-            let trained = config.context_length;
-            self.file
-                .note(format_args!("a context of {context} tokens; the model was trained with {trained}"));
-        }
-        context
     }
 }
 
@@ -289,15 +284,21 @@ pub fn read_text(file: Option<&Path>) -> anyhow::Result<String> {
             let mut bytes = Vec::new();
             let mut stdin = std::io::stdin().lock();
             if stdin.is_terminal() {
-                notice("note: reading the text from the terminal; Ctrl-D ends it");
+                let end = if cfg!(windows) { "Ctrl-Z and Enter end" } else { "Ctrl-D ends" };
+                notice(format_args!("note: reading the text from the terminal; {end} it"));
             }
             stdin.read_to_end(&mut bytes).context("stdin: cannot read")?;
             ("stdin".to_owned(), bytes)
         }
     };
+    utf8(bytes).context(name)
+}
+
+/// The text that `bytes` are.
+pub fn utf8(bytes: Vec<u8>) -> anyhow::Result<String> {
     String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
-        anyhow::anyhow!("{name}: not UTF-8: byte {:#04x} at offset {at}", error.as_bytes()[at])
+        anyhow!("not UTF-8: byte {:#04x} at offset {at}", error.as_bytes()[at])
     })
 }
 
@@ -321,16 +322,14 @@ pub fn template(choice: &str) -> anyhow::Result<String> {
     Ok(text)
 }
 
-/// Token ids from a list, or from a file that holds them with spaces, commas or newlines between them.
-pub fn read_ids(list: &[u32], file: Option<&PathBuf>) -> anyhow::Result<Vec<u32>> {
-    let Some(path) = file else { return Ok(list.to_vec()) };
-    let text = read_text(Some(path))?;
-    text.split(|c: char| c.is_whitespace() || c == ',')
-        .filter(|word| !word.is_empty())
-        .map(|word| {
-            word.parse().with_context(|| format!("{}: {:?} is no token id", path.display(), cut(word)))
-        })
-        .collect()
+/// Token ids.
+pub type Ids = Vec<u32>;
+
+/// Token ids with spaces, commas or newlines between them.
+pub fn parse_ids(text: &str) -> Result<Ids, String> {
+    let words = text.split(|c: char| c.is_whitespace() || c == ',').filter(|word| !word.is_empty());
+    let wrong = |word: &str| format!("{:?} is no token id", word.chars().take(40).collect::<String>());
+    words.map(|word| word.parse().map_err(|_| wrong(word))).collect()
 }
 
 /// Checks that the model has all of `ids`.
@@ -340,10 +339,6 @@ pub fn check_ids(ids: &[u32], config: &Config) -> Result<(), Error> {
         Some(index) => Err(Error::TokenOutOfRange { index, id: ids[index], vocab_size }),
         None => Ok(()),
     }
-}
-
-fn cut(word: &str) -> &str {
-    word.char_indices().nth(40).map_or(word, |(at, _)| &word[..at])
 }
 
 fn parse_kernels(name: &str) -> Result<&'static Kernels, String> {

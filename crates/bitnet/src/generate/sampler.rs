@@ -156,6 +156,15 @@ impl Sampler {
         &self.config
     }
 
+    /// Other settings but for the seed: the random numbers go on.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn configure(&mut self, config: SamplerConfig) -> Result<(), SamplerConfigError> {
+        *self = Self { state: self.state, ..Self::new(config)? };
+        Ok(())
+    }
+
     /// Which logits the next choice looks at: where only so many of the greatest can be chosen, those, and those that biases
     /// and penalties change.
     pub fn wanted(&mut self, history: &[u32]) -> Logits<'_> {
@@ -529,7 +538,10 @@ mod tests {
         let logits = vec![0.0; 1000];
         let tokens = |seed| {
             let mut s = sampler(SamplerConfig { seed, ..plain() });
-            std::array::from_fn::<u32, 6, _>(|_| s.sample(&logits, &[]).unwrap())
+            std::array::from_fn::<u32, 6, _>(|_| {
+                s.configure(plain()).unwrap(); // which does not begin anew
+                s.sample(&logits, &[]).unwrap()
+            })
         };
         assert_eq!(tokens(7), tokens(7));
         assert_ne!(tokens(7), tokens(8));

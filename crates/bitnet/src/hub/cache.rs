@@ -54,10 +54,15 @@ impl Repo {
         self.folder.join("snapshots").join(commit)
     }
 
+    /// The snapshot that the revision means.
+    pub(super) fn current(&self, revision: &str) -> PathBuf {
+        let commit = fs::read_to_string(self.folder.join("refs").join(revision)).unwrap_or_default();
+        self.snapshot(commit.trim())
+    }
+
     /// The snapshots, that of the revision first.
     pub(super) fn snapshots(&self, revision: &str) -> Vec<PathBuf> {
-        let commit = fs::read_to_string(self.folder.join("refs").join(revision)).unwrap_or_default();
-        let first = self.snapshot(commit.trim());
+        let first = self.current(revision);
         let mut all = entries(&self.folder.join("snapshots"));
         all.sort_by_key(|path| *path != first);
         all
@@ -167,9 +172,13 @@ pub(super) fn list(cache: &Path) -> Vec<Cached> {
             continue;
         };
         let mut push = |content, size, path| all.push(Cached { repo: repo.clone(), content, size, path });
+        let current = Repo::new(cache, &repo).current(super::REVISION);
         for snapshot in entries(&folder.join("snapshots")) {
             let files = files_below(&snapshot);
-            if files.iter().any(|file| file.ends_with(".safetensors")) && is_bitnet(&snapshot) {
+            if snapshot == current
+                && files.iter().any(|file| file.ends_with(".safetensors"))
+                && is_bitnet(&snapshot)
+            {
                 let size = files.iter().map(|file| size(&snapshot.join(file))).sum();
                 push(Content::Checkpoint, size, snapshot.clone());
             }

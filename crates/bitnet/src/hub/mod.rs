@@ -183,7 +183,12 @@ impl Hub {
             if let Some(file) = choose_gguf(name, files.iter().map(String::as_str))? {
                 return Ok(Some(snapshot.join(file)));
             }
-            if checkpoints && files.iter().any(|file| is_checkpoint(file) && file.ends_with(".safetensors")) {
+            // A download links one file after the other, and then lets the revision mean their commit.
+            let whole = || snapshot == repo.current(REVISION);
+            if checkpoints
+                && whole()
+                && files.iter().any(|file| is_checkpoint(file) && file.ends_with(".safetensors"))
+            {
                 return Ok(Some(snapshot));
             }
         }
@@ -244,6 +249,12 @@ impl Hub {
             cached = here();
             if !cached {
                 let partial = repo.partial(&meta.digest);
+                let missing = meta.size - fs::metadata(&partial).map_or(0, |m| m.len().min(meta.size));
+                if let Some(free) = free_space(&partial).filter(|free| *free < missing) {
+                    let full = format!("{missing} bytes are missing, the disk has {free} left");
+                    let full = io::Error::new(io::ErrorKind::StorageFull, full);
+                    return Err(HubError::io(&partial, "download")(full));
+                }
                 let url = client.resolve_url(&name.repo, &meta.commit, file);
                 download::download(client, &url, meta, &partial, &|done| {
                     progress(Progress { done, ..state });
@@ -273,6 +284,18 @@ impl Hub {
     pub fn page(&self, name: &ModelName) -> String {
         format!("{}/{}/tree/{REVISION}", self.endpoint, name.repo)
     }
+}
+
+/// Bytes that are free on the disk where `file` is to be; None where the system does not tell.
+#[cfg(unix)]
+fn free_space(file: &Path) -> Option<u64> {
+    let disk = rustix::fs::statvfs(file.parent()?).ok()?;
+    Some(disk.f_bavail.saturating_mul(disk.f_frsize))
+}
+
+#[cfg(not(unix))]
+fn free_space(_: &Path) -> Option<u64> {
+    None
 }
 
 /// The commit of a revision, the files of it to bring, and whether they are a checkpoint.

@@ -4,19 +4,20 @@ mod resume;
 mod rows;
 
 use crate::constraint::Forms;
-use crate::output::{self, Interrupted, notice, rate};
-use crate::sampling::GenerateArgs;
+use crate::hub;
+use crate::output::{self, Interrupted, note, notice, rate};
+use crate::sampling::{GenerateArgs, check_biases};
 use crate::source::{self, Wish};
 use crate::usage_error;
 use anyhow::{Context, bail, ensure};
 use bitnet::generate::{Batch, Ended, Event, FinishReason, Request, RequestId};
 use bitnet::gguf::Gguf;
-use bitnet::model::{Model, ModelInfo};
+use bitnet::model::{Model, ModelInfo, identity};
 use bitnet::text::{ChatTemplate, Message, Role, Specials};
 use bitnet::{Engine, EngineOptions};
 use clap::error::ErrorKind;
-use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
-use resume::{Kept, Output};
+use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+use resume::{Before, Kept, Output};
 use rows::{Defaults, Prompt, Row, Rows};
 use serde::Serialize;
 use serde_json::Value;
@@ -37,6 +38,7 @@ use std::time::{Duration, Instant};
 /// "Hi"}], "max_tokens": 50}, in a file named .jsonl or .ndjson or from stdin (-), or a whole file of any other name. Options
 /// of a row: max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, frequency_penalty,
 /// presence_penalty, logit_bias ({"ID": BIAS}), seed, stop, ignore_eos, and json_schema (an object), grammar or regex.
+/// A line without an id has its number as one, counted over all inputs.
 ///
 /// The output has a line of JSON for each row, in the same order. Run again after it was killed, the command goes on where
 /// it was, so that every row is there once; rows that were added to the input are added to the output. What is wrong with a
@@ -124,15 +126,15 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         usage_error(ErrorKind::InvalidValue, "-o -: a later run goes on from the output, so it is a file");
     }
     let defaults = Defaults {
-        sampler: sampling.sampler_from(|| 0).config().clone(),
+        sampler: sampling.sampler(0).config().clone(),
         stop: args.generate.stop(),
         ignore_eos: args.ignore_eos,
         form: constraint.form()?,
     };
     let template = args.chat_template.as_deref().map(source::template).transpose()?;
     let inputs = rows::inputs(&args.inputs, &args.output)?;
-    let bar = !args.model.file.quiet && io::stderr().is_terminal();
-    let total = if bar { Rows::count(&inputs) } else { None };
+    let shown = !args.model.file.quiet && io::stderr().is_terminal();
+    let total = if shown { Rows::count(&inputs) } else { None };
     let mut rows = Rows::new(inputs);
     let gguf = Arc::new(args.model.file.open()?);
     let compute = args.model.compute()?;
@@ -144,9 +146,11 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let stop = (stop.max_tokens, &stop.strings, ignore_eos, form);
     let chat = (args.chat, &args.system, &template);
     let settings = format!("{:?}", (sampler, stop, chat, options.context, options.cache_type));
-    let keys = fingerprint(&gguf)?.chain_update(settings);
+    let keys =
+        Sha256::new().chain_update(b"bitnet batch 2").chain_update(identity(&gguf)).chain_update(settings);
     let mut before = Count::default();
-    let mut output = Output::open(&args.output, args.overwrite, &mut |kept: Kept| {
+    let file = &args.model.file;
+    let output = Before::read(&args.output, args.overwrite, file, &mut |kept: Kept| {
         let row = rows.next()?.context("there are more rows than in the input")?;
         ensure!(
             key(&keys, &row) == kept.key,
@@ -158,9 +162,10 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         Ok(())
     })?;
     let Some(first) = rows.next()? else {
+        output.begin(file)?;
         match before.rows {
-            0 => args.model.file.note("there are no rows"),
-            rows => args.model.file.note(format_args!("all rows are there: {rows}{}", errors(before.errors))),
+            0 => file.note("there are no rows"),
+            rows => file.note(format_args!("all rows are there: {rows}{}", errors(before.errors))),
         }
         return failed(args, before.errors);
     };
@@ -171,9 +176,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let forms = Forms::default();
     let prepare = |tokenizer: &_| forms.prepare(defaults.form.as_ref(), tokenizer);
     let model = info.load_with(&gguf, &compute, prepare)?;
-    args.model.file.note_repairs(model.repairs());
+    file.note_repairs(model.repairs());
     model.tokenizer()?;
-    sampling.check_biases(&model)?;
+    check_biases(&defaults.sampler, &model)?;
     let prompts = Prompts::new(args, &model, template.as_deref())?;
     let engine = Engine::new(model, compute, options)?;
     let interrupted = output::interrupt_flag()?;
@@ -189,7 +194,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         next: first.index,
         new: Count::default(),
     };
-    let progress = Progress::new(bar, total, before)?;
+    let mut output = output.begin(file)?;
+    let progress = Progress::new(file.quiet, total, before)?;
 
     run.start(first);
     let mut open = true;
@@ -199,11 +205,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         if interrupted.load(Ordering::Relaxed) && !stopping {
             (stopping, open) = (true, false);
             let left = run.stop();
-            if left > 0 && !args.model.file.quiet {
-                progress.bar.suspend(|| {
-                    notice(format_args!("note: {left} rows are computed to their end, for later ones wait for them; Ctrl-C again leaves at once"));
-                });
-            }
+            let rows = if left == 1 { "row is" } else { "rows are" };
+            let why = "computed to the end, for later ones wait for it; Ctrl-C again leaves at once";
+            progress.bar.suspend(|| note(file.quiet || left == 0, format_args!("{left} {rows} {why}")));
         }
         while open && run.has_room() {
             let wait = Duration::from_millis(if run.batch.is_idle() { 50 } else { 0 });
@@ -224,7 +228,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     }
     output.sync()?;
     progress.bar.finish_and_clear();
-    if !args.model.file.quiet {
+    if !file.quiet {
         run.report(before, progress.start);
     }
     args.model.tell_memory(run.batch.engine());
@@ -256,20 +260,6 @@ fn plan(args: &Args, gguf: &Gguf, info: &ModelInfo<'_>, threads: usize) -> anyho
         }
         sequences /= 2;
     }
-}
-
-/// A hash of a model file without reading all of it: its directory, its length, and the beginning of every tensor.
-fn fingerprint(gguf: &Gguf) -> anyhow::Result<Sha256> {
-    let mut hash = Sha256::new().chain_update(b"bitnet batch 1").chain_update(gguf.byte_len().to_le_bytes());
-    let end = gguf.data_offset().min(gguf.byte_len());
-    let heads = gguf.tensors().iter().map(|tensor| (tensor.offset, tensor.byte_len.min(4096)));
-    let mut bytes = Vec::new();
-    for (start, len) in [(0, end)].into_iter().chain(heads) {
-        bytes.resize(len as usize, 0);
-        gguf.read_at(start, &mut bytes).with_context(|| format!("{}: cannot read", gguf.name()))?;
-        hash.update(&bytes);
-    }
-    Ok(hash)
 }
 
 /// What tells a row of this run from all others.
@@ -365,10 +355,7 @@ impl Run {
     fn push(&mut self, row: &mut Row) -> anyhow::Result<(RequestId, u64)> {
         let rows::Request { prompt, sampler, mut stop, ignore_eos, form } = row.request(&self.defaults)?;
         let model = self.batch.engine().model();
-        let vocab = model.config().vocab_size;
-        if let Some((id, _)) = sampler.config().logit_bias.iter().find(|(id, _)| *id as usize >= vocab) {
-            bail!("logit_bias has token {id}, the vocabulary ends at {}", vocab - 1);
-        }
+        check_biases(sampler.config(), model)?;
         let (prompt, end_of_turn) = self.prompts.tokens(model, prompt)?;
         if !ignore_eos {
             stop.ids.clone_from(&model.special().stop);
@@ -465,9 +452,11 @@ struct Progress {
 }
 
 impl Progress {
-    fn new(shown: bool, total: Option<u64>, before: Count) -> anyhow::Result<Self> {
-        let target = if shown { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-        let bar = ProgressBar::with_draw_target(total, target);
+    fn new(quiet: bool, total: Option<u64>, before: Count) -> anyhow::Result<Self> {
+        let bar = hub::bar(quiet);
+        if let Some(total) = total {
+            bar.set_length(total);
+        }
         bar.set_style(ProgressStyle::with_template(match total {
             Some(_) => "{wide_bar} {pos} of {len} rows{msg}",
             None => "{spinner} {pos} rows{msg}",

@@ -1,6 +1,6 @@
 //! `bitnet bench`: tokens per second, beside what the machine's memory allows.
 
-use crate::output;
+use crate::output::{self, notice};
 use crate::source::{self, Wish};
 use crate::usage_error;
 use anyhow::{Context, Result};
@@ -8,12 +8,13 @@ use bitnet::generate::{Sampler, SamplerConfig};
 use bitnet::kernels::{Compute, HugeBuffer, MemoryPart, TernaryMatrix};
 use bitnet::model::{Config, Layer, Model, Phase};
 use bitnet::{Engine, EngineOptions, Feed, MemoryPlan, SequenceId, Wanted};
+use clap::builder::TypedValueParser;
 use clap::error::ErrorKind;
 use serde::Serialize;
 use std::fmt::Write;
 use std::time::Instant;
 
-/// Measures prefill and decode
+/// Measure the speed of prompt processing and generation
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   bitnet bench -m model.gguf
@@ -23,21 +24,18 @@ Up and down are the shares of the rows and columns of these projections that are
 head that its small copy leaves open, and those that are computed exactly, for each token.")]
 pub struct Args {
     #[command(flatten)]
-    model: source::ModelArgs,
-    /// The same as -m
-    #[arg(value_name = "MODEL", conflicts_with_all = ["model", "synthetic"])]
-    name: Option<String>,
+    model: source::NamedModelArgs,
     /// Random weights of a known shape instead of a file
-    #[arg(long, value_name = "SHAPE", conflicts_with = "model", value_parser = ["2b-4t"])]
+    #[arg(long, value_name = "SHAPE", conflicts_with_all = ["model", "name"], value_parser = ["2b-4t"])]
     synthetic: Option<String>,
     /// Prompt tokens to process (0: no such test)
-    #[arg(short = 'p', long, default_value_t = 512)]
+    #[arg(short = 'p', long, default_value_t = 512, value_parser = count())]
     n_prompt: usize,
     /// Tokens to generate (0: no such test)
-    #[arg(short = 'n', long, default_value_t = 128)]
+    #[arg(short = 'n', long, default_value_t = 128, value_parser = count())]
     n_gen: usize,
     /// Tokens that are in the cache before each test begins
-    #[arg(short = 'd', long, default_value_t = 0)]
+    #[arg(short = 'd', long, default_value_t = 0, value_parser = count())]
     n_depth: usize,
     /// Sequences that are decoded together
     #[arg(short = 'b', long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=512))]
@@ -119,15 +117,15 @@ impl Read {
 }
 
 pub fn run(mut args: Args) -> Result<()> {
-    args.model.file.model = args.name.take().or(args.model.file.model);
-    let args = &args;
+    args.model.named();
+    let (args, model_args) = (&args, &args.model.model);
     if args.n_prompt == 0 && args.n_gen == 0 {
         usage_error(ErrorKind::ArgumentConflict, "-p 0 and -n 0 leave nothing to measure");
     }
-    let compute = args.model.compute()?;
+    let compute = model_args.compute()?;
     let batch = args.batch as usize;
     // A step has no more rows than the context.
-    let context = args.n_depth.saturating_add(args.n_prompt.max(args.n_gen + 1)).max(batch);
+    let context = (args.n_depth + args.n_prompt.max(args.n_gen + 1)).max(batch);
     let wish = Wish {
         context: Some(u32::try_from(context).unwrap_or(u32::MAX)),
         sequences: batch,
@@ -136,13 +134,13 @@ pub fn run(mut args: Args) -> Result<()> {
     };
     let (model, options) = match args.synthetic {
         Some(_) => {
-            let (config, strategy) = (Config::bitnet_2b_4t(), args.model.strategy(&compute, u64::MAX, batch));
+            let (config, strategy) = (Config::bitnet_2b_4t(), model_args.strategy(&compute, u64::MAX, batch));
             let threads = compute.pool().threads();
             let plan = |options: &EngineOptions| MemoryPlan::random(&config, strategy, options, threads);
-            let options = args.model.plan("random weights", &config, &wish, plan)?;
+            let options = model_args.plan("random weights", &config, &wish, plan)?;
             (Model::random(config, &compute, strategy)?, options)
         }
-        None => args.model.load(&compute, &wish)?,
+        None => model_args.load(&compute, &wish, |_| ())?,
     };
     let name = model.config().name.clone().unwrap_or_else(|| model.file().to_owned());
     let bytes_per_step = bytes_per_step(&model);
@@ -167,7 +165,7 @@ pub fn run(mut args: Args) -> Result<()> {
         profile(&mut engine, args, args.n_gen * batch * args.reps as usize);
         streams.extend(stream(engine.compute(), STREAM, 3)?);
     }
-    args.model.tell_memory(&engine);
+    model_args.tell_memory(&engine);
     streams.sort_by(f64::total_cmp);
     let stream = streams[streams.len() / 2];
     let rows = tests.into_iter().map(|(test, n_batch, rates, read)| {
@@ -200,11 +198,12 @@ fn profile(engine: &mut Engine, args: &Args, tokens: usize) {
     if !args.profile {
         return;
     }
-    eprintln!("{:<10} {:>10} {:>10} {:>8}", "phase", "ms/token", "MB/token", "GB/s");
+    notice(format_args!("{:<10} {:>10} {:>10} {:>8}", "phase", "ms/token", "MB/token", "GB/s"));
     let (mut time, mut bytes) = (0.0, 0.0);
     let line = |name: &str, s: f64, b: f64| {
         let (ms, mb) = (s * 1e3 / tokens as f64, b / 1e6 / tokens as f64);
-        eprintln!("{name:<10} {ms:>10.3} {mb:>10.2} {:>8.1}", if s > 0.0 { b / s / 1e9 } else { 0.0 });
+        let speed = if s > 0.0 { b / s / 1e9 } else { 0.0 };
+        notice(format_args!("{name:<10} {ms:>10.3} {mb:>10.2} {speed:>8.1}"));
     };
     for phase in Phase::ALL {
         let (t, b) = engine.profile().get(phase);
@@ -311,6 +310,11 @@ fn decode(engine: &mut Engine, sequences: &[SequenceId], args: &Args) -> Result<
     Ok(rates)
 }
 
+/// A number of tokens.
+fn count() -> impl TypedValueParser<Value = usize> {
+    source::context_range().map(|n| n as usize)
+}
+
 fn print(format: Format, rows: &[Measurement]) -> Result<()> {
     let mut out = String::from(match format {
         Format::Json => {
@@ -326,7 +330,8 @@ fn print(format: Format, rows: &[Measurement]) -> Result<()> {
         }
     });
     for row in rows {
-        let Measurement { model, test, n_threads, n_batch, reps, bytes_per_step, kernel, layout, .. } = row;
+        let Measurement { test, n_threads, n_batch, reps, bytes_per_step, kernel, layout, .. } = row;
+        let model = output::one_line(&row.model);
         let (mean, deviation) = (row.tokens_per_second_mean, row.tokens_per_second_stddev);
         let (stream, share, read) = (row.stream_read_gb_per_s, row.roofline_share, &row.read);
         let number = |x: Option<f64>, digits: usize| x.map(|x| format!("{x:.digits$}")).unwrap_or_default();
@@ -338,6 +343,7 @@ fn print(format: Format, rows: &[Measurement]) -> Result<()> {
             write!(out, "{},{},", number(read.live_up_rows, 3), number(read.live_down_columns, 3))?;
             writeln!(out, "{},{}", number(read.open_head_rows, 0), number(read.exact_head_rows, 0))?;
         } else {
+            let model = model.replace('|', "\\|");
             write!(
                 out,
                 "| {model} | {test} | {n_threads} | {n_batch} | {kernel} | {layout} | {mean:.1} ± {deviation:.1} "

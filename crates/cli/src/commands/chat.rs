@@ -1,8 +1,8 @@
 use crate::constraint::{Forms, INCOMPLETE};
 use crate::editor::{Input, Lines, history_file};
-use crate::output::{self, Interrupted, hint, notice, rate};
+use crate::output::{self, Interrupted, hint, note, notice, rate};
 use crate::prompt_cache::PromptCacheArgs;
-use crate::sampling::GenerateArgs;
+use crate::sampling::{GenerateArgs, check_biases, random_seed};
 use crate::source::{self, Wish};
 use crate::usage_error;
 use anyhow::{Context, bail, ensure};
@@ -11,13 +11,14 @@ use bitnet::text::{Message, Role};
 use bitnet::{Engine, Error};
 use clap::error::ErrorKind;
 use serde::{Deserialize, Serialize};
+use std::io::{self, IsTerminal};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// Talk with a model.
+/// Talk with a model
 ///
 /// In a terminal: type a message, Enter sends it. /help lists the commands. Ctrl-C stops an answer, Ctrl-D ends the chat.
 /// From a pipe: each line is a message, and stdout has the answers and nothing else.
@@ -79,8 +80,10 @@ struct Session {
     /// Ctrl-C raises it; without a terminal that ends the program, and so does a request to end.
     interrupted: Arc<AtomicBool>,
     quiet: bool,
-    /// A person reads the answers on a terminal.
-    terminal: bool,
+    /// Lines are edited on a terminal.
+    edited: bool,
+    /// A person types them, there or where only stdout is a pipe or a file.
+    person: bool,
     totals: Totals,
 }
 
@@ -96,7 +99,7 @@ struct Totals {
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let GenerateArgs { constraint, sampling, ctx_size, .. } = &args.generate;
-    let sampler = sampling.sampler();
+    let sampler = sampling.sampler(random_seed());
     if constraint.reads_stdin() {
         usage_error(ErrorKind::ArgumentConflict, "--json-schema -: in a chat, stdin has the messages");
     }
@@ -107,8 +110,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let wish = Wish { context: *ctx_size, ..Wish::default() };
     let mut forms = Forms::default();
     let prepare = |tokenizer: &_| forms.prepare(form.as_ref(), tokenizer);
-    let (model, options) = args.model.load_with(&compute, &wish, prepare)?;
-    sampling.check_biases(&model)?;
+    let (model, options) = args.model.load(&compute, &wish, prepare)?;
+    check_biases(sampler.config(), &model)?;
     let context = options.context;
     let template = model.chat_template(template.as_deref())?;
     let stop = StopConditions {
@@ -126,8 +129,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     args.prompt_cache.restore(&mut engine, chat.sequence(), None)?;
     let held = engine.tokens(chat.sequence()).to_vec();
     let mut lines = Lines::new(&COMMANDS, history_file().filter(|_| !args.no_history))?;
-    let terminal = lines.are_edited();
-    let interrupted = if terminal { output::ctrl_c_flag() } else { output::interrupt_flag() }?;
+    let (edited, person) = (lines.are_edited(), io::stdin().is_terminal());
+    let interrupted = if edited { output::ctrl_c_flag() } else { output::interrupt_flag() }?;
     engine.cancel_by(interrupted.clone());
     let mut session = Session {
         engine,
@@ -136,15 +139,17 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         stop,
         interrupted,
         quiet: args.model.file.quiet,
-        terminal,
+        edited,
+        person,
         totals: Totals::default(),
     };
-    if terminal && !session.quiet {
+    if person && !session.quiet {
         let template = session.chat.template().name();
         hint(format_args!("{name}, context of {context} tokens, chat template: {template}"));
         hint("/help lists the commands, Ctrl-D ends the chat");
     }
     let result = session.talk(&mut lines);
+    drop(lines);
     let (engine, sequence) = (&session.engine, session.chat.sequence());
     args.model.tell_memory(engine);
     if held.starts_with(engine.tokens(sequence)) {
@@ -153,12 +158,16 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     // A signal ends the writing, not the program in the middle of it.
     session.interrupted.store(false, Ordering::Relaxed);
     let stop = output::interrupt_flag()?;
-    result.and(args.prompt_cache.save(engine, sequence, usize::MAX, &stop))
+    let saved = args.prompt_cache.save(engine, sequence, usize::MAX, &stop);
+    if let (Err(error), true) = (&saved, result.is_err()) {
+        notice(format_args!("note: {error:#}"));
+    }
+    result.and(saved)
 }
 
 impl Session {
     fn talk(&mut self, lines: &mut Lines) -> anyhow::Result<()> {
-        let terminal = self.terminal;
+        let person = self.person;
         loop {
             let text = match lines.next(">>> ", &self.interrupted)? {
                 Input::Text(text) => text,
@@ -169,16 +178,16 @@ impl Session {
                 Input::End => break,
             };
             // Text from a pipe is never a command: it may be anybody's.
-            let command = text.strip_prefix('/').filter(|rest| terminal && !rest.starts_with('/'));
+            let command = text.strip_prefix('/').filter(|rest| person && !rest.starts_with('/'));
             let result = match command {
                 _ if text.trim().is_empty() => continue,
                 Some("exit" | "quit" | "bye") => break,
                 Some(command) => self.command(command),
-                None => self.ask(if terminal { text.strip_prefix('/').unwrap_or(&text) } else { &text }),
+                None => self.ask(if person { text.strip_prefix('/').unwrap_or(&text) } else { &text }),
             };
             match result {
                 // What a person does wrong can be done again; a script has to know.
-                Err(error) if terminal && !output::is_final(&error) => {
+                Err(error) if person && !output::is_final(&error) => {
                     notice(format_args!("error: {error:#}"));
                 }
                 result => result?,
@@ -194,7 +203,7 @@ impl Session {
 
     fn answer(&mut self) -> anyhow::Result<()> {
         // A terminal hands Ctrl-C over as a key while a line is edited.
-        if self.terminal {
+        if self.edited {
             self.interrupted.store(false, Ordering::Relaxed);
         }
         let start = Instant::now();
@@ -216,19 +225,14 @@ impl Session {
         }
         let answer = answer.map_err(advice)?;
         self.totals.add(&answer);
-        if answer.dropped > 0 && !self.quiet {
-            let dropped = answer.dropped;
-            notice(format_args!("note: the context was full: the oldest {dropped} messages were left out"));
-        }
-        if !answer.generated.complete && answer.generated.finish != FinishReason::Cancelled && !self.quiet {
-            notice(format_args!("note: {INCOMPLETE}"));
-        }
+        let (dropped, cancelled) = (answer.dropped, answer.generated.finish == FinishReason::Cancelled);
+        let full = format_args!("the context was full: the oldest {dropped} messages were left out");
+        note(self.quiet || dropped == 0, full);
+        note(self.quiet || cancelled || answer.generated.complete, INCOMPLETE);
         if !self.quiet {
             self.print_statistics(&answer, first_token);
         }
-        if answer.generated.finish == FinishReason::Cancelled && !self.terminal {
-            bail!(Interrupted);
-        }
+        ensure!(!cancelled || self.edited, Interrupted);
         Ok(())
     }
 
@@ -276,11 +280,11 @@ impl Session {
             }
             ("save" | "load", "") => bail!("/{name} needs the name of a file"),
             ("save", file) => {
-                save(Path::new(file), self.chat.messages())?;
+                save(&at_home(file), self.chat.messages())?;
                 hint(format_args!("{} messages saved to {file}", self.chat.messages().len()));
             }
             ("load", file) => {
-                let messages = load(Path::new(file))?;
+                let messages = load(&at_home(file))?;
                 hint(format_args!("{} messages loaded from {file}", messages.len()));
                 self.chat.set_messages(messages);
             }
@@ -299,7 +303,8 @@ impl Session {
         let number = || value.parse::<f32>().ok().with_context(|| format!("{value:?} is no number"));
         let count = || value.parse::<u32>().ok().with_context(|| format!("{value:?} is no whole number"));
         let mut config = self.sampler.config().clone();
-        match name.trim_start_matches("--").replace('_', "-").as_str() {
+        let option = name.trim_start_matches("--").replace('_', "-");
+        match option.as_str() {
             "temp" | "temperature" => config.temperature = number()?,
             "top-k" => config.top_k = count()?,
             "top-p" => config.top_p = number()?,
@@ -317,7 +322,10 @@ impl Session {
             }
             _ => bail!("there is no setting {name}; /set alone lists them"),
         }
-        self.sampler = Sampler::new(config)?;
+        match option.as_str() {
+            "seed" => self.sampler = Sampler::new(config)?,
+            _ => self.sampler.configure(config)?,
+        }
         hint(format_args!("{name} is {value} now"));
         Ok(())
     }
@@ -365,6 +373,14 @@ impl Totals {
         self.generated += answer.generated.tokens.len();
         self.prompt_time += answer.generated.prompt_time;
         self.decode_time += answer.generated.decode_time;
+    }
+}
+
+/// A path in which ~ is the user's folder, as a shell has it.
+fn at_home(file: &str) -> PathBuf {
+    match (file.strip_prefix("~/"), std::env::home_dir()) {
+        (Some(rest), Some(home)) => home.join(rest),
+        _ => file.into(),
     }
 }
 

@@ -2,7 +2,9 @@ use crate::{Cli, output};
 use clap::CommandFactory;
 use clap_complete::Shell;
 
-/// Print the completions of a shell: how it fills in commands and options when Tab is pressed.
+/// Print the completions of a shell
+///
+/// They are how it fills in commands and options when Tab is pressed.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   bash:        bitnet completions bash > ~/.local/share/bash-completion/completions/bitnet

@@ -1,5 +1,5 @@
 use crate::hub;
-use crate::output::{self, notice};
+use crate::output::{self, note, notice};
 use anyhow::bail;
 use bitnet::convert::{HeadType, Options, TernaryType, convert};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -8,11 +8,10 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
-/// Makes a GGUF file of a Hugging Face model folder (config.json, safetensors with master or packed weights, tokenizer.json),
-/// or of a GGUF file with other types.
+/// Make a GGUF file of a Hugging Face model folder, or of one with other types
 ///
-/// The ternary weights stay the same in every type; the file is read again before it appears, and the hash of all its
-/// weights is printed.
+/// A folder has config.json, safetensors with master or packed weights, and a tokenizer. The ternary weights stay the same
+/// in every type; the file is read again before it appears, and the hash of all its weights is printed.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   bitnet convert ./bitnet-b1.58-2B-4T-bf16 model.gguf
@@ -70,10 +69,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     });
     bar.finish_and_clear();
     let report = report?;
+    report.notices.iter().for_each(|line| note(args.quiet, line));
     if !args.quiet {
-        for line in &report.notices {
-            notice(format_args!("note: {line}"));
-        }
         let zeros = 100.0 * report.zero_weights as f64 / report.ternary_weights.max(1) as f64;
         notice(format_args!(
             "{}: {}, {} tensors, {} ternary weights in {} ({zeros:.1} % zero), embedding {}, verified",

@@ -1,9 +1,11 @@
 use super::bench::{bytes_per_step, stream};
-use crate::source::{self, Wish};
-use crate::{machine, output, selftest};
+use crate::output::{self, say};
+use crate::source::{self, ModelArgs, Wish};
+use crate::{machine, selftest};
 use anyhow::ensure;
+use bitnet::gguf::Gguf;
 use bitnet::kernels::ternary::Layout;
-use bitnet::kernels::{Compute, Logits, supported};
+use bitnet::kernels::{Compute, KvType, Logits, supported};
 use bitnet::model::{Config, Model, Strategy};
 use bitnet::{Engine, EngineOptions, Feed, Wanted};
 use std::path::Path;
@@ -13,22 +15,24 @@ use std::time::Instant;
 /// Tokens of the arithmetic test.
 const ROWS: usize = 64;
 
-/// Shows what this machine is to BitNet models: CPU, cores and memory that may be used, how fast they are, which kernels run,
-/// what speed to expect, what limits it, and whether all kernels compute the same bits.
+/// Show what this machine can do and what limits it
+///
+/// CPU, cores and memory that may be used, how fast they are, which kernels run, what speed to expect, what limits it, and
+/// whether all kernels compute the same bits.
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  bitnet doctor
+  bitnet doctor model.gguf")]
 pub struct Args {
     #[command(flatten)]
-    model: source::ModelArgs,
-    /// The same as -m
-    #[arg(value_name = "MODEL", conflicts_with = "model")]
-    name: Option<String>,
+    model: source::NamedModelArgs,
 }
 
 pub fn run(mut args: Args) -> anyhow::Result<()> {
-    args.model.file.model = args.name.take().or(args.model.file.model);
-    let args = &args;
-    let say = |what: &str, found: String| output::print(format!("{what:<11} {found}\n").as_bytes());
-    let compute = args.model.compute()?;
+    let args = args.model.named();
+    // What is wrong with the file is known before anything is measured.
+    let gguf = Arc::new(args.file.open()?);
+    let compute = args.compute()?;
     let (threads, kernels) = (compute.pool().threads(), compute.kernels().name());
     let mut advice = Vec::new();
 
@@ -92,7 +96,7 @@ pub fn run(mut args: Args) -> anyhow::Result<()> {
     let all: Vec<_> = supported().iter().map(|kernels| kernels.name()).collect();
     let why = match all.last() == Some(&kernels) {
         true => "the best that this CPU can run",
-        false if args.model.asks_for_kernels() => "as asked for",
+        false if args.kernels.is_some() => "as asked for",
         false => "the best of those that compute right results here",
     };
     say("kernel", format!("{kernels}: {why} (of {})", all.join(", ")))?;
@@ -100,52 +104,55 @@ pub fn run(mut args: Args) -> anyhow::Result<()> {
         advice.push("the scalar kernels are slow: they are a definition, not made for speed".into());
     }
 
-    say("rows", compute.race_rows().to_string())?;
-    let (model, _) =
-        args.model.load(&compute, &Wish { context: Some(16), max_rows: 16, ..Wish::default() })?;
-    let name = model.config().name.clone().unwrap_or_else(|| model.file().to_owned());
-    let mut speeds = vec![(name.clone(), bytes_per_step(&model) as f64, weights(model.config()))];
-    drop(model);
-    if args.model.name().is_none() {
-        let shape = Config::bitnet_2b_4t();
-        let bytes = weights(&shape) / 4.0 + 2.0 * (shape.vocab_size * shape.hidden_size) as f64;
-        speeds = vec![("bitnet-b1.58-2B-4T".to_owned(), bytes, weights(&shape))];
-    }
-    for (name, bytes, weights) in speeds {
-        let (by_memory, by_products) = (stream / bytes, products / weights);
-        let limit = if by_memory < by_products {
-            format!("memory: a token reads up to {} of weights", output::bytes(bytes as u64))
-        } else {
-            format!("arithmetic: each token takes {:.2} billion products", weights / 1e9)
-        };
-        let most = by_memory.min(by_products);
-        say(
-            "speed",
-            format!(
-                "{name}: {most:.1} tokens/s generated with every weight read (more where zeros are skipped), {by_products:.0} of a prompt"
-            ),
-        )?;
-        say("limit", limit)?;
-    }
+    say("rows", compute.race_rows())?;
+    let wish = Wish { context: Some(16), max_rows: 16, ..Wish::default() };
+    let (model, options) = args.load_file(&gguf, &compute, &wish, |_| ())?;
+    args.file.note_repairs(model.repairs());
+    let engine = Engine::new(model, compute, options)?;
+    args.tell_memory(&engine);
+    let (model, shape) = (engine.model(), Config::bitnet_2b_4t());
+    let file = model.config().name.clone().unwrap_or_else(|| model.file().to_owned());
+    let (name, bytes, weights) = match &args.file.model {
+        Some(_) => (&*file, bytes_per_step(model) as f64, weights(model.config())),
+        None => {
+            let bytes = weights(&shape) / 4.0 + 2.0 * (shape.vocab_size * shape.hidden_size) as f64;
+            ("bitnet-b1.58-2B-4T", bytes, weights(&shape))
+        }
+    };
+    drop(engine);
+    let (by_memory, by_products) = (stream / bytes, products / weights);
+    say(
+        "speed",
+        format!(
+            "{name}: {:.1} tokens/s generated with every weight read (more where zeros are skipped), {by_products:.0} of a prompt",
+            by_memory.min(by_products)
+        ),
+    )?;
+    let limit = if by_memory < by_products {
+        format!("memory: a token reads up to {} of weights", output::bytes(bytes as u64))
+    } else {
+        format!("arithmetic: each token takes {:.2} billion products", weights / 1e9)
+    };
+    say("limit", limit)?;
 
     for line in &advice {
-        say("advice", line.clone())?;
+        say("advice", line)?;
     }
-    let equal = prove(args, threads)?;
+    let equal = prove(&gguf, threads)?;
     say(
         "proof",
         match equal.len() {
             0 => "only the scalar kernels run here, and they are the definition".to_owned(),
-            _ => format!("{} compute the bits of scalar with all weights of {name}", equal.join(", ")),
+            _ => format!("{} compute the bits of scalar with all weights of {file}", equal.join(", ")),
         },
     )
 }
 
 /// Products a second, of two layers of a known shape that process a prompt.
-fn products(args: &Args, compute: Compute) -> anyhow::Result<f64> {
+fn products(args: &ModelArgs, compute: Compute) -> anyhow::Result<f64> {
     let config = Config { n_layers: 2, vocab_size: 256, ..Config::bitnet_2b_4t() };
     let done = weights(&config) * ROWS as f64;
-    let model = Model::random(config, &compute, args.model.strategy(&compute, 0, 1))?;
+    let model = Model::random(config, &compute, args.strategy(&compute, 0, 1))?;
     let options = EngineOptions { context: ROWS, ..EngineOptions::for_model(model.config()) };
     let mut engine = Engine::new(model, compute, options)?;
     let tokens: Vec<u32> = (0..ROWS as u32).collect();
@@ -167,24 +174,21 @@ fn weights(c: &Config) -> f64 {
 }
 
 /// Runs the model with all kernels; an error where one differs from scalar in a single bit. Returns those that do not.
-fn prove(args: &Args, threads: usize) -> anyhow::Result<Vec<&'static str>> {
-    let mut expected: Option<Vec<u32>> = None;
+fn prove(gguf: &Arc<Gguf>, threads: usize) -> anyhow::Result<Vec<&'static str>> {
+    // The self-test of every start has looked at the third cache.
+    let cases = [(Layout::Rows, KvType::F32), (Layout::Base3, KvType::F16)];
+    let mut expected: Vec<Vec<u32>> = Vec::new();
     let (mut equal, mut different) = (Vec::new(), Vec::new());
-    for (kernels, rows) in supported().into_iter().flat_map(|k| [(k, Layout::Rows), (k, Layout::Base3)]) {
-        let (name, compute) = (kernels.name(), Compute::new(kernels, threads));
-        let model = Model::load(
-            &Arc::new(source::open(args.model.name(), true)?),
-            &compute,
-            Strategy { rows, ..Strategy::default() },
-        )?;
-        let bits = selftest::bits(model, compute)?;
-        let Some(expected) = &expected else {
-            expected = Some(bits);
-            continue;
-        };
-        if *expected != bits {
+    for (kernels, case) in supported().into_iter().flat_map(|kernels| [(kernels, 0), (kernels, 1)]) {
+        let ((rows, cache_type), name) = (cases[case], kernels.name());
+        let compute = Compute::new(kernels, threads);
+        let model = Model::load(gguf, &compute, Strategy { rows, ..Strategy::default() })?;
+        let bits = selftest::bits(model, compute, cache_type)?;
+        if expected.len() < cases.len() {
+            expected.push(bits);
+        } else if expected[case] != bits || !selftest::passes(kernels) {
             different.push(name);
-        } else if rows == Layout::Rows {
+        } else if case == 0 {
             equal.push(name);
         }
     }

@@ -8,8 +8,9 @@ use bitnet::{EngineOptions, MemoryPlan};
 use serde_json::{Map, json};
 use std::fmt::Write;
 
-/// Shows what a model file holds and the memory it takes, without reading its weights. A file that cannot be run is shown
-/// as far as it can be read.
+/// Show what a model file holds and the memory it takes
+///
+/// Its weights are not read. A file that cannot be run is shown as far as it can be read.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   bitnet inspect model.gguf

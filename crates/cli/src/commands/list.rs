@@ -3,8 +3,12 @@ use bitnet::gguf::Gguf;
 use bitnet::hub::{Cached, Content};
 use serde_json::json;
 
-/// Lists the models in the cache of the Hugging Face hub: GGUF files, with names that `-m` takes, and checkpoints.
+/// List the downloaded models
+///
+/// Those in the cache of the Hugging Face hub: GGUF files, with names that -m takes, and checkpoints.
 #[derive(clap::Args)]
+#[command(after_help = "Example:
+  bitnet list --json | jq -r '.[] | select(.complete) | .path'")]
 pub struct Args {
     /// Print JSON
     #[arg(long)]
@@ -23,12 +27,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         });
         return output::print_json(&rows.collect());
     }
-    if list.is_empty() {
-        output::notice(format_args!(
-            "note: no models in {}; `bitnet pull 2b-4t` downloads one",
-            hub.cache.display()
-        ));
-    }
+    let cache = hub.cache.display();
+    output::note(!list.is_empty(), format_args!("no models in {cache}; `bitnet pull 2b-4t` downloads one"));
     let width = list.iter().map(|cached| name(cached).len()).max().unwrap_or(0);
     for cached in &list {
         let about = match &cached.content {

@@ -1,13 +1,16 @@
 use crate::output;
 use crate::source::{self, Wish};
-use anyhow::ensure;
+use crate::usage_error;
+use anyhow::{anyhow, ensure};
 use bitnet::kernels::Logits;
 use bitnet::{Engine, Feed, Wanted};
+use clap::error::ErrorKind;
 use std::path::PathBuf;
 
 /// Tokens whose logits are in memory at once.
 const CHUNK: usize = 32;
 
+/// Write the logits of every token to a NumPy file
 #[derive(clap::Args)]
 #[command(after_help = "Example:
   bitnet logits -m model.gguf --tokens 128000,9906 -o logits.npy")]
@@ -15,8 +18,8 @@ pub struct Args {
     #[command(flatten)]
     model: source::ModelArgs,
     /// Token ids: 1,2,3 (nothing is added before them)
-    #[arg(long, value_name = "IDS", value_delimiter = ',', required_unless_present = "tokens_file")]
-    tokens: Vec<u32>,
+    #[arg(long, value_name = "IDS", value_parser = source::parse_ids, required_unless_present = "tokens_file")]
+    tokens: Vec<source::Ids>,
     /// File of token ids, with spaces, commas or newlines between them
     #[arg(long, value_name = "FILE", conflicts_with = "tokens")]
     tokens_file: Option<PathBuf>,
@@ -26,12 +29,19 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let tokens = source::read_ids(&args.tokens, args.tokens_file.as_ref())?;
+    if args.output.as_os_str() == "-" {
+        usage_error(ErrorKind::InvalidValue, "-o -: an array is written to a file");
+    }
+    let tokens = match &args.tokens_file {
+        Some(file) => source::parse_ids(&source::read_text(Some(file))?)
+            .map_err(|error| anyhow!("{}: {error}", file.display()))?,
+        None => args.tokens.concat(),
+    };
     ensure!(!tokens.is_empty(), "there are no tokens to compute logits of");
     let compute = args.model.compute()?;
     let context = u32::try_from(tokens.len()).ok();
     let wish = Wish { context, max_rows: CHUNK, logits: CHUNK, ..Wish::default() };
-    let (model, options) = args.model.load(&compute, &wish)?;
+    let (model, options) = args.model.load(&compute, &wish, |_| ())?;
     source::check_ids(&tokens, model.config())?;
     let vocab = model.config().vocab_size;
     let mut engine = Engine::new(model, compute, options)?;

@@ -4,7 +4,7 @@ use clap::{Command, CommandFactory};
 use clap_mangen::Man;
 use std::path::PathBuf;
 
-/// Print the manual page of bitnet or of one of its commands, or write all of them to a folder.
+/// Print a manual page, or write all of them to a folder
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   bitnet man run | man -l -                      read the page of `bitnet run`

@@ -10,11 +10,11 @@ use std::path::PathBuf;
 /// Tokens whose logits are in memory at once.
 const CHUNK: usize = 32;
 
-/// Perplexity as llama.cpp defines it: the text is cut into windows of CTX tokens, and each window is scored over its
-/// second half.
+/// Measure how well the model predicts a text
 ///
-/// The same figures as those of llama-perplexity, to the rounding of the two (a few parts in ten thousand), need the same
-/// tokens: of a file that names no pre-tokenizer llama.cpp splits the text in a way of its own.
+/// Perplexity as llama.cpp defines it: the text is cut into windows of CTX tokens, and each window is scored over its
+/// second half. The same figures as those of llama-perplexity, to the rounding of the two (a few parts in ten thousand),
+/// need the same tokens: of a file that names no pre-tokenizer llama.cpp splits the text in a way of its own.
 #[derive(clap::Args)]
 #[command(after_help = "Example:
   bitnet perplexity -m model.gguf -f wiki.test.raw -c 512")]
@@ -46,7 +46,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let text = source::read_prompt(args.file.as_deref())?;
     let compute = args.model.compute()?;
     let wish = Wish { context: Some(args.ctx_size), logits: CHUNK, ..Wish::default() };
-    let (model, options) = args.model.load(&compute, &wish)?;
+    let (model, options) = args.model.load(&compute, &wish, |_| ())?;
     let tokens = model.prompt(&text, Specials::AsText)?;
     let window = options.context;
     let (found, needed) = (tokens.len(), 2 * window);

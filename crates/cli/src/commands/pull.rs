@@ -6,10 +6,11 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
 
-/// Downloads a model from the Hugging Face hub into its cache, or goes on with a download that broke off.
+/// Download a model
 ///
-/// Prints the path of the model. HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are those of
-/// Hugging Face's own programs, which share the cache.
+/// It goes from the Hugging Face hub into its cache, and its path is printed; a download that broke off goes on where it
+/// was. HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are those of Hugging Face's own programs, which
+/// share the cache.
 #[derive(clap::Args)]
 #[command(after_help = known())]
 pub struct Args {
@@ -24,12 +25,8 @@ pub struct Args {
 }
 
 fn known() -> String {
-    let lines = KNOWN.map(|known| format!("  {:<11} {} ({})", known.short, known.repo, known.about));
-    format!(
-        "Short names:\n{}\n\nThe cache and the settings are those of Hugging Face's own programs: HF_HOME, HF_HUB_CACHE, HF_TOKEN, \
-         HF_ENDPOINT, HF_HUB_OFFLINE. A download that broke off goes on where it was.",
-        lines.join("\n")
-    )
+    let lines = KNOWN.map(|known| format!("\n  {:<11} {} ({})", known.short, known.repo, known.about));
+    format!("Short names:{}", lines.concat())
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
@@ -49,16 +46,13 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         std::process::exit(output::interrupted_code().into());
     });
     let pulled = hub::pull(&name, true, args.quiet)?;
-    if pulled.path.is_dir() && !args.quiet {
-        let path = pulled.path.display();
-        output::notice(format_args!(
-            "note: a checkpoint; `bitnet convert {path} OUT.gguf` makes a model of it"
-        ));
-    }
+    let path = pulled.path.display();
+    let quiet = args.quiet || !pulled.path.is_dir();
+    output::note(quiet, format_args!("a checkpoint; `bitnet convert {path} OUT.gguf` makes a model of it"));
     if args.json {
         return output::print_json(&json!({
             "path": pulled.path, "size": pulled.size, "cached": pulled.cached,
         }));
     }
-    output::print(format!("{}\n", pulled.path.display()).as_bytes())
+    output::print(format!("{path}\n").as_bytes())
 }

@@ -1,20 +1,23 @@
 use crate::constraint::{Forms, INCOMPLETE};
 use crate::output::{self, Interrupted, notice, rate};
 use crate::prompt_cache::PromptCacheArgs;
-use crate::sampling::GenerateArgs;
+use crate::sampling::{GenerateArgs, check_biases, random_seed};
 use crate::source::{self, Wish};
 use crate::usage_error;
-use anyhow::{bail, ensure};
+use anyhow::ensure;
 use bitnet::Engine;
 use bitnet::generate::{FinishReason, Generated, StopConditions, generate};
 use bitnet::text::Specials;
 use clap::error::ErrorKind;
+use serde::Serialize;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-/// Continues a text. The continuation goes to stdout, everything else to stderr.
+/// Continue a text
+///
+/// The continuation goes to stdout, everything else to stderr.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   bitnet run -p \"Once upon a time\"
@@ -48,7 +51,7 @@ pub struct Args {
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let GenerateArgs { constraint, sampling, ctx_size, .. } = &args.generate;
-    let mut sampler = sampling.sampler();
+    let mut sampler = sampling.sampler(random_seed());
     if constraint.reads_stdin() && args.prompt.is_none() && args.file.is_none() {
         usage_error(ErrorKind::ArgumentConflict, "the prompt and the schema are both read from stdin");
     }
@@ -63,13 +66,13 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let wish = Wish { context: *ctx_size, ..Wish::default() };
     let mut forms = Forms::default();
     let prepare = |tokenizer: &_| forms.prepare(form.as_ref(), tokenizer);
-    let (model, options) = args.model.load_with(&compute, &wish, prepare)?;
+    let (model, options) = args.model.load(&compute, &wish, prepare)?;
     let specials = if args.special { Specials::Parse } else { Specials::AsText };
     let prompt = model.prompt(&text, specials)?;
     let (context, found) = (options.context, prompt.len());
     ensure!(found > 0, "the prompt is empty");
     ensure!(found <= context, "the prompt has {found} tokens, the context {context} (-c sets it)");
-    sampling.check_biases(&model)?;
+    check_biases(sampler.config(), &model)?;
     let stop = StopConditions {
         ids: if args.ignore_eos { Vec::new() } else { model.special().stop.clone() },
         constraint: forms.constraint(form.as_ref(), &model)?,
@@ -109,18 +112,34 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     if !generated.complete && generated.finish != FinishReason::Cancelled {
         args.model.file.note(INCOMPLETE);
     }
+    let n = generated.tokens.len();
     let statistics = Statistics {
-        generated,
+        text: &text,
         prompt_tokens: prompt.len(),
         cached_tokens: cached,
-        load_time,
-        first_token: first_token.unwrap_or_default(),
+        prompt_tokens_per_second: rate(prompt.len() - cached, generated.prompt_time),
+        // The first token comes with the prompt.
+        generated_tokens_per_second: rate(n.saturating_sub(1), generated.decode_time),
+        finish: match generated.finish {
+            FinishReason::StopToken(_) => "stop_token",
+            FinishReason::StopString(_) => "stop_string",
+            FinishReason::Length => "length",
+            FinishReason::ContextFull => "context_full",
+            FinishReason::Complete => "complete",
+            FinishReason::Cancelled => "cancelled",
+        },
+        complete: generated.complete,
+        proposed_tokens: generated.proposed,
+        accepted_tokens: generated.accepted,
+        tokens: generated.tokens,
+        load_seconds: load_time.as_secs_f64(),
+        first_token_seconds: first_token.unwrap_or_default().as_secs_f64(),
         seed: sampler.config().seed,
         kernel: engine.compute().kernels().name(),
-        threads: engine.compute().pool().threads(),
+        n_threads: engine.compute().pool().threads(),
     };
     if args.json {
-        output::print_json(&statistics.json(&text))?;
+        output::print_json(&serde_json::to_value(&statistics)?)?;
     } else if !args.model.file.quiet {
         statistics.print();
     }
@@ -130,85 +149,50 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         args.prompt_cache.save(&engine, sequence, prompt.len(), &interrupted)?;
     }
     args.model.tell_memory(&engine);
-    if statistics.generated.finish == FinishReason::Cancelled {
-        bail!(Interrupted);
-    }
+    ensure!(generated.finish != FinishReason::Cancelled, Interrupted);
     Ok(())
 }
 
-struct Statistics {
-    generated: Generated,
+#[derive(Serialize)]
+struct Statistics<'a> {
+    text: &'a str,
+    tokens: Vec<u32>,
+    finish: &'static str,
+    complete: bool,
     prompt_tokens: usize,
     cached_tokens: usize,
-    load_time: Duration,
-    first_token: Duration,
+    prompt_tokens_per_second: f64,
+    generated_tokens_per_second: f64,
+    proposed_tokens: usize,
+    accepted_tokens: usize,
+    load_seconds: f64,
+    first_token_seconds: f64,
     seed: u64,
     kernel: &'static str,
-    threads: usize,
+    n_threads: usize,
 }
 
-impl Statistics {
-    fn prompt_rate(&self) -> f64 {
-        rate(self.prompt_tokens - self.cached_tokens, self.generated.prompt_time)
-    }
-
-    /// The first token comes with the prompt.
-    fn decode_rate(&self) -> f64 {
-        rate(self.generated.tokens.len().saturating_sub(1), self.generated.decode_time)
-    }
-
-    fn finish(&self) -> &'static str {
-        match self.generated.finish {
-            FinishReason::StopToken(_) => "stop_token",
-            FinishReason::StopString(_) => "stop_string",
-            FinishReason::Length => "length",
-            FinishReason::ContextFull => "context_full",
-            FinishReason::Complete => "complete",
-            FinishReason::Cancelled => "cancelled",
-        }
-    }
-
+impl Statistics<'_> {
     fn print(&self) {
         let cached = match self.cached_tokens {
             0 => String::new(),
             count => format!("  ({count} of them from the prompt cache)"),
         };
         notice(format_args!(
-            "\nprompt     {:>6} tokens  {:>8.2} tokens/s{}\ngenerated  {:>6} tokens  {:>8.2} tokens/s  (ended: {}; \
+            "\nprompt     {:>6} tokens  {:>8.2} tokens/s{cached}\ngenerated  {:>6} tokens  {:>8.2} tokens/s  (ended: {}; \
              speculation: {} of {} accepted)\nload {:.2} s, first token after {:.3} s, seed {}, {}, {}",
             self.prompt_tokens,
-            self.prompt_rate(),
-            cached,
-            self.generated.tokens.len(),
-            self.decode_rate(),
-            self.finish().replace('_', " "),
-            self.generated.accepted,
-            self.generated.proposed,
-            self.load_time.as_secs_f64(),
-            self.first_token.as_secs_f64(),
+            self.prompt_tokens_per_second,
+            self.tokens.len(),
+            self.generated_tokens_per_second,
+            self.finish.replace('_', " "),
+            self.accepted_tokens,
+            self.proposed_tokens,
+            self.load_seconds,
+            self.first_token_seconds,
             self.seed,
             self.kernel,
-            output::threads(self.threads),
+            output::threads(self.n_threads),
         ));
-    }
-
-    fn json(&self, text: &str) -> serde_json::Value {
-        serde_json::json!({
-            "text": text,
-            "tokens": self.generated.tokens,
-            "finish": self.finish(),
-            "complete": self.generated.complete,
-            "prompt_tokens": self.prompt_tokens,
-            "cached_tokens": self.cached_tokens,
-            "prompt_tokens_per_second": self.prompt_rate(),
-            "generated_tokens_per_second": self.decode_rate(),
-            "proposed_tokens": self.generated.proposed,
-            "accepted_tokens": self.generated.accepted,
-            "load_seconds": self.load_time.as_secs_f64(),
-            "first_token_seconds": self.first_token.as_secs_f64(),
-            "seed": self.seed,
-            "kernel": self.kernel,
-            "n_threads": self.threads,
-        })
     }
 }

@@ -2,6 +2,7 @@ use crate::{output, source};
 use bitnet::model::{ModelInfo, Strategy};
 use bitnet::text::Specials;
 
+/// Print the token ids of a text
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   bitnet tokenize \"Once upon a time\"

@@ -1,5 +1,5 @@
-use crate::output::{self, notice};
-use crate::source::{self, Wish};
+use crate::output::{self, say};
+use crate::source::{self, ModelArgs, Wish};
 use anyhow::{Context, bail, ensure};
 use bitnet::convert::Trits;
 use bitnet::gguf::{self, Gguf};
@@ -16,21 +16,22 @@ use std::sync::Arc;
 /// Tokens that are generated to see that the model runs.
 const TOKENS: usize = 16;
 
-/// Checks a model file from end to end, and says in plain words what it found: structure, checksum, every ternary weight,
-/// scales, and a few generated tokens.
+/// Check a model file from end to end
+///
+/// Says in plain words what it found: structure, checksum, every ternary weight, scales, and a few generated tokens.
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  bitnet verify model.gguf
+  bitnet verify 2b-4t")]
 pub struct Args {
     #[command(flatten)]
-    model: source::ModelArgs,
-    /// Path of a GGUF file, or a name on the hub [default: the built-in demo]
-    #[arg(value_name = "MODEL", conflicts_with = "model")]
-    name: Option<String>,
+    model: source::NamedModelArgs,
 }
 
 pub fn run(mut args: Args) -> anyhow::Result<()> {
-    args.model.file.model = args.name.take().or(args.model.file.model);
-    let result = match args.model.file.open() {
-        Ok(gguf) => check(&args, &Arc::new(gguf)),
+    let model = args.model.named();
+    let result = match model.file.open() {
+        Ok(gguf) => check(model, &Arc::new(gguf)),
         Err(error) if matches!(error.downcast_ref(), Some(gguf::Error::Malformed { .. })) => Err(error),
         // There is no file.
         Err(error) => return Err(error),
@@ -41,20 +42,16 @@ pub fn run(mut args: Args) -> anyhow::Result<()> {
     result
 }
 
-fn say(what: &str, found: &str) -> anyhow::Result<()> {
-    output::print(format!("{what:<11} {found}\n").as_bytes())
-}
-
 /// A scale, with an exponent where it is none that models have.
 fn scale(x: f32) -> String {
     if (1e-4..1e4).contains(&x) { format!("{x:.6}") } else { format!("{x:.6e}") }
 }
 
-fn check(args: &Args, gguf: &Arc<Gguf>) -> anyhow::Result<()> {
+fn check(args: &ModelArgs, gguf: &Arc<Gguf>) -> anyhow::Result<()> {
     say("file", gguf.name())?;
     let info = ModelInfo::new(gguf, Strategy::default())?;
     let (size, tensors) = (output::bytes(gguf.byte_len()), gguf.tensors().len());
-    say("structure", &format!("sound: GGUF version {}, {tensors} tensors, {size}", gguf.version()))?;
+    say("structure", format!("sound: GGUF version {}, {tensors} tensors, {size}", gguf.version()))?;
     for repair in &info.repairs {
         say("repaired", &repair.message)?;
     }
@@ -68,7 +65,7 @@ fn check(args: &Args, gguf: &Arc<Gguf>) -> anyhow::Result<()> {
                 "{}: its SHA-256 is {found}, the hub has {expected}: `bitnet rm` it and `bitnet pull` it again",
                 gguf.name()
             );
-            say("sha-256", &format!("{found}, as on the hub"))?;
+            say("sha-256", format!("{found}, as on the hub"))?;
         }
         None => {}
     }
@@ -77,25 +74,25 @@ fn check(args: &Args, gguf: &Arc<Gguf>) -> anyhow::Result<()> {
     let [minus, zero, plus] = trits.counts.map(|count| 100.0 * count as f64 / all.max(1) as f64);
     say(
         "weights",
-        &format!(
+        format!(
             "{all} in {} matrices, each -1, 0 or +1: {minus:.1} %, {zero:.1} %, {plus:.1} %",
             trits.tensors
         ),
     )?;
     if !(5.0..=95.0).contains(&zero) || (minus - plus).abs() > 20.0 {
-        notice("note: trained models have some 30 to 60 % zeros and as many -1 as +1: is this one damaged?");
+        args.file
+            .note("trained models have some 30 to 60 % zeros and as many -1 as +1: is this one damaged?");
     }
     let (low, high) = trits.scales;
-    say("scales", &format!("{} to {}", scale(low), scale(high)))?;
+    say("scales", format!("{} to {}", scale(low), scale(high)))?;
     for name in &trits.zero {
-        args.model.file.note(format_args!("tensor {name:?}: all weights are zero"));
+        args.file.note(format_args!("tensor {name:?}: all weights are zero"));
     }
     say("trits", &trits.hash)?;
 
-    let compute = args.model.compute()?;
+    let compute = args.compute()?;
     let context = Some(64.min(info.config.context_length as u32));
-    let (model, options) =
-        args.model.load_file(gguf, &compute, &Wish { context, ..Wish::default() }, |_| ())?;
+    let (model, options) = args.load_file(gguf, &compute, &Wish { context, ..Wish::default() }, |_| ())?;
     let kernels = compute.kernels().name();
     let prompt = match model.tokenizer() {
         Ok(_) => model.prompt("Once upon a time", Specials::AsText)?,
@@ -120,6 +117,7 @@ fn check(args: &Args, gguf: &Arc<Gguf>) -> anyhow::Result<()> {
         let _ = write!(found, ": \"Once upon a time\" goes on {:?}", String::from_utf8_lossy(&text));
     }
     say("generation", &found)?;
+    args.tell_memory(&engine);
     let verdict = match reference {
         true => "the model is sound",
         false => {

@@ -1,6 +1,8 @@
 //! `bitnet batch` through the real binary: what it gives for a row, and that nothing that ends it costs or doubles one.
 
-use super::{command, ended};
+#[cfg(target_os = "linux")]
+use super::send;
+use super::{DEMO, command, ended, with_tensor};
 use serde_json::{Value as Json, json};
 use std::fs;
 use std::io::Write;
@@ -356,11 +358,11 @@ fn an_interrupt_keeps_what_is_finished() {
         sleep(Duration::from_millis(1));
     }
     let running = child.try_wait().unwrap().is_none();
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    send("-INT", &child);
     let output = child.wait_with_output().unwrap();
     assert!(running && output.status.code() == Some(130), "{output:?}");
     let stderr = String::from_utf8(output.stderr).unwrap();
-    assert!(stderr.starts_with("note: 1 rows are computed to their end"), "{stderr}");
+    assert!(stderr.starts_with("note: 1 row is computed to the end"), "{stderr}");
     let (whole, out) = (place.read("whole.jsonl"), place.read("out.jsonl"));
     assert!(whole.starts_with(&out) && out.lines().count() == 3);
     place.batch(&["in.jsonl", "-o", "out.jsonl"]);
@@ -386,12 +388,24 @@ fn what_is_not_this_runs_is_left_alone() {
     assert!(place.refused("out.jsonl", &["other.jsonl"]).contains("out.jsonl:3: not made by this run"));
     place.write("other.jsonl", prompts(3));
     assert!(place.refused("out.jsonl", &["other.jsonl"]).contains("out.jsonl:4: not made"));
-    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/demo.gguf");
-    let mut model = fs::read(demo).unwrap();
+    let mut model = DEMO.to_vec();
     let name = model.windows(10).position(|bytes| bytes == b"demo-model").unwrap();
     model[name] = b'D';
     place.write("other.gguf", model);
-    assert!(place.refused("out.jsonl", &["in.jsonl", "-m", "other.gguf"]).contains("out.jsonl:1: not made"));
+    // Only the scale behind the codes of a matrix is another.
+    with_tensor(place.0.path(), "blk.2.ffn_up.weight", |bytes| bytes[768 * 256 / 4] ^= 1);
+    for model in ["other.gguf", "changed.gguf"] {
+        let stderr = place.refused("out.jsonl", &["in.jsonl", "-m", model]);
+        assert!(stderr.contains("out.jsonl:1: not made"), "{stderr}");
+    }
+    // A run that cannot begin.
+    for start in
+        [&["--overwrite", "--logit-bias", "99999=1"][..], &["--overwrite", "--chat-template", "chatml"]]
+    {
+        place.refused("out.jsonl", &[&["in.jsonl"], start].concat());
+        place.refused("never", &[&["in.jsonl"], start].concat());
+    }
+    assert!(!place.0.path().join("never").exists());
     // Files of other kinds.
     for foreign in ["{\"a\": 1}\n", "My novel", "{\"id\":1}\n", "\n", "{\"idea\": 1"] {
         place.write("foreign", foreign);
@@ -401,11 +415,13 @@ fn what_is_not_this_runs_is_left_alone() {
     assert!(place.refused("none", &["missing.jsonl"]).contains("missing.jsonl: cannot read"));
     // A run that is under way.
     let mut child = place.spawn(&["batch", "-", "-o", "out.jsonl", "--overwrite"]);
-    while !place.read("out.jsonl").is_empty() {
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(prompts(1).as_bytes()).unwrap();
+    while place.read("out.jsonl").matches('\n').count() != 1 {
         sleep(Duration::from_millis(5));
     }
     assert!(place.refused("out.jsonl", &["in.jsonl"]).contains("another batch is writing it"));
-    child.stdin.take().unwrap().write_all(prompts(4).as_bytes()).unwrap();
+    drop(stdin);
     assert!(child.wait().unwrap().success());
     assert!(place.batch(&["in.jsonl", "-o", "out.jsonl", "--overwrite"]).starts_with("4 rows\n"));
 }
@@ -433,7 +449,7 @@ fn folders_stdin_and_messages() {
     let sep = std::path::MAIN_SEPARATOR;
     assert_eq!(
         json!(ids),
-        json!([format!("in{sep}a{sep}z.md"), format!("in{sep}b.txt"), format!("in{sep}bad.txt"), 0, 1])
+        json!([format!("in{sep}a{sep}z.md"), format!("in{sep}b.txt"), format!("in{sep}bad.txt"), 0, 2])
     );
     assert!(rows[2]["error"].as_str().unwrap().contains("not UTF-8"));
     assert_eq!(rows[1]["text"], place.run(&["-p", "Once upon a time", "-n", "4", "--seed", "1"])["text"]);

@@ -1,6 +1,6 @@
 //! `bitnet chat` as a person and as a script meet it: on a pseudo-terminal and on pipes.
 
-use super::bitnet;
+use super::{bitnet, refused};
 use std::fs;
 use std::path::Path;
 
@@ -29,11 +29,7 @@ fn mistakes_are_told_with_the_next_step() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("t.jinja");
     let path = file.to_str().unwrap();
-    let fails = |stdin: &[u8], args: &[&str], words: &str| {
-        let (stdout, stderr, code) = bitnet(stdin, args);
-        assert!(code == 1 && stderr.lines().count() == 1 && stderr.contains(words), "{args:?}: {stderr}");
-        assert!(stdout.trim().is_empty());
-    };
+    let fails = |stdin: &[u8], args: &[&str], words: &str| drop(refused(stdin, args, words));
     fails(b"\xff\n", &["chat"], "stdin: line 1 is not UTF-8");
     fails(b"x\n", &["chat", "-c", "8"], "-c sets it");
     fails(b"x\n", &["chat", "--chat-template", "vicuna"], "bitnet, llama3, falcon3 and chatml");
@@ -82,6 +78,7 @@ fn completions_and_manual_pages_know_every_command() {
 mod terminal {
     use super::*;
     use assert_cmd::cargo::CommandCargoExt;
+    use rexpect::process::{Signal, WaitStatus};
     use rexpect::session::{PtySession, spawn_command};
     use std::process::Command;
 
@@ -220,6 +217,18 @@ mod terminal {
         say(&mut s, "/stats");
         expect(&mut s, "answers          1");
         leave(s);
+    }
+
+    #[test]
+    fn a_request_to_end_finds_the_terminal_as_it_was() {
+        let home = tempfile::tempdir().unwrap();
+        for (signal, code) in [(Signal::SIGTERM, 143), (Signal::SIGHUP, 129)] {
+            let mut s = chat(home.path(), &["--no-history"]);
+            expect(&mut s, ">>> ");
+            let status = s.process_mut().kill(signal).unwrap();
+            assert!(matches!(status, WaitStatus::Exited(_, found) if found == code), "{status:?}");
+            expect(&mut s, "\x1b[?2004l");
+        }
     }
 
     #[test]

@@ -72,9 +72,13 @@ fn a_model_is_downloaded_once_and_runs_by_its_name() {
         (json[0]["size"].as_u64(), json[0]["complete"].as_bool()),
         (Some(DEMO.len() as u64), Some(true))
     );
-    assert!(bitnet(home, NOWHERE, &["rm", "2b-4t"], 0).1.contains("freed"));
+    let files = [("config.json", b"{}".to_vec()), ("model.safetensors", vec![1])];
+    let (checkpoint, _) = bitnet(home, &Server::new(&files, Manners::default()).url, &["pull", "a/b"], 0);
+    assert_eq!(bitnet(home, NOWHERE, &["pull", "a/b"], 0).0, checkpoint);
+    assert!(bitnet(home, NOWHERE, &["rm", "a/b", "2b-4t"], 0).1.contains("freed"));
     assert_eq!(bitnet(home, NOWHERE, &["list"], 0).0, "");
-    assert!(bitnet(home, NOWHERE, &["rm", "2b-4t"], 1).1.contains("bitnet list"));
+    let (_, gone) = bitnet(home, NOWHERE, &["rm", "2b-4t", "a/b"], 1);
+    assert!(gone.matches("bitnet list").count() == 2, "all names are tried: {gone}");
 }
 
 #[test]
@@ -145,7 +149,7 @@ fn a_hub_that_says_nothing_is_named_and_ctrl_c_ends_the_wait() {
     let mut child = command(home.path(), &format!("http://{host}"), &["pull", "a/b"]).spawn().unwrap();
     let mut stderr = BufReader::new(child.stderr.take().unwrap()).lines();
     assert_eq!(stderr.next().unwrap().unwrap(), format!("asking {host} ..."));
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    super::send("-INT", &child);
     assert!(stderr.next().unwrap().unwrap().contains("the same command goes on"));
     assert_eq!((child.wait().unwrap().code(), stderr.count()), (Some(130), 0));
 }

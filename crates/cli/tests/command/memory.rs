@@ -1,17 +1,8 @@
 //! Memory budgets and saved prompts, as a user of the real binary meets them.
 
-use super::{DEMO, bitnet, coded, json, text};
+use super::{DEMO, bitnet, coded, json, refused, rewritten, text};
+use bitnet::gguf::Value;
 use std::fs;
-
-/// The one line of a command that must fail.
-fn refused(args: &[&str]) -> String {
-    let (stdout, stderr, code) = bitnet("", args);
-    assert!(
-        code == 1 && stdout.is_empty() && stderr.lines().count() == 1,
-        "{args:?} {code}: {stdout}{stderr}"
-    );
-    stderr
-}
 
 #[test]
 fn a_budget_is_kept_or_refused() {
@@ -44,11 +35,11 @@ fn a_budget_is_kept_or_refused() {
     let (same, stderr, _) = bitnet("", &run(&["--max-memory", &tight]));
     assert!(same == expected && stderr.contains(&format!("{context} tokens instead of 1024")), "{stderr}");
     // What was asked for does not, unless it may.
-    let line = refused(&run(&["--max-memory", &tight, "-c", "1024"]));
+    let args = run(&["--max-memory", &tight, "-c", "1024"]);
     for words in
         ["needs", "weights", "cache of 1024 tokens in f32", "--max-memory allows", "-c ", "--cache-type q8"]
     {
-        assert!(line.contains(words), "{words}: {line}");
+        refused("", &args, words);
     }
     let (_, stderr, code) = bitnet("", &run(&["--max-memory", &tight, "-c", "1024", "--cache-type", "auto"]));
     assert!(code == 0 && stderr.contains("a cache in f16"), "{stderr}");
@@ -93,7 +84,6 @@ fn verbose_tells_what_was_taken() {
 #[test]
 #[cfg(target_os = "linux")]
 fn the_system_counts_what_was_planned() {
-    use bitnet::gguf::{TensorType, Writer};
     let resident = |model: &[&str]| {
         let prompt = "once upon a time ".repeat(60);
         let (_, stderr, code) =
@@ -110,34 +100,22 @@ fn the_system_counts_what_was_planned() {
     };
     // The demo made larger by copies of its layers.
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("large.gguf");
-    let demo = bitnet::gguf::Gguf::from_static("demo", DEMO).unwrap();
-    const TIMES: u64 = 40;
-    let layers = demo.get_u64("bitnet-b1.58.block_count").unwrap().unwrap();
-    let mut writer = Writer::new(&path);
-    for (name, value) in demo.metadata() {
-        let more = bitnet::gguf::Value::U32((layers * TIMES) as u32);
-        writer.meta(name, if name.ends_with(".block_count") { more } else { value }).unwrap();
-    }
-    let mut all = Vec::new();
-    for tensor in demo.tensors() {
-        match tensor.name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
+    const TIMES: usize = 40;
+    let path = rewritten(
+        folder.path(),
+        |name, value| {
+            let more = |layers| Value::U32((layers as usize * TIMES) as u32);
+            Some(if name.ends_with(".block_count") { value.as_int().map(more)? } else { value })
+        },
+        |name, dims| match name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
             Some((layer, rest)) => {
-                let layer: u64 = layer.parse().unwrap();
-                all.extend((0..TIMES).map(|i| (format!("blk.{}.{rest}", layer + i * layers), tensor)));
+                let layer: usize = layer.parse().unwrap();
+                let name = |i| format!("blk.{}.{rest}", layer * TIMES + i);
+                (0..TIMES).map(|i| (name(i), dims.to_vec())).collect()
             }
-            None => all.push((tensor.name.clone(), tensor)),
-        }
-    }
-    for (name, tensor) in &all {
-        writer.tensor(name, &tensor.dims, tensor.ty).unwrap();
-    }
-    let mut data = writer.create().unwrap();
-    for (name, tensor) in &all {
-        let len = TensorType::byte_len(tensor.ty, &tensor.dims).unwrap() as usize;
-        data.tensor(name, &demo.tensor_bytes(tensor)[..len]).unwrap();
-    }
-    data.finish().unwrap();
+            None => vec![(name.to_owned(), dims.to_vec())],
+        },
+    );
     let plan = |model: &[&str]| {
         let all = json(&[&["inspect", "--json", "-c", "256"], model].concat());
         all["memory"]["total_bytes"].as_u64().unwrap()
@@ -186,9 +164,8 @@ fn a_prompt_cache_changes_nothing_but_the_time() {
 
     let args = |more: &[&str]| [&["run", "-p", &short, "-n", "1"], &cached[..], more].concat().join("\0");
     let fails = |more: &[&str], words: &str| {
-        let args = args(more);
-        let line = refused(&args.split('\0').collect::<Vec<_>>());
-        assert!(line.contains(words) && line.contains(text(&file)), "{line}");
+        let line = refused("", &args(more).split('\0').collect::<Vec<_>>(), words);
+        assert!(line.contains(text(&file)), "{line}");
     };
     fails(&["--cache-type", "q8"], "take --cache-type f32");
     // Another model: the same with another name.
@@ -210,8 +187,8 @@ fn a_prompt_cache_changes_nothing_but_the_time() {
     fs::remove_file(&file).unwrap();
     fails(&["--prompt-cache-ro"], "cannot read");
     let nowhere = folder.path().join("no/cache");
-    assert!(refused(&["run", "-p", "x", "--prompt-cache", text(&nowhere)]).contains("no such folder"));
-    assert!(refused(&["chat", "--prompt-cache", text(folder.path())]).contains("not a regular file"));
+    refused("", &["run", "-p", "x", "--prompt-cache", text(&nowhere)], "no such folder");
+    refused("", &["chat", "--prompt-cache", text(folder.path())], "not a regular file");
 }
 
 #[test]

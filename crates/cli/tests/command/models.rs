@@ -1,11 +1,7 @@
 //! `convert`, `verify` and `doctor` as a user runs them.
 
-use super::coded;
+use super::{DEMO, DEMO_PATH, coded};
 use std::fs;
-
-fn demo() -> String {
-    format!("{}/../../models/demo.gguf", env!("CARGO_MANIFEST_DIR"))
-}
 
 #[test]
 fn a_converted_model_writes_the_same_text() {
@@ -14,7 +10,7 @@ fn a_converted_model_writes_the_same_text() {
     let run = ["run", "-q", "-p", "Once upon a time", "-n", "16", "--seed", "7"];
     let expected = coded(&run, 0).0;
     let mut hashes = Vec::new();
-    let mut from = demo();
+    let mut from = DEMO_PATH.to_owned();
     for ty in ["tq1_0", "IQ2_BN", "i2_s"] {
         let out = path(&format!("{ty}.gguf"));
         fs::write(path(&format!(".{ty}.gguf.killed.tmp")), "").unwrap();
@@ -47,14 +43,13 @@ fn verify_tells_sound_from_damaged() {
         assert!(found.contains(word), "{word}: {found}");
     }
     // In the hub's cache a file is called by its checksum.
-    let bytes = fs::read(demo()).unwrap();
     let wrong = folder.path().join("0".repeat(64));
-    fs::write(&wrong, &bytes).unwrap();
+    fs::write(&wrong, DEMO).unwrap();
     assert!(coded(&["verify", wrong.to_str().unwrap()], 1).1.contains("SHA-256"));
-    let found = coded(&["verify", &demo()], 0).0;
+    let found = coded(&["verify", DEMO_PATH], 0).0;
     assert!(found.contains("there is no checksum to compare"), "{found}");
     let cut = folder.path().join("cut.gguf");
-    fs::write(&cut, &bytes[..bytes.len() - 100]).unwrap();
+    fs::write(&cut, &DEMO[..DEMO.len() - 100]).unwrap();
     let (found, error) = coded(&["verify", cut.to_str().unwrap()], 1);
     assert!(
         found.starts_with("verdict     the model did not pass") && error.contains("truncated"),
@@ -65,12 +60,15 @@ fn verify_tells_sound_from_damaged() {
 #[test]
 fn doctor_says_what_there_is_and_proves_the_kernels() {
     let (found, _) = coded(&["doctor"], 0);
-    let words = "cpu features cores bandwidth GB/s arithmetic kernel rows speed tokens/s limit proof";
-    for word in words.split(' ') {
-        assert!(found.lines().any(|line| line.contains(word)), "{word}: {found}");
+    let has = |start: &str, words: &str| {
+        found.lines().any(|line| line.starts_with(&format!("{start:<12}")) && line.contains(words))
+    };
+    for start in "cpu features cores arithmetic kernel rows limit".split(' ') {
+        assert!(has(start, ""), "{start}: {found}");
     }
+    assert!(has("bandwidth", "GB/s") && has("speed", "tokens/s") && has("proof", "scalar"), "{found}");
     assert!(found.lines().count() <= 24 && found.contains("2B-4T"), "{found}");
-    let named = coded(&["doctor", &demo(), "--kernels", "scalar", "-t", "1"], 0).0;
+    let named = coded(&["doctor", DEMO_PATH, "--kernels", "scalar", "-t", "1"], 0).0;
     assert!(named.contains("as asked for") || named.contains("scalar: the best"), "{named}");
     assert!(!named.contains("2B-4T"), "{named}");
 }

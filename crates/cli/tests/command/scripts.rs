@@ -1,27 +1,24 @@
 //! The `bitnet` command as scripts see it: stdout, stderr and exit codes of the real binary on the built-in demo.
 
-use super::{DEMO, coded, json, text};
+use super::{DEMO, DEMO_PATH, bitnet, coded, json, refused, rewritten, text, with_tensor};
 use bitnet::gguf::{Gguf, TensorType, Value, Writer};
 use bitnet::kernels::supported;
 use serde_json::Value as Json;
 use std::fs;
 use std::path::{Path, PathBuf};
+#[cfg(unix)]
+use std::process::Command;
 
 const ONCE: [&str; 7] = ["run", "-p", "Once upon a time", "-n", "24", "--seed", "7"];
 
-struct Outcome {
-    code: i32,
-    stdout: String,
-    stderr: String,
+/// A tensor as it is.
+fn all(name: &str, dims: &[u64]) -> Vec<(String, Vec<u64>)> {
+    vec![(name.to_owned(), dims.to_vec())]
 }
 
-fn bitnet_with(stdin: &[u8], args: &[&str]) -> Outcome {
-    let (stdout, stderr, code) = super::bitnet(stdin, args);
-    Outcome { code, stdout, stderr }
-}
-
-fn bitnet(args: &[&str]) -> Outcome {
-    bitnet_with(b"", args)
+/// Or none.
+fn kept(is_kept: bool, name: &str, dims: &[u64]) -> Vec<(String, Vec<u64>)> {
+    if is_kept { all(name, dims) } else { Vec::new() }
 }
 
 /// stdout of a command that must succeed.
@@ -29,54 +26,17 @@ fn stdout(args: &[&str]) -> String {
     coded(args, 0).0
 }
 
-/// The one line on stderr of a command that must fail, with nothing on stdout.
-fn error(outcome: &Outcome) -> &str {
-    let Outcome { code, stdout, stderr } = outcome;
-    let lines: Vec<_> = stderr.lines().filter(|line| !line.starts_with("note: ")).collect();
-    assert!(*code == 1 && lines.len() == 1 && stdout.is_empty(), "{code}: {stderr}");
-    lines[0].strip_prefix("error: ").unwrap()
-}
-
-/// The demo with other keys and tensors: `edit` gives None for what is left out.
-fn rewritten(
-    folder: &Path,
-    key: impl for<'a> Fn(&str, Value<'a>) -> Option<Value<'a>>,
-    tensor: impl Fn(&str, &[u64]) -> Option<Vec<u64>>,
-) -> PathBuf {
-    let demo = Gguf::from_static("demo", DEMO).unwrap();
-    let path = folder.join("edited.gguf");
-    let mut writer = Writer::new(&path);
-    for (name, value) in demo.metadata() {
-        if let Some(value) = key(name, value) {
-            writer.meta(name, value).unwrap();
-        }
-    }
-    let kept: Vec<_> = demo.tensors().iter().filter_map(|t| Some((t, tensor(&t.name, &t.dims)?))).collect();
-    for (t, dims) in &kept {
-        writer.tensor(&t.name, dims, t.ty).unwrap();
-    }
-    let mut data = writer.create().unwrap();
-    for (t, dims) in &kept {
-        data.tensor(&t.name, &demo.tensor_bytes(t)[..t.ty.byte_len(dims).unwrap() as usize]).unwrap();
-    }
-    data.finish().unwrap();
-    path
-}
-
 #[test]
 fn run_prints_the_continuation_and_statistics() {
     let greedy = ["run", "-p", "Once upon a time", "-n", "24", "--temp", "0"];
-    let first = bitnet(&greedy);
-    assert_eq!(first.code, 0);
-    let story = first.stdout.as_str();
+    let (story, stderr) = coded(&greedy, 0);
     assert!(story.ends_with('\n') && !story.contains("Once upon a time"), "{story:?}");
     for word in ["prompt", "generated", "tokens/s", "accepted", "seed", "threads", "first token"] {
-        assert!(first.stderr.contains(word), "{}", first.stderr);
+        assert!(stderr.contains(word), "{stderr}");
     }
-    assert_eq!(bitnet(&greedy).stdout, first.stdout);
-    assert_eq!(bitnet(&[&greedy[..], &["--no-speculation"]].concat()).stdout, first.stdout);
-    let quiet = bitnet(&[&greedy[..], &["--quiet"]].concat());
-    assert_eq!((&quiet.stdout, quiet.stderr.as_str()), (&first.stdout, ""));
+    assert_eq!(stdout(&greedy), story);
+    assert_eq!(stdout(&[&greedy[..], &["--no-speculation"]].concat()), story);
+    assert_eq!(coded(&[&greedy[..], &["--quiet"]].concat(), 0), (story.clone(), String::new()));
     let object = json(&[&greedy[..], &["--json"]].concat());
     assert_eq!(object["text"].as_str().unwrap().trim_end(), story.trim_end());
     assert_eq!(
@@ -103,8 +63,7 @@ fn prompts_come_from_file_and_stdin() {
     fs::write(&file, "Once upon a time\n").unwrap();
     let expected = stdout(&ONCE);
     assert_eq!(stdout(&["run", "-f", text(&file), "-n", "24", "--seed", "7"]), expected);
-    let piped = bitnet_with(b"Once upon a time\n", &["run", "-n", "24", "--seed", "7"]);
-    assert_eq!(piped.stdout, expected);
+    assert_eq!(bitnet("Once upon a time\n", &["run", "-n", "24", "--seed", "7"]).0, expected);
 }
 
 #[test]
@@ -128,11 +87,13 @@ fn text_survives_tokens_and_back() {
         assert!(ids.starts_with("4088 "), "{ids}");
         let ids: Vec<&str> = ids.split_whitespace().collect();
         assert_eq!(stdout(&[&["detokenize"], &ids[..]].concat()), source);
-        assert_eq!(stdout(&["detokenize", &ids.join(",")]), source);
+        for between in [",", " ", ", ", "\n"] {
+            assert_eq!(stdout(&["detokenize", &ids.join(between)]), source);
+        }
     }
     let object = json(&["tokenize", "--json", "--special", "--no-bos", "a<|eot_id|>"]);
     assert_eq!(object["pieces"].as_array().unwrap().last().unwrap(), "<|eot_id|>");
-    assert_eq!(bitnet_with(b"Once", &["tokenize"]).stdout, stdout(&["tokenize", "Once"]));
+    assert_eq!(bitnet("Once", &["tokenize"]).0, stdout(&["tokenize", "Once"]));
 }
 
 #[test]
@@ -140,7 +101,7 @@ fn logits_are_a_numpy_file() {
     let folder = tempfile::tempdir().unwrap();
     let (list, file) = (folder.path().join("list.npy"), folder.path().join("file.npy"));
     let ids: Vec<String> = (100..170).map(|id| id.to_string()).collect();
-    stdout(&["logits", "--tokens", &ids.join(","), "-o", text(&list)]);
+    stdout(&["logits", "--tokens", &ids.join(", "), "-o", text(&list)]);
     let bytes = fs::read(&list).unwrap();
     let header = 10 + usize::from(u16::from_le_bytes([bytes[8], bytes[9]]));
     assert!(bytes.starts_with(b"\x93NUMPY\x01\x00"));
@@ -171,8 +132,7 @@ fn perplexity_of_a_story_is_low() {
         line.starts_with(&format!("perplexity: {perplexity:.4} ± ")) && line.lines().count() == 1,
         "{line}"
     );
-    let short = bitnet_with(b"too short", &["perplexity"]);
-    assert!(error(&short).contains("1024"), "{}", short.stderr);
+    refused("too short", &["perplexity"], "1024");
 }
 
 #[test]
@@ -181,59 +141,34 @@ fn inspect_shows_sound_and_refused_files() {
     assert_eq!(object["config"]["vocab_size"], 4096);
     assert!(object["repairs"].is_array() && object["memory"]["total_bytes"].as_u64() > Some(1 << 20));
     assert!(stdout(&["inspect", "--tensors"]).contains("token_embd.weight"));
-    let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/demo.gguf");
-    assert_eq!(stdout(&["inspect", "-m", demo]), stdout(&["inspect", demo]));
+    assert_eq!(stdout(&["inspect", "-m", DEMO_PATH]), stdout(&["inspect", DEMO_PATH]));
     let folder = tempfile::tempdir().unwrap();
-    let path = rewritten(
-        folder.path(),
-        |_, v| Some(v),
-        |name, dims| (name != "output_norm.weight").then(|| dims.to_vec()),
-    );
-    let refused = bitnet(&["inspect", text(&path), "--json"]);
-    assert_eq!(refused.code, 1);
-    let object: Json = serde_json::from_str(&refused.stdout).unwrap();
+    let path =
+        rewritten(folder.path(), |_, v| Some(v), |name, dims| kept(name != "output_norm.weight", name, dims));
+    let (object, stderr) = coded(&["inspect", text(&path), "--json"], 1);
+    let object: Json = serde_json::from_str(&object).unwrap();
     assert!(object["error"].as_str().unwrap().contains("output_norm.weight"), "{}", object["error"]);
-    assert!(refused.stderr.contains("output_norm.weight"));
-    let refused = bitnet(&["inspect", text(&path)]);
-    assert!(refused.stdout.contains("general.architecture"));
+    assert!(stderr.contains("output_norm.weight"));
+    assert!(coded(&["inspect", text(&path)], 1).0.contains("general.architecture"));
 }
 
 #[test]
 fn repairs_are_told_in_a_line_each() {
     let folder = tempfile::tempdir().unwrap();
-    let path =
-        rewritten(folder.path(), |k, v| (k != "tokenizer.ggml.pre").then_some(v), |_, d| Some(d.to_vec()));
-    let told = bitnet(&["tokenize", "-m", text(&path), "Once"]);
-    let notes: Vec<_> = told.stderr.lines().filter(|line| line.starts_with("note: ")).collect();
-    assert_eq!(told.code, 0);
-    assert!(notes.iter().any(|line| line.contains("pre-tokenizer")), "{}", told.stderr);
-    assert!(bitnet(&["tokenize", "-q", "-m", text(&path), "Once"]).stderr.is_empty());
+    let path = rewritten(folder.path(), |k, v| (k != "tokenizer.ggml.pre").then_some(v), all);
+    let (_, told) = coded(&["tokenize", "-m", text(&path), "Once"], 0);
+    assert!(told.lines().any(|line| line.starts_with("note: ") && line.contains("pre-tokenizer")), "{told}");
+    assert!(coded(&["tokenize", "-q", "-m", text(&path), "Once"], 0).1.is_empty());
 }
 
 #[test]
 fn damaged_files_are_refused_in_one_line() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("bad.gguf");
-    let with = |at: usize, bytes: &[u8]| {
-        let mut file = DEMO.to_vec();
-        file[at..at + bytes.len()].copy_from_slice(bytes);
-        file
-    };
-    for (bytes, expected) in [
-        (Vec::new(), "bad.gguf"),
-        (b"GGU".to_vec(), "truncated"),
-        (with(0, b"PK\x03\x04"), "not a GGUF file"),
-        (with(4, &99u32.to_le_bytes()), "found 99"),
-        (with(8, &u64::MAX.to_le_bytes()), "wrong count"),
-        (with(16, &u64::MAX.to_le_bytes()), "wrong count"),
-        (DEMO[..100].to_vec(), "truncated"),
-        (DEMO[..DEMO.len() / 2].to_vec(), "truncated"),
-        (DEMO[..DEMO.len() - 1].to_vec(), "truncated"),
-    ] {
+    for (bytes, expected) in [(&[][..], "bad.gguf"), (&DEMO[..DEMO.len() / 2], "truncated")] {
         fs::write(&path, bytes).unwrap();
         for args in [&["run", "-p", "x", "-m"][..], &["inspect"], &["tokenize", "x", "-m"]] {
-            let failed = bitnet(&[args, &[text(&path)]].concat());
-            assert!(error(&failed).contains(expected), "{expected}: {}", failed.stderr);
+            refused("", &[args, &[text(&path)]].concat(), expected);
         }
     }
 }
@@ -241,24 +176,20 @@ fn damaged_files_are_refused_in_one_line() {
 #[test]
 fn models_that_do_not_fit_together_are_refused() {
     let folder = tempfile::tempdir().unwrap();
-    let all = |_: &str, dims: &[u64]| Some(dims.to_vec());
-    let refused = |path: PathBuf, expected: &str| {
-        let failed = bitnet(&["run", "-p", "x", "-m", text(&path)]);
-        assert!(error(&failed).contains(expected), "{expected}: {}", failed.stderr);
-    };
+    let fails = |path: PathBuf, words: &str| drop(refused("", &["run", "-p", "x", "-m", text(&path)], words));
     for missing in
         ["token_embd.weight", "blk.3.attn_k.weight", "blk.0.ffn_sub_norm.weight", "output_norm.weight"]
     {
-        let path =
-            rewritten(folder.path(), |_, v| Some(v), |name, dims| (name != missing).then(|| dims.to_vec()));
-        refused(path, missing);
+        let path = rewritten(folder.path(), |_, v| Some(v), |name, dims| kept(name != missing, name, dims));
+        fails(path, missing);
     }
     let short = |name: &str, dims: &[u64]| {
-        Some(if name == "blk.1.ffn_up.weight" { vec![dims[0], dims[1] / 2] } else { dims.to_vec() })
+        let rows = if name == "blk.1.ffn_up.weight" { dims[1] / 2 } else { dims[dims.len() - 1] };
+        all(name, &[&dims[..dims.len() - 1], &[rows]].concat())
     };
-    refused(rewritten(folder.path(), |_, v| Some(v), short), "blk.1.ffn_up.weight");
+    fails(rewritten(folder.path(), |_, v| Some(v), short), "blk.1.ffn_up.weight");
     for missing in ["general.architecture", "bitnet-b1.58.embedding_length", "bitnet-b1.58.block_count"] {
-        refused(rewritten(folder.path(), |k, v| (k != missing).then_some(v), all), missing);
+        fails(rewritten(folder.path(), |k, v| (k != missing).then_some(v), all), missing);
     }
     for (key, value) in [
         ("bitnet-b1.58.block_count", Value::U32(u32::MAX)),
@@ -267,7 +198,7 @@ fn models_that_do_not_fit_together_are_refused() {
         ("tokenizer.ggml.bos_token_id", Value::U32(1 << 30)),
     ] {
         let path = rewritten(folder.path(), |k, v| Some(if k == key { value } else { v }), all);
-        refused(path, key);
+        fails(path, key);
     }
     let path = folder.path().join("empty.gguf");
     let mut writer = Writer::new(&path);
@@ -275,89 +206,84 @@ fn models_that_do_not_fit_together_are_refused() {
     let mut data = writer.create().unwrap();
     data.tensor("x", &[0; 16]).unwrap();
     data.finish().unwrap();
-    refused(path, "general.architecture");
+    fails(path, "general.architecture");
 }
 
 #[test]
 fn what_cannot_be_read_is_named() {
-    let failed = bitnet_with(b"Once \xff", &["run"]);
-    assert!(error(&failed).contains("offset 5"), "{}", failed.stderr);
+    refused(b"Once \xff", &["run"], "offset 5");
     for (model, expected) in [
         ("hf:owner/repo/more", "expected hf:OWNER/NAME"),
         ("./no/such.gguf", "no/such.gguf: no such file"),
         ("/", "folder"),
     ] {
-        let failed = bitnet(&["run", "-p", "x", "-m", model]);
-        assert!(error(&failed).contains(expected), "{}", failed.stderr);
+        refused("", &["run", "-p", "x", "-m", model], expected);
     }
     for command in ["run", "tokenize", "perplexity"] {
-        let failed = bitnet_with(b"Once \xff", &[command, "-m", "./no/such.gguf"]);
-        assert!(error(&failed).contains("no such file"), "{}", failed.stderr);
+        refused(b"Once \xff", &[command, "-m", "./no/such.gguf"], "no such file");
     }
-    assert!(error(&bitnet(&["run", "-f", "/no/such/prompt"])).contains("/no/such/prompt"));
+    refused("", &["run", "-f", "/no/such/prompt"], "/no/such/prompt");
 }
 
 #[test]
 fn tokens_and_prompts_out_of_range_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let npy = folder.path().join("x.npy");
-    let failed = bitnet(&["logits", "--tokens", "1,2,4096", "-o", text(&npy)]);
-    assert!(error(&failed).contains("token 2 of the input is 4096"), "{}", failed.stderr);
+    let words = "token 2 of the input is 4096";
+    refused("", &["logits", "--tokens", "1,2,4096", "-o", text(&npy)], words);
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
-    assert!(error(&bitnet(&["detokenize", "5", "99999"])).contains("99999"));
-    let failed = bitnet(&["run", "-p", "x", "--logit-bias", "4096=1"]);
-    assert!(error(&failed).contains("4096"), "{}", failed.stderr);
-    let failed = bitnet_with("word ".repeat(2000).as_bytes(), &["run"]);
-    assert!(error(&failed).contains("the context 1024"), "{}", failed.stderr);
+    refused("", &["detokenize", "5", "99999"], "99999");
+    refused("", &["run", "-p", "x", "--logit-bias", "4096=1"], "4096");
+    refused("word ".repeat(2000), &["run"], "the context 1024");
 }
 
 #[test]
 fn usage_errors_are_2() {
-    for args in [
-        &[][..],
-        &["nonsense"],
-        &["run", "-p", "x", "-n", "-2"],
-        &["run", "-p", "x", "--temp", "-1"],
-        &["run", "-p", "x", "--top-p", "1.5"],
-        &["run", "-p", "x", "-f", "y"],
-        &["run", "-p", "x", "--kernels", "sse"],
-        &["run", "-p", "x", "-t", "0"],
-        &["logits", "-o", "x.npy"],
-        &["detokenize", "1,x"],
-        &["detokenize"],
-    ] {
-        let outcome = bitnet(args);
-        assert!(outcome.code == 2 && outcome.stdout.is_empty(), "{args:?}: {}", outcome.stderr);
-    }
     for (args, words) in [
-        (&["run", "-p", "x", "--kernels", "sse"][..], "scalar"),
+        (&[][..], "Usage"),
+        (&["nonsense"], "unrecognized"),
+        (&["run", "-p", "x", "-n", "-2"], "-1.."),
+        (&["run", "-p", "x", "--temp", "-1"], "temperature is -1"),
+        (&["run", "-p", "x", "--top-p", "1.5"], "top_p is 1.5"),
+        (&["run", "-p", "x", "-f", "y"], "cannot be used with"),
+        (&["run", "-p", "x", "-t", "0"], "1.."),
+        (&["logits", "-o", "x.npy"], "--tokens"),
+        (&["logits", "--tokens", "1", "-o", "-"], "written to a file"),
+        (&["detokenize", "1,x"], "\"x\" is no token id"),
+        (&["detokenize"], "<IDS>"),
+        (&["run", "-p", "x", "--kernels", "sse"], "scalar"),
         (&["run", "Once upon"], "-p \"Once upon\""),
         (&["run", "model.gguf"], "-m \"model.gguf\""),
         (&["chat", "model.gguf"], "-m \"model.gguf\""),
         (&["run", "-s", "-1"], "'--seed <S>': expected a number that is not negative"),
         (&["run", "--temp", "hot"], "'--temp <T>': expected a number"),
         (&["batch", "-", "-o", "x", "--top-k", "0.5"], "expected a whole number"),
+        (&["batch", "-", "-o", "-"], "so it is a file"),
         (&["rnu"], "did you mean run?"),
         (&["inspect", "a", "-m", "b"], "cannot be used with"),
+        (&["run", "--cache-type", "q4"], "q8"),
+        (&["run", "--cache-type-k", "q8_0", "--cache-type-v", "f16"], "one type"),
+        (&["bench", "-p", "0", "-n", "0"], "nothing to measure"),
+        (&["bench", "-n", "18446744073709551615"], "18446744073709551615"),
     ] {
-        let outcome = bitnet(args);
-        assert!(outcome.code == 2 && outcome.stderr.contains(words), "{args:?}: {}", outcome.stderr);
+        let (stdout, stderr) = coded(args, 2);
+        assert!(stdout.is_empty() && stderr.contains(words), "{args:?}: {stderr}");
     }
     assert!(stdout(&["--help"]).contains("perplexity"));
+    assert!(
+        stdout(&["perplexity", "--help"])
+            .contains("Perplexity as llama.cpp defines it: the text is cut into windows")
+    );
 }
 
 #[test]
 fn outputs_that_cannot_be_written_fail() {
     for path in ["/no/such/folder/x.npy", "/dev/full", "/"] {
-        let failed = bitnet(&["logits", "--tokens", "1", "-o", path]);
-        assert!(error(&failed).contains(path), "{}", failed.stderr);
+        refused("", &["logits", "--tokens", "1", "-o", path], path);
     }
     // Before anything is generated.
     #[cfg(target_os = "linux")]
-    {
-        let failed = bitnet(&["run", "-p", "x", "--prompt-cache", "/proc/cache"]);
-        assert!(error(&failed).starts_with("/proc/cache: cannot write: "), "{}", failed.stderr);
-    }
+    refused("", &["run", "-p", "x", "--prompt-cache", "/proc/cache"], "/proc/cache: cannot write: ");
 }
 
 #[cfg(target_os = "linux")]
@@ -375,78 +301,47 @@ fn a_full_disk_fails_and_a_reader_that_leaves_does_not() {
 }
 
 #[test]
-fn convert_makes_the_demo_or_nothing() {
-    let folder = tempfile::tempdir().unwrap();
-    let out = folder.path().join("out.gguf");
-    let failed = bitnet(&["convert", text(folder.path()), text(&out)]);
-    assert!(error(&failed).contains("no model in this folder: expected config.json"), "{}", failed.stderr);
-    assert!(!out.exists());
-}
-
-/// The demo with one tensor's bytes changed.
-fn with_tensor(folder: &Path, name: &str, change: impl FnOnce(&mut [u8])) -> PathBuf {
-    let gguf = Gguf::from_static("demo", DEMO).unwrap();
-    let range = gguf.tensor(name).unwrap().range();
-    let mut bytes = DEMO.to_vec();
-    change(&mut bytes[range.start as usize..range.end as usize]);
-    let path = folder.join("changed.gguf");
-    fs::write(&path, bytes).unwrap();
-    path
-}
-
-#[test]
 fn weights_that_make_no_sense_are_refused() {
     let folder = tempfile::tempdir().unwrap();
-    let refused = |path: &Path, expected: &str| {
-        let failed = bitnet(&["run", "-p", "x", "-m", text(path)]);
-        assert!(error(&failed).contains(expected), "{expected}: {}", failed.stderr);
-    };
+    let fails = |path: &Path, words: &str| drop(refused("", &["run", "-p", "x", "-m", text(path)], words));
     let up = "blk.2.ffn_up.weight";
     let codes = 768 * 256 / 4;
     for scale in [f32::NAN, f32::INFINITY] {
         let path =
             with_tensor(folder.path(), up, |b| b[codes..codes + 4].copy_from_slice(&scale.to_le_bytes()));
-        refused(&path, "the scale at byte");
+        fails(&path, "the scale at byte");
     }
     let path = with_tensor(folder.path(), up, |b| b[1000] = 0x1b);
-    refused(&path, "blk.2.ffn_up.weight");
-    refused(&path, "code 3");
+    fails(&path, "blk.2.ffn_up.weight");
+    fails(&path, "code 3");
     // What can be computed, and is odd all the same.
     let path =
         with_tensor(folder.path(), up, |b| b[codes..codes + 4].copy_from_slice(&(-1f32).to_le_bytes()));
-    let bad = bitnet(&["verify", text(&path)]);
-    assert!(
-        bad.code == 1 && bad.stderr.contains(up) && bad.stderr.contains("changed.gguf"),
-        "{}",
-        bad.stderr
-    );
-    assert!(bad.stdout.lines().last().unwrap().starts_with("verdict "), "{}", bad.stdout);
+    let (bad, why) = coded(&["verify", text(&path)], 1);
+    assert!(why.contains(up) && why.contains("changed.gguf"), "{why}");
+    assert!(bad.lines().last().unwrap().starts_with("verdict "), "{bad}");
     let path = with_tensor(folder.path(), up, |b| {
         b[..codes].fill(0x55);
         b[codes..codes + 4].copy_from_slice(&1e9f32.to_le_bytes());
     });
-    let odd = bitnet(&["verify", text(&path)]);
-    assert!(odd.stdout.contains(" to 1.000000e9\n") && odd.stdout.contains("sound"), "{}", odd.stdout);
-    assert!(
-        odd.stderr.contains("note: tensor \"blk.2.ffn_up.weight\": all weights are zero"),
-        "{}",
-        odd.stderr
-    );
+    let (odd, why) = coded(&["verify", text(&path)], 0);
+    assert!(odd.contains(" to 1.000000e9\n") && odd.contains("sound"), "{odd}");
+    assert!(why.contains("note: tensor \"blk.2.ffn_up.weight\": all weights are zero"), "{why}");
     let path = with_tensor(folder.path(), up, |b| b[1000] = 0x1b);
     // Who asks for tokens does not wait for the weights.
     assert_eq!(stdout(&["tokenize", "-m", text(&path), "Once"]), stdout(&["tokenize", "Once"]));
     let path = with_tensor(folder.path(), "blk.1.attn_norm.weight", |b| {
         b[40..44].copy_from_slice(&f32::NAN.to_le_bytes());
     });
-    refused(&path, "blk.1.attn_norm.weight");
-    refused(&path, "element 10 is NaN");
+    fails(&path, "blk.1.attn_norm.weight");
+    fails(&path, "element 10 is NaN");
     // A token whose embedding is not finite, once it is used.
     let path = with_tensor(folder.path(), "token_embd.weight", |b| {
         for row in b.chunks_mut(512) {
             row[..2].copy_from_slice(&[0xc0, 0x7f]);
         }
     });
-    refused(&path, "holds a NaN or an infinity");
+    fails(&path, "holds a NaN or an infinity");
 }
 
 #[test]
@@ -469,8 +364,7 @@ fn the_layout_of_arm_builds_is_refused() {
         }
     }
     fs::write(&path, bytes).unwrap();
-    let failed = bitnet(&["run", "-p", "x", "-m", text(&path)]);
-    assert!(error(&failed).contains("layout of ARM builds"), "{}", failed.stderr);
+    refused("", &["run", "-p", "x", "-m", text(&path)], "layout of ARM builds");
 }
 
 #[test]
@@ -506,10 +400,31 @@ fn the_cache_has_types() {
     let text = |ty: &str| stdout(&[&ONCE[..], &["--cache-type-k", ty]].concat());
     assert_eq!(text("f32"), stdout(&ONCE));
     assert!(!text("f16").is_empty() && text("q8") == text("q8_0"));
-    assert_eq!(bitnet(&["run", "--cache-type", "q4"]).code, 2);
-    assert_eq!(bitnet(&["bench", "-p", "0", "-n", "0"]).code, 2);
-    assert_eq!(bitnet(&["batch", "-", "-o", "-"]).code, 2);
+    let both = ["--cache-type-k", "q8_0", "--cache-type-v", "q8_0"];
+    assert_eq!(stdout(&[&ONCE[..], &both].concat()), text("q8"));
     let rows =
         json(&["bench", "-p", "4", "-n", "2", "-d", "70", "-r", "1", "-o", "json", "--cache-type", "q8"]);
     assert_eq!((&rows[0]["test"], &rows[1]["test"]), (&"pp4 @ d70".into(), &"tg2 @ d70".into()));
+}
+
+/// The guide's lines, but for those that need a model, the network or the sources.
+#[cfg(unix)]
+#[test]
+fn what_the_readme_says_works() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = super::command(&[]);
+    let words: Vec<_> = [program.get_program()].into_iter().chain(program.get_args()).collect();
+    let readme = include_str!("../../../../README.md").replace("cargo run --release --", "bitnet");
+    let needs = ["-m ", "cargo test", "bitnet convert"];
+    let mut count = 0;
+    for lines in readme.split("```sh\n").skip(1).filter_map(|rest| rest.split("```").next()) {
+        if needs.iter().all(|word| !lines.contains(word)) {
+            let script = format!("bitnet() {{ {} \"$@\"; }}\n{lines}", words.join(" ".as_ref()).display());
+            let ran = Command::new("sh").args(["-ec", &script]).current_dir(&folder).output().unwrap();
+            assert!(ran.status.success(), "{lines}: {}", String::from_utf8_lossy(&ran.stderr));
+            count += 1;
+        }
+    }
+    assert_eq!(count, 3);
+    assert!(fs::read_to_string(folder.path().join("answers.jsonl")).unwrap().starts_with("{\"id\":\"a\""));
 }

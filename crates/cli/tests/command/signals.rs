@@ -1,20 +1,16 @@
 //! The `bitnet` command when a signal ends it.
 
-use super::{command, text};
+use super::{command, send, text};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Output, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
 /// Slow enough not to be done before the signal comes.
 fn spawn(args: &[&str]) -> Child {
     command(args).args(["--kernels", "scalar", "-t", "1"]).stdin(Stdio::null()).spawn().unwrap()
-}
-
-fn send(signal: &str, child: &Child) {
-    assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
 }
 
 /// What a program does that is ended while it works. Nothing shows from outside when it begins to watch for signals (an

@@ -4,11 +4,12 @@
 //! settings and the model. So the file itself tells how far a run came, and whether it was this one. A run that was killed
 //! leaves at most the beginning of a row behind the last newline.
 
-use crate::output::notice;
+use crate::source::FileArgs;
 use anyhow::{Context, bail, ensure};
+use bitnet::gguf::AtomicFile;
 use serde::{Deserialize, Serialize};
-use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::fs::{File, TryLockError};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -19,11 +20,19 @@ const LONGEST: u64 = 256 << 20;
 /// After a crash of the machine at most this much has to be computed again.
 const SYNC_EVERY: Duration = Duration::from_secs(5);
 
-/// The file, locked against other runs.
+/// The file of this run, locked against others.
 pub struct Output {
     name: String,
     file: File,
     synced: Instant,
+}
+
+/// What is there before this run begins: it stays as it is until then.
+pub struct Before<'a> {
+    path: &'a Path,
+    file: Option<File>,
+    /// Bytes of rows that stay.
+    end: u64,
 }
 
 /// What a run reads of a row that is there.
@@ -35,35 +44,61 @@ pub struct Kept {
     pub error: Option<String>,
 }
 
-impl Output {
-    /// Opens `path` and hands the rows in it to `check`, which refuses those that do not belong to this run, unless
-    /// `overwrite` is set; then the rest of a row that was not finished is cut off.
+impl<'a> Before<'a> {
+    /// Hands the rows in `path` to `check`, which refuses those that do not belong to this run, unless `overwrite` is set.
     ///
     /// # Errors
-    /// Where the file cannot be used or holds something else; it is then as it was.
-    pub fn open(
-        path: &Path,
+    /// Where the file cannot be used or holds something else.
+    pub fn read(
+        path: &'a Path,
         overwrite: bool,
+        notes: &FileArgs,
         check: &mut dyn FnMut(Kept) -> anyhow::Result<()>,
     ) -> anyhow::Result<Self> {
         let name = path.display().to_string();
-        let failed = || format!("{name}: cannot open");
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
-        let mut file = file.with_context(failed)?;
-        ensure!(file.metadata().with_context(failed)?.is_file(), "{name}: not a regular file");
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => bail!("{name}: another batch is writing it"),
-            // Some network file systems have no locks.
-            Err(TryLockError::Error(error)) => {
-                notice(format_args!("note: {name}: cannot be locked: {error}"));
+        let file = match File::options().read(true).write(true).open(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                // Known before anything is computed.
+                AtomicFile::possible(path).with_context(|| format!("{name}: cannot open"))?;
+                None
             }
-        }
-        let end = if overwrite { 0 } else { read(&name, &file, check)? };
-        file.set_len(end).and_then(|()| file.seek(SeekFrom::Start(end))).with_context(failed)?;
-        Ok(Self { name, file, synced: Instant::now() })
+            file => Some(locked(&name, file, notes)?),
+        };
+        let end = match &file {
+            Some(file) if !overwrite => read(&name, file, check)?,
+            _ => 0,
+        };
+        Ok(Self { path, file, end })
     }
 
+    /// Makes the file where there is none, and cuts off what does not stay, such as the rest of a row that was not finished.
+    pub fn begin(self, notes: &FileArgs) -> anyhow::Result<Output> {
+        let name = self.path.display().to_string();
+        let mut file = match self.file {
+            Some(file) => file,
+            None => locked(&name, File::create_new(self.path), notes)?,
+        };
+        let cut = file.set_len(self.end).and_then(|()| file.seek(SeekFrom::Start(self.end)));
+        cut.with_context(|| format!("{name}: cannot write"))?;
+        Ok(Output { name, file, synced: Instant::now() })
+    }
+}
+
+/// A regular file that nobody else writes.
+fn locked(name: &str, file: io::Result<File>, notes: &FileArgs) -> anyhow::Result<File> {
+    let failed = || format!("{name}: cannot open");
+    let file = file.with_context(failed)?;
+    ensure!(file.metadata().with_context(failed)?.is_file(), "{name}: not a regular file");
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => bail!("{name}: another batch is writing it"),
+        // Some network file systems have no locks.
+        Err(TryLockError::Error(error)) => notes.note(format_args!("{name}: cannot be locked: {error}")),
+    }
+    Ok(file)
+}
+
+impl Output {
     /// Appends a row.
     pub fn write(&mut self, row: &impl Serialize) -> anyhow::Result<()> {
         let mut bytes = serde_json::to_vec(row)?;

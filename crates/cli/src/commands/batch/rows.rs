@@ -1,6 +1,7 @@
 //! The rows of a batch: where they come from and what they ask for.
 
 use crate::constraint::Form;
+use crate::source;
 use anyhow::{Context, anyhow, bail, ensure};
 use bitnet::generate::{Sampler, SamplerConfig, StopConditions};
 use bitnet::text::Message;
@@ -97,12 +98,14 @@ enum Kind {
 pub struct Rows {
     inputs: vec::IntoIter<Input>,
     lines: Option<(String, u64, Box<dyn BufRead + Send>)>,
+    /// Lines of all inputs so far.
+    all_lines: u64,
     next: u64,
 }
 
 impl Rows {
     pub fn new(inputs: Vec<Input>) -> Self {
-        Self { inputs: inputs.into_iter(), lines: None, next: 0 }
+        Self { inputs: inputs.into_iter(), lines: None, all_lines: 0, next: 0 }
     }
 
     /// How many rows there are; None where that cannot be known beforehand.
@@ -136,19 +139,20 @@ impl Rows {
                     .take(MAX_ROW + 1)
                     .read_until(b'\n', &mut raw)
                     .with_context(|| format!("{name}: cannot read"))?;
-                *line += 1;
                 if raw.last() == Some(&b'\n') {
                     raw.pop();
                 } else if raw.is_empty() {
                     self.lines = None;
                     continue;
                 }
+                *line += 1;
+                self.all_lines += 1;
                 let place = format!("{name}:{line}");
                 ensure!(raw.len() as u64 <= MAX_ROW, "{place}: longer than {} MiB", MAX_ROW >> 20);
                 if raw.trim_ascii().is_empty() {
                     continue;
                 }
-                let id = Value::from(*line);
+                let id = Value::from(self.all_lines);
                 return Ok(Some(self.row(place, id, raw, Kind::Json)));
             }
             match self.inputs.next() {
@@ -266,20 +270,14 @@ impl Row {
         let (mut ignore_eos, mut form) = (defaults.ignore_eos, defaults.form.clone());
         let mut c = defaults.sampler.clone();
         c.seed = c.seed.wrapping_add(self.index);
-        let text = |raw: &[u8]| match str::from_utf8(raw) {
-            Ok(text) => Ok(text.to_owned()),
-            Err(error) => {
-                bail!("not UTF-8: byte {:#04x} at offset {}", raw[error.valid_up_to()], error.valid_up_to())
-            }
-        };
         let prompt = match &self.kind {
             Kind::Unreadable(problem) => bail!("{problem}"),
             Kind::Text => {
-                let text = text(&self.raw)?;
+                let text = source::utf8(self.raw.clone())?;
                 Prompt::Text(text.strip_suffix('\n').map(str::to_owned).unwrap_or(text))
             }
             Kind::Json => {
-                let text = text(&self.raw)?;
+                let text = source::utf8(self.raw.clone())?;
                 let value: Value = serde_json::from_str(&text).context("not JSON")?;
                 ensure!(value.is_object(), "expected an object");
                 match value.get("id") {
