@@ -243,7 +243,7 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::TokenOutOfRange`], [`Error::ContextFull`] and [`Error::CacheFull`] before anything is computed,
-    /// [`Error::Model`] where an embedding is not finite, and [`Error::Cancelled`]. After an error the sequences are as
+    /// [`Error::BadEmbedding`], and [`Error::Cancelled`]. After an error the sequences are as
     /// they were.
     pub fn feed(&mut self, feeds: &[Feed<'_>]) -> Result<&[f32], Error> {
         self.reserve(feeds)?;
@@ -365,11 +365,9 @@ impl Engine {
             model.step(compute, kv, rows, pages, choice, scratch, logits, cancel).map_err(
                 |why| match why {
                     Unfinished::Cancelled => Error::Cancelled,
-                    Unfinished::BadEmbedding(row) => Error::Model {
-                        file: model.file().to_owned(),
-                        thing: "tensor \"token_embd.weight\"".into(),
-                        problem: format!("row {} holds a NaN or an infinity", rows[row].token),
-                    },
+                    Unfinished::BadEmbedding(row) => {
+                        Error::BadEmbedding { file: model.file().to_owned(), token: rows[row].token }
+                    }
                 },
             )?;
             written += self.rows.iter().filter(|row| row.wants_logits).count();

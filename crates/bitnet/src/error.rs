@@ -17,6 +17,9 @@ pub enum Error {
     NoTokenizer(String),
     #[error("{file}: {error}")]
     Template { file: String, error: TemplateError },
+    /// Of the sequences of a step those with this token cannot be computed; the fault is in the file.
+    #[error("{file}: tensor \"token_embd.weight\": row {token} holds a NaN or an infinity")]
+    BadEmbedding { file: String, token: u32 },
     /// The caller named a token that the model does not have.
     #[error("token {index} of the input is {id}, the vocabulary ends at {last}", last = vocab_size - 1)]
     TokenOutOfRange { index: usize, id: u32, vocab_size: usize },

@@ -7,6 +7,7 @@ mod common;
 use bitnet::convert::{HeadType, TernaryType};
 use bitnet::kernels::{Compute, KvType, Logits, MemoryPart, best, memory_use};
 use bitnet::model::{Model, ModelInfo, Strategy};
+use bitnet::text::{HfVocab, Tokenizer};
 use bitnet::{Engine, EngineOptions, Feed, Wanted};
 use common::checkpoint;
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -113,6 +114,17 @@ fn allocations_of_decoding(threads: usize) -> usize {
     COUNT.load(Ordering::Relaxed) - before
 }
 
+/// Its merges are made of scores.
+fn a_tokenizer_takes_what_was_planned() {
+    let vocab = include_bytes!("fixtures/tokenizer/sentencepiece.model");
+    let vocab = HfVocab::parse_sentencepiece(vocab).unwrap();
+    let before = LIVE.load(Ordering::Relaxed);
+    let tokenizer = Tokenizer::new(&vocab).unwrap();
+    let taken = LIVE.load(Ordering::Relaxed) - before;
+    assert!(taken < vocab.table_bytes() + 1000, "{taken} bytes, planned {}", vocab.table_bytes());
+    drop(tokenizer);
+}
+
 // One test, for other threads would be counted too.
 #[test]
 fn an_engine_takes_what_it_says_a_decoded_token_nothing_and_a_conversion_little() {
@@ -129,4 +141,5 @@ fn an_engine_takes_what_it_says_a_decoded_token_nothing_and_a_conversion_little(
     // The harness allocates when it says, once, that a test takes long: what the engine allocates is there another time.
     assert!((0..2).any(|_| allocations_of_decoding(threads) == 0));
     a_conversion_streams();
+    a_tokenizer_takes_what_was_planned();
 }

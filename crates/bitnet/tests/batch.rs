@@ -270,7 +270,7 @@ fn a_fault_ends_its_own_request_only() {
     }
     for pair in bad.chunks(2) {
         let [a, b] = [pair[0], pair[1]].map(|id| news.ended.remove(&id).unwrap());
-        assert!(matches!(a, Err(Error::Model { .. })), "{a:?}");
+        assert!(matches!(a, Err(Error::BadEmbedding { token: 300, .. })), "{a:?}");
         assert!(matches!(b, Err(Error::Sample(_))), "{b:?}");
     }
 }

@@ -4,7 +4,9 @@
 
 mod common;
 
-use bitnet::generate::{Answer, Chat, FinishReason, Sampler, SamplerConfig, StopConditions};
+use bitnet::generate::{
+    Answer, Chat, Constraint, ConstraintError, FinishReason, Guide, Sampler, SamplerConfig, StopConditions,
+};
 use bitnet::kernels::best;
 use bitnet::text::{ChatTemplate, HfVocab, Message, Role, Specials, TemplateError, TemplateModel, Tokenizer};
 use bitnet::{Engine, EngineOptions, Error};
@@ -12,7 +14,8 @@ use common::{OPTIONS, build, writing};
 use proptest::prelude::*;
 use serde::Deserialize;
 use std::collections::HashMap;
-use std::sync::LazyLock;
+use std::ops::ControlFlow;
+use std::sync::{Arc, LazyLock};
 use std::time::Instant;
 
 #[derive(Deserialize)]
@@ -34,11 +37,7 @@ struct Case {
 
 static GOLDENS: LazyLock<Goldens> =
     LazyLock::new(|| serde_json::from_str(include_str!("fixtures/chat.json")).unwrap());
-static TOKENIZER: LazyLock<Tokenizer> = LazyLock::new(|| tokenizer_without(&[]));
-
-fn tokenizer_without(tokens: &[&str]) -> Tokenizer {
-    tokenizer(tokens, 3)
-}
+static TOKENIZER: LazyLock<Tokenizer> = LazyLock::new(|| tokenizer(&[], 3));
 
 fn tokenizer(without: &[&str], token_type: i32) -> Tokenizer {
     let mut vocab = HfVocab::parse(include_bytes!("fixtures/tokenizer/demo-tokenizer.json")).unwrap();
@@ -102,7 +101,7 @@ fn the_family_is_recognised() {
         ("falcon3", &["<|start_header_id|>"][..]),
         ("chatml", &["<|start_header_id|>", "<|assistant|>"]), // Falcon-E
     ] {
-        let tokenizer = &tokenizer_without(missing);
+        let tokenizer = &tokenizer(missing, 3);
         let template = ChatTemplate::of_model(None, TemplateModel { tokenizer, ..model("llama") });
         assert_eq!(name(template), family);
     }
@@ -168,6 +167,14 @@ fn messages_make_no_control_tokens() {
     let split = jinja("{{ '<|eot' }}{% for m in messages %}{{ m.content }}{% endfor %}{{ 'id|>' }}").unwrap();
     for text in ["_", "_id|>", "_id|><|eot_", " _ "] {
         assert_eq!(count(&split.encode(&TOKENIZER, &user(text), false).unwrap()), 0, "{text}");
+    }
+    // The template deletes from the message, or changes its case.
+    for (filter, text) in [("replace('<br>', '')", "<|eot<br>_id|>"), ("lower", "<|EOT_ID|>")] {
+        let source = format!(
+            "{{{{ bos_token }}}}{{% for m in messages %}}{{{{ m.content | {filter} }}}}{{% endfor %}}"
+        );
+        let ids = jinja(&source).unwrap().encode(&TOKENIZER, &user(text), false).unwrap();
+        assert_eq!(count(&ids), 1, "{source}");
     }
     // A vocabulary may call its control tokens user-defined.
     let tokenizer = &tokenizer(&[], 4);
@@ -294,6 +301,29 @@ fn hostile_templates_end_in_a_clear_error() {
             assert!((clear || empty) && start.elapsed().as_secs() < 60, "{source}: {error:?}");
         }
     }
+    // What holds itself, is deep, or is short for something long ends in an error or a text, and soon.
+    let halves = "a == b }}{% endif %}{% endmacro %}{{ f(['x'], ['x'], 60)";
+    for source in [
+        "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}",
+        "{% set ns = namespace() %}{% set ns.x = {'a': ns.items()} %}{{ ns }}{{ ns | tojson }}",
+        "{% set ns = namespace() %}{% for i in range(5000) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}",
+        &format!("{}{{{{ x }}}}", "{% set x = [x] %}".repeat(12_000)),
+        &format!("{nest}{}{{{{ ns.x == m.x }}}}", nest.replace("ns", "m")),
+        &format!(
+            "{{% macro f(a, b, n) %}}{{% if n %}}{{{{ f([a, a], [b, b], n - 1) }}}}{{% else %}}{{{{ {halves} }}}}"
+        ),
+        &format!("{{{{ {}1{} }}}}", "(a~".repeat(100_000), ")".repeat(100_000)),
+    ] {
+        let start = Instant::now();
+        let _ = jinja(source).and_then(|template| template.encode(&TOKENIZER, &user("x"), true));
+        assert!(start.elapsed().as_secs() < 60, "{source:.300}");
+    }
+    // What would stand for a message whose tokens are known.
+    for index in ["0", "7"] {
+        let source = format!("a\u{f0001}{index}\u{f0001}b");
+        let ids = jinja(&source).unwrap().encode(&TOKENIZER, &user("x"), true).unwrap();
+        assert_eq!(TOKENIZER.decode(&ids, true).unwrap(), source.as_bytes());
+    }
     let nested = format!("{}x{}", "{% if true %}".repeat(5000), "{% endif %}".repeat(5000));
     assert!(matches!(jinja(&nested).err(), Some(TemplateError::Broken(_))));
     let refusal = jinja("{{ raise_exception('roles must alternate') }}").err().unwrap();
@@ -389,4 +419,75 @@ fn the_oldest_turns_go_and_the_system_prompt_stays() {
     assert_eq!(talk.answer().unwrap().0.generated.finish, FinishReason::ContextFull);
     talk.chat.ask("x ".repeat(200));
     assert!(matches!(talk.answer(), Err(Error::ContextFull { context: 160, .. })));
+}
+
+/// Leaves the choice of no token but the next of these.
+#[derive(Clone, Debug)]
+struct Script(Vec<u32>, usize);
+
+impl Constraint for Script {
+    fn start(&self) -> Box<dyn Guide> {
+        Box::new(self.clone())
+    }
+}
+
+impl Guide for Script {
+    fn mask(&mut self, mask: &mut [u32]) -> Result<bool, ConstraintError> {
+        mask.fill(0);
+        let next = self.0.get(self.1);
+        next.iter().for_each(|&&id| mask[id as usize / 32] |= 1 << (id % 32));
+        Ok(next.is_none())
+    }
+    fn push(&mut self, _: u32) -> Result<(), ConstraintError> {
+        self.1 += 1;
+        Ok(())
+    }
+    fn pop(&mut self, count: usize) -> Result<(), ConstraintError> {
+        self.1 -= count;
+        Ok(())
+    }
+}
+
+#[test]
+fn neither_a_stop_string_nor_the_end_is_lost_at_a_pause() {
+    let mut talk = Talk::new(100, 10);
+    talk.chat.ask("Once upon a time");
+    talk.answer().unwrap();
+    talk.chat.ask("And?");
+    let messages = talk.chat.messages().to_vec();
+    let mut ids = TOKENIZER.encode(include_str!("fixtures/models/demo/tale.txt"), Specials::AsText);
+    ids.truncate(80);
+    let text = String::from_utf8(TOKENIZER.decode(&ids, false).unwrap()).unwrap();
+    talk.stop = StopConditions { constraint: Some(Arc::new(Script(ids, 0))), ..StopConditions::default() };
+    // The text up to a stop string, if it is not ended at a token before.
+    let mut answer = |stop: &str, end: usize| {
+        talk.chat.set_messages(messages.clone());
+        talk.stop.strings = vec![stop.to_owned()];
+        let (mut calls, mut found) = (0, String::new());
+        let mut emit = |part: &str| {
+            calls += 1;
+            found.push_str(part);
+            if calls == end { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        let Talk { engine, chat, sampler, stop, .. } = &mut talk;
+        let answer = chat.answer(engine, sampler, stop, &mut emit).unwrap();
+        (found, answer)
+    };
+    let (found, whole) = answer("none", usize::MAX);
+    assert!(whole.dropped == 2 && whole.prompt_tokens > 100 && found == text);
+    for (at, _) in text.char_indices().take(text.len() - 40) {
+        let (found, stop) =
+            (answer(&text[at..at + 40], usize::MAX).0, text.find(&text[at..at + 40]).unwrap());
+        assert_eq!(found, text[..stop]);
+    }
+    for end in 1..whole.generated.tokens.len() {
+        assert_eq!(answer("e none", end).1.generated.tokens.len(), end);
+    }
+}
+
+#[test]
+fn a_prompt_that_names_its_first_token_has_it_once() {
+    let talk = Talk::new(160, 1);
+    let prompt = |text: &str| talk.engine.model().prompt(text, Specials::Parse).unwrap();
+    assert_eq!(prompt("<|begin_of_text|>x"), prompt("x"));
 }

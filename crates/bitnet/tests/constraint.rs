@@ -5,9 +5,11 @@ mod common;
 
 use bitnet::Error;
 use bitnet::generate::{
-    Constraint, ConstraintError, FinishReason, Guide, Sampler, SamplerConfig, StopConditions, generate,
+    Constraint, ConstraintError, FinishReason, Guide, Sampler, SamplerConfig, Speculation, StopConditions,
+    generate,
 };
 use bitnet::kernels::best;
+use bitnet::text::Specials;
 use common::generated;
 use common::masked::{Chance, same_as_masked};
 use std::ops::ControlFlow;
@@ -94,6 +96,56 @@ impl Guide for Breaks {
         self.good += count;
         Ok(())
     }
+}
+
+/// Allows everything, but breaks for good when asked about another text than this.
+#[derive(Clone, Debug)]
+struct Frail {
+    good: Vec<u32>,
+    text: Vec<u32>,
+    broken: bool,
+}
+
+impl Constraint for Frail {
+    fn start(&self) -> Box<dyn Guide> {
+        Box::new(self.clone())
+    }
+}
+
+impl Frail {
+    fn sound(&mut self) -> Result<(), ConstraintError> {
+        self.broken |= !self.good.starts_with(&self.text);
+        if self.broken { Err(ConstraintError("broken".into())) } else { Ok(()) }
+    }
+}
+
+impl Guide for Frail {
+    fn mask(&mut self, mask: &mut [u32]) -> Result<bool, ConstraintError> {
+        mask.fill(u32::MAX);
+        self.sound().map(|()| false)
+    }
+    fn push(&mut self, token: u32) -> Result<(), ConstraintError> {
+        self.text.push(token);
+        if self.broken { self.sound() } else { Ok(()) }
+    }
+    fn pop(&mut self, count: usize) -> Result<(), ConstraintError> {
+        self.text.truncate(self.text.len() - count);
+        if self.broken { self.sound() } else { Ok(()) }
+    }
+}
+
+#[test]
+fn a_guess_that_breaks_the_guide_is_not_the_end() {
+    let mut engine = common::engine(&common::gguf("demo"), best(), 2, 512, 1);
+    let prompt = engine.model().prompt("The cat sat on the mat. The cat sat on", Specials::AsText).unwrap();
+    let mut run = |speculation, constraint| {
+        let stop =
+            StopConditions { speculation, constraint, max_tokens: Some(40), ..StopConditions::default() };
+        generated(&mut engine, &prompt, &SamplerConfig::greedy(), &stop).unwrap().0
+    };
+    let good = run(Speculation::Off, None).tokens;
+    let frail = Frail { good: good.clone(), text: Vec::new(), broken: false };
+    assert_eq!(run(Speculation::Always, Some(Arc::new(frail))).tokens, good);
 }
 
 #[test]

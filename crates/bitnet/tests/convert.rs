@@ -489,6 +489,7 @@ fn tokenizers_of_other_families_come_along() {
         let (_, gguf) = convert(&dir, HeadType::Auto).unwrap();
         let name = |key| gguf.get_str(key).unwrap();
         assert_eq!((name("tokenizer.ggml.model"), name("tokenizer.ggml.pre")), (Some(model), Some(pre)));
+        assert_eq!(gguf.get_bool("tokenizer.ggml.add_bos_token").unwrap(), Some(model == "llama"));
         let loaded = ModelInfo::new(&gguf, Strategy::SPARSE).unwrap().tokenizer().unwrap();
         let direct = Tokenizer::new(&HfVocab::parse(file.to_string().as_bytes()).unwrap()).unwrap();
         for text in ["a </s> b", " a", "  a   b"] {
@@ -499,6 +500,11 @@ fn tokenizers_of_other_families_come_along() {
         if pre != "falcon3" {
             continue;
         }
+        let mut merged = file.clone();
+        merged["model"]["ignore_merges"] = true.into();
+        std::fs::write(dir.path().join("tokenizer.json"), merged.to_string()).unwrap();
+        assert!(refusal(&dir).contains("\"model.ignore_merges\": expected false"), "{}", refusal(&dir));
+        std::fs::write(dir.path().join("tokenizer.json"), file.to_string()).unwrap();
         // A file of another program has no more than the name: a token of several digits tells what it means.
         let path = dir.path().join("out.gguf");
         convert_to(dir.path(), &path, Options::default(), &mut |_| ControlFlow::Continue(())).unwrap();

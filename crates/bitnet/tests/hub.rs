@@ -70,9 +70,16 @@ fn tree(folder: &Path) -> Vec<String> {
 fn succeeds(manners: Manners) -> (Server, TempDir) {
     let bytes = noise(LEN);
     let (server, cache, hub) = start(&[(FILE, bytes.clone()), ("README.md", b"hello".to_vec())], manners);
+    let repo = cache.path().join("models--owner--model");
+    #[cfg(unix)]
+    {
+        // What a killed process of the same number left.
+        let left = format!(".{}.{}.tmp", sha256(&bytes), std::process::id());
+        fs::create_dir_all(repo.join("snapshots").join(COMMIT)).unwrap();
+        std::os::unix::fs::symlink("nowhere", repo.join("snapshots").join(COMMIT).join(left)).unwrap();
+    }
     let pulled = pull(&hub).unwrap();
     assert_eq!((pulled.size, pulled.cached), (LEN as u64, false));
-    let repo = cache.path().join("models--owner--model");
     assert_eq!(pulled.path, repo.join("snapshots").join(COMMIT).join(FILE));
     assert!(fs::read(&pulled.path).unwrap() == bytes);
     let digest = sha256(&bytes);

@@ -5,8 +5,9 @@ mod common;
 
 use bitnet::generate::{Sampler, SamplerConfig, StopConditions, generate};
 use bitnet::kernels::{KvType, PAGE, best, supported};
-use bitnet::{Engine, SavedError, SequenceId};
-use common::{engine_with, feed, gguf, last};
+use bitnet::model::Strategy;
+use bitnet::{Engine, EngineOptions, SavedError, SequenceId};
+use common::{OPTIONS, build, engine_with, feed, gguf, last, random};
 use sha2::{Digest, Sha256};
 use std::ops::ControlFlow;
 
@@ -68,7 +69,6 @@ fn the_longest_common_beginning_is_taken() {
         other[at] += 1;
         assert_eq!(held(Some(&other)), at);
     }
-    // Of a context that is shorter than what was saved, what has room.
     let (mut long, sequence, _) = saved("demo", KvType::F32, &tokens(600), 0);
     let mut file = Vec::new();
     long.save(sequence, usize::MAX, &mut file, || true).unwrap();
@@ -76,6 +76,10 @@ fn the_longest_common_beginning_is_taken() {
     let len = file.len() as u64;
     long.restore(other, &mut &file[..], len, None).unwrap();
     assert_eq!(long.tokens(other).len(), 0, "all pages are in use");
+    // Of a context that is shorter than what was saved, what has room: there are more pages than one sequence may have.
+    let options = EngineOptions { context: 128, sequences: 2, ..OPTIONS };
+    let mut short = build(&gguf("demo"), Strategy::SPARSE, best(), 2, options);
+    assert_eq!(restore(&mut short, &file, None).unwrap(), 128);
 }
 
 #[test]
@@ -135,7 +139,7 @@ fn other_files_are_refused() {
 #[test]
 fn a_forged_file_does_no_harm() {
     let prompt = tokens(70);
-    let mut random = 1u64;
+    let mut state = 1;
     for ty in KvType::ALL {
         let (_, _, file) = saved("demo", ty, &prompt, 70);
         let mut engine = engine_with(&gguf("demo"), best(), 2, 64, 1, ty);
@@ -147,9 +151,8 @@ fn a_forged_file_does_no_harm() {
             for page in pages.chunks_mut(len) {
                 let (content, place) = page.split_at_mut(len - 32);
                 for byte in &mut content[4 * PAGE..] {
-                    random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
                     // NaN, infinities, zeros and anything.
-                    *byte = [0xff, 0x7f, 0, (random >> 33) as u8][pattern];
+                    *byte = [0xff, 0x7f, 0, random(&mut state) as u8][pattern];
                 }
                 if pattern == 2 {
                     content[4 * PAGE - 1] = 0xff; // a token that does not exist

@@ -111,9 +111,18 @@ fn sentencepiece_agrees_with_its_library() {
     }
     assert_eq!(other.split, vocab.split);
     // Each part between control tokens begins with a space of its own, as in llama.cpp.
-    let [a, b, end] = [&["a"][..], &["b"], &["</s>"]].map(|t| tokenizer.token_id(t[0]).unwrap());
-    assert_eq!(tokenizer.encode("a</s>b", Specials::Parse)[1], end);
-    assert!(a != b && tokenizer.is_control(end));
+    let parts = ["a", "</s>", "b"].map(|part| tokenizer.encode(part, Specials::Parse));
+    assert_eq!(tokenizer.encode("a</s>b", Specials::Parse), parts.concat());
+    assert!(tokenizer.is_control(parts[1][0]) && tokenizer.decode(&parts[2], true).unwrap() == b"b");
+    // What it says of the text before: 3, 4 and 5 are booleans, 2 is a table.
+    let with = |more: &[u8]| {
+        let mut changed = model.to_vec();
+        changed.extend([&[0x1a, more.len() as u8], more].concat());
+        HfVocab::parse_sentencepiece(&changed)
+    };
+    assert_eq!(with(&[]).unwrap(), vocab);
+    assert_eq!(with(&[0x18, 0]).unwrap().split, Split::Sentence { prefix: Prefix::Never, at_spaces: false });
+    assert!([&[0x12, 1, 7][..], &[0x20, 1], &[0x28, 0]].map(with).iter().all(Option::is_none));
     for cut in 0..model.len() {
         let _ = HfVocab::parse_sentencepiece(&model[..cut]);
     }

@@ -24,7 +24,7 @@ mod write;
 
 pub use error::{Error, Fault};
 pub use types::{TensorInfo, TensorType};
-pub use value::{Array, Value, ValueType, Values};
+pub use value::{Array, Value, ValueType};
 pub use write::{AtomicFile, TensorWriter, Writer};
 
 use map::Bytes;

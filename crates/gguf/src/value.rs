@@ -188,8 +188,10 @@ impl<'a> Array<'a> {
     }
 
     /// The elements, whatever their type.
-    pub fn values(&self) -> Values<'a> {
-        Values { element: self.element, left: self.len, cursor: Cursor::new(self.bytes, 0) }
+    pub fn values(&self) -> impl Iterator<Item = Value<'a>> + Clone + use<'a> {
+        let (element, mut cursor) = (self.element, Cursor::new(self.bytes, 0));
+        // Cannot fail on bytes that were checked; it ends the iteration if a mapped file changed since.
+        (0..self.len).map_while(move |_| cursor.value(element, 0).ok())
     }
 
     /// The elements of an array of strings.
@@ -219,28 +221,6 @@ impl<'a> Array<'a> {
 impl std::fmt::Debug for Array<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "[{}; {}]", self.element, self.len)
-    }
-}
-
-/// The elements of an [`Array`] in order.
-#[derive(Clone)]
-pub struct Values<'a> {
-    element: ValueType,
-    left: usize,
-    cursor: Cursor<'a>,
-}
-
-impl<'a> Iterator for Values<'a> {
-    type Item = Value<'a>;
-
-    fn next(&mut self) -> Option<Value<'a>> {
-        self.left = self.left.checked_sub(1)?;
-        // Cannot fail on bytes that were checked; it ends the iteration if a mapped file changed since.
-        self.cursor.value(self.element, 0).ok()
-    }
-
-    fn size_hint(&self) -> (usize, Option<usize>) {
-        (0, Some(self.left))
     }
 }
 

@@ -290,13 +290,17 @@ impl AtomicFile {
         remove_left(folder(destination), prefix.as_encoded_bytes());
         let mut builder = tempfile::Builder::new();
         // Created here, for others than its owner may read it.
-        let file = builder
-            .prefix(&prefix)
-            .suffix(".tmp")
-            .make_in(folder(destination), |path| File::create_new(path))?;
-        let (file, temporary) = file.into_parts();
-        #[cfg(unix)]
-        let _ = file.try_lock();
+        builder.prefix(&prefix).suffix(".tmp");
+        let (file, temporary) = loop {
+            let (file, temporary) =
+                builder.make_in(folder(destination), |path| File::create_new(path))?.into_parts();
+            #[cfg(unix)]
+            let _ = file.lock();
+            // Another process may have taken it for one that was left.
+            if fs::exists(&temporary)? {
+                break (file, temporary);
+            }
+        };
         let file = BufWriter::with_capacity(1 << 20, file);
         Ok(Self { destination: destination.to_owned(), file, temporary })
     }
@@ -332,7 +336,11 @@ fn remove_left(folder: &Path, prefix: &[u8]) {
             .as_encoded_bytes()
             .strip_prefix(prefix)
             .is_some_and(|rest| rest.len() == 10 && rest.ends_with(b".tmp"));
-        if left && File::open(entry.path()).is_ok_and(|file| file.try_lock().is_ok()) {
+        // The lock is held until the file is gone.
+        if left
+            && let Ok(file) = File::open(entry.path())
+            && file.try_lock().is_ok()
+        {
             let _ = fs::remove_file(entry.path());
         }
     }

@@ -4,7 +4,7 @@
 
 mod touch;
 
-use bitnet_gguf::{Array, Error, Gguf, TensorType, TensorWriter, Value, ValueType, Writer};
+use bitnet_gguf::{Array, AtomicFile, Error, Gguf, TensorType, TensorWriter, Value, ValueType, Writer};
 use proptest::prelude::*;
 use std::{collections::BTreeMap, fs, io::Write};
 use touch::touch;
@@ -249,6 +249,18 @@ fn a_file_appears_whole_or_not_at_all() {
     assert!(message(Writer::new(&folder.path().join("no/such/folder")).create()).contains("cannot create"));
 }
 
+/// Whoever begins a file looks for what others left of it, and must not take theirs.
+#[test]
+fn writers_of_one_file_do_not_remove_what_others_began() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let begin = || (0..2000).all(|_| AtomicFile::create(&path).unwrap().temporary().exists());
+    std::thread::scope(|scope| {
+        let threads = [0; 4].map(|_| scope.spawn(begin));
+        assert!(threads.into_iter().all(|thread| thread.join().unwrap()));
+    });
+}
+
 #[test]
 fn what_is_no_file_cannot_be_opened() {
     let folder = tempfile::tempdir().unwrap();
@@ -259,8 +271,9 @@ fn what_is_no_file_cannot_be_opened() {
     assert!(message(Gguf::open(&empty)).contains("truncated"));
 }
 
+/// The bytes are the same after all advice, also that which has no pages; whether pages were given back is not seen here.
 #[test]
-fn pages_given_back_are_read_again() {
+fn advice_changes_no_bytes() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("pages.gguf");
     let mut w = Writer::new(&path);

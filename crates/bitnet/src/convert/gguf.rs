@@ -8,7 +8,9 @@ use bitnet_kernels::ternary::pack;
 
 use super::output::{Output, decode, encode};
 use super::{ConvertError, Meter, Options, Report, Result, Tell};
-use crate::model::stored::{EXACT_SCALES, ExactScales, is_ternary, misfit, row_format, scale_of, unpack_row};
+use crate::model::stored::{
+    EXACT_SCALES, ExactScales, arm_layout, is_ternary, misfit, row_format, scale_of, unpack_row,
+};
 
 /// Weights in a piece of a tensor.
 const PIECE: usize = 1 << 18;
@@ -17,6 +19,9 @@ const MAX_PIECE: u64 = 4 << 20;
 
 pub(super) fn to_gguf(input: &Path, out: &Path, options: Options, progress: &mut Tell<'_>) -> Result<Report> {
     let gguf = Gguf::open(input)?;
+    if let Some((tensor, problem)) = arm_layout(&gguf) {
+        return Err(error(&gguf, tensor, problem));
+    }
     let exact = ExactScales::read(&gguf);
     let mut scales = Vec::new();
     for tensor in gguf.tensors().iter().filter(|tensor| is_ternary(tensor)) {

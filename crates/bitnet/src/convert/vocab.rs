@@ -36,13 +36,15 @@ impl HfTokenizer {
         let broken = |error| ConvertError::Tokenizer { file: path.display().to_string(), error };
         let mut vocab = if sentence {
             HfVocab::parse_sentencepiece(&bytes).ok_or_else(|| {
-                ConvertError::checkpoint(&path, "vocabulary", "expected SentencePiece's byte-pair encoding")
+                let expected = "expected SentencePiece's byte-pair encoding of a text as it is";
+                ConvertError::checkpoint(&path, "vocabulary", expected)
             })?
         } else {
             HfVocab::parse(&bytes).map_err(broken)?
         };
-        if !vocab.ignore_merges && vocab.split == Split::Llama3 {
-            let problem = "expected true: GGUF's pre-tokenizer \"llama-bpe\" implies it";
+        let implied = vocab.split == Split::Llama3;
+        if vocab.ignore_merges != implied {
+            let problem = format!("expected {implied}: GGUF's name of the pre-tokenizer implies it");
             return Err(ConvertError::checkpoint(&path, "key \"model.ignore_merges\"", problem));
         }
         let size = config.vocab_size as usize;
@@ -69,8 +71,9 @@ impl HfTokenizer {
         } else {
             chat_template(&settings["chat_template"])
         };
-        // Without the setting as the published BitNets, which were trained with a first token.
-        let add_bos = settings["add_bos_token"].as_bool().unwrap_or(true);
+        // Without the setting as the published BitNets, of which all but Falcons were trained with a first token.
+        let falcon = matches!(vocab.split, Split::Falcon { .. });
+        let add_bos = settings["add_bos_token"].as_bool().unwrap_or(!falcon);
         Ok(Some(Self { vocab, add_bos, chat_template }))
     }
 

@@ -178,9 +178,19 @@ impl Batch {
                 Err(Error::CacheFull { .. }) if !self.kept.is_empty() => {
                     self.engine.close(self.kept.remove(0));
                 }
-                Err(error @ (Error::Cancelled | Error::CacheFull { .. })) => return Err(error),
-                Err(error) => return self.find_culprits(error, news),
-                Ok(()) => break,
+                Err(Error::BadEmbedding { file, token }) => {
+                    while let Some(at) = self.running.iter().position(|Running { text, .. }| {
+                        text.tokens[self.engine.tokens(text.sequence).len()..].contains(&token)
+                    }) {
+                        let id = self.end(at);
+                        news(id, Event::Ended(Err(Error::BadEmbedding { file: file.clone(), token })));
+                    }
+                    return Ok(());
+                }
+                fed => {
+                    fed?;
+                    break;
+                }
             }
         }
         self.counts.steps += 1;
@@ -323,36 +333,6 @@ impl Batch {
             running[0].text.took(fed, start.elapsed());
         }
         Ok(())
-    }
-
-    /// After a step that failed: ends the requests that cannot be computed on their own either.
-    fn find_culprits(
-        &mut self,
-        error: Error,
-        news: &mut dyn FnMut(RequestId, Event<'_>),
-    ) -> Result<(), Error> {
-        for sequence in self.kept.drain(..) {
-            self.engine.close(sequence);
-        }
-        let before = self.running.len();
-        let mut at = 0;
-        while at < self.running.len() {
-            let Generation { sequence, tokens, .. } = &self.running[at].text;
-            let (sequence, computed) = (*sequence, self.engine.tokens(*sequence).len());
-            let alone = Feed { sequence, tokens: &tokens[computed..], wanted: Wanted::Nothing };
-            match self.engine.feed(&[alone]).map(drop) {
-                Ok(()) => {
-                    self.engine.truncate(sequence, computed);
-                    at += 1;
-                }
-                Err(error @ (Error::Cancelled | Error::CacheFull { .. })) => return Err(error),
-                Err(error) => {
-                    let id = self.end(at);
-                    news(id, Event::Ended(Err(error)));
-                }
-            }
-        }
-        if self.running.len() < before { Ok(()) } else { Err(error) }
     }
 
     /// Removes a running request and keeps its sequence for others.

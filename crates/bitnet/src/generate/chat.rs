@@ -126,17 +126,20 @@ impl Chat {
             let cached = common.min(prompt.len().saturating_sub(1));
             engine.truncate(self.sequence, cached);
 
-            // With something to leave out, an answer pauses before the context is full, after a whole character.
+            // With something to leave out, an answer pauses before the context is full.
             let room = engine.options().context - prompt.len();
-            let pause =
-                if self.next_question(self.first()).is_some() { room.saturating_sub(8) } else { usize::MAX };
-            let (mut count, mut paused) = (0, false);
+            let pause = if self.next_question(self.first()).is_some() { room } else { usize::MAX };
+            let (mut count, mut ended, mut paused) = (0, false, false);
             let mut take = |part: &str| {
+                // What is held back at a pause comes with the next part.
+                if paused {
+                    return ControlFlow::Break(());
+                }
                 text.push_str(part);
                 count += 1;
-                let flow = emit(part);
-                paused = flow.is_continue() && count >= pause && !part.is_empty();
-                if paused { ControlFlow::Break(()) } else { flow }
+                ended |= emit(part).is_break();
+                paused = !ended && count >= pause;
+                if ended || paused { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
             };
             let generated = generate(engine, self.sequence, &prompt[cached..], sampler, &stop, &mut take)?;
             stop.max_tokens = stop.max_tokens.map(|max| max - generated.tokens.len().min(max));
@@ -200,8 +203,7 @@ impl Chat {
 
     /// The first question after the message `from`.
     fn next_question(&self, from: usize) -> Option<usize> {
-        let later = self.messages.iter().enumerate().skip(from + 1);
-        later.map(|(at, message)| (at, message.role)).find(|(_, role)| *role == Role::User).map(|(at, _)| at)
+        (from + 1..self.messages.len()).find(|&at| self.messages[at].role == Role::User)
     }
 
     /// Where the messages after the system prompt begin.

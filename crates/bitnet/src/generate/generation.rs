@@ -31,6 +31,7 @@ pub(super) struct Generation {
     end: usize,
     context: usize,
     max_rows: usize,
+    vocab_size: usize,
     tokenizer: Arc<Tokenizer>,
     text: Output,
     masks: Option<Masks>,
@@ -52,16 +53,14 @@ impl Generation {
         let first = prompt.len();
         let context = engine.options().context;
         let end = first.saturating_add(stop.max_tokens.unwrap_or(usize::MAX)).min(context);
-        let masks = match &stop.constraint {
-            Some(constraint) => {
-                let text = &prompt[first - stop.begun.min(first)..];
-                Some(Masks::new(&**constraint, text, &stop.ids, engine.model().config().vocab_size)?)
-            }
-            None => None,
-        };
+        let tokenizer = engine.model().tokenizer()?.clone();
+        let mut text = Output::new(&stop.strings);
+        for &id in &prompt[first - stop.begun.min(first)..] {
+            text.push(tokenizer.token_bytes(id).unwrap_or_default());
+        }
         let mut tokens = prompt;
         tokens.reserve(MOST_PROPOSED + end.saturating_sub(first).min(stop.max_tokens.unwrap_or(0)));
-        Ok(Self {
+        let mut new = Self {
             sequence,
             guesses: 0,
             first,
@@ -70,15 +69,26 @@ impl Generation {
             end,
             context,
             max_rows: engine.options().max_rows,
-            tokenizer: engine.model().tokenizer()?.clone(),
-            text: Output::new(&stop.strings),
-            masks,
+            vocab_size: engine.model().config().vocab_size,
+            tokenizer,
+            text,
+            masks: None,
             masked: false,
             speculator: Speculator::new(stop.speculation, &tokens, end),
             begun: false,
             tokens,
             stop,
-        })
+        };
+        new.start_masks()?;
+        Ok(new)
+    }
+
+    /// Tells the constraint of the text so far.
+    fn start_masks(&mut self) -> Result<(), Error> {
+        let text = &self.tokens[self.first - self.stop.begun.min(self.first)..self.len()];
+        let Some(constraint) = &self.stop.constraint else { return Ok(()) };
+        self.masks = Some(Masks::new(&**constraint, text, &self.stop.ids, self.vocab_size)?);
+        Ok(())
     }
 
     /// Tokens without the guesses.
@@ -121,8 +131,14 @@ impl Generation {
             let room = (self.end - len).min(self.max_rows) - 1;
             self.guesses = self.speculator.propose(room, &mut self.tokens);
             if let Some(masks) = &mut self.masks {
-                self.guesses = masks.look_ahead(&self.tokens[len..])?;
+                let guesses = masks.look_ahead(&self.tokens[len..]);
+                self.guesses = *guesses.as_ref().unwrap_or(&0);
                 self.tokens.truncate(len + self.guesses);
+                if guesses.is_err() {
+                    // A guess was too much for it, and may have left it broken.
+                    self.start_masks()?;
+                    self.masks.as_mut().map_or(Ok(true), |masks| masks.find(0))?;
+                }
             }
         }
         Ok(None)

@@ -34,7 +34,8 @@ pub struct StopConditions {
     pub max_tokens: Option<usize>,
     /// The form of the text. The tokens that end it are only chosen where it is complete, other control tokens never.
     pub constraint: Option<Arc<dyn Constraint>>,
-    /// How many tokens at the end of the prompt belong to the text that the constraint is about.
+    /// How many tokens at the end of the prompt belong to the text, for the constraint and the stop strings. What was held back
+    /// of their text comes now.
     pub begun: usize,
     /// How it gets there; this changes nothing but the time.
     pub speculation: Speculation,

@@ -98,6 +98,7 @@ impl Repo {
             return Ok(());
         }
         let temporary = folder.join(format!(".{digest}.{}.tmp", std::process::id()));
+        let _ = fs::remove_file(&temporary); // of a killed process with the same id
         let made = link(Path::new(&target), &self.blob(digest), &temporary);
         made.and_then(|()| fs::rename(&temporary, &path)).map_err(HubError::io(&path, "link"))
     }

@@ -1,6 +1,6 @@
 //! Loading: the tensors of a file are brought into the engine's layout by all threads, each code checked on the way.
 
-use super::stored::row_chunk;
+use super::stored::{arm_layout, row_chunk};
 use super::weights::{Placed, Planner, Store};
 use crate::Error;
 use bitnet_gguf::Gguf;
@@ -53,7 +53,10 @@ pub(super) fn fill(
     compute.pool().run(parts.len() + 2, |task, _| {
         let task = match task {
             0 => return beside(),
-            1 => return planner.probe_layout().unwrap_or_else(fail),
+            1 => {
+                let wrong = arm_layout(gguf).map(|(tensor, problem)| planner.error(tensor, problem));
+                return wrong.map_or((), fail);
+            }
             part => part - 2,
         };
         let mut part = parts[task].lock().unwrap_or_else(PoisonError::into_inner);

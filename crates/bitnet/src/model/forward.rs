@@ -33,7 +33,6 @@ pub enum Unfinished {
 
 /// The buffers of a step of up to a fixed number of rows. Nothing is allocated while a step runs.
 pub struct Scratch {
-    max_rows: usize,
     ids: Vec<u32>,
     /// The residual stream, `[rows][hidden_size]`.
     x: Aligned<f32>,
@@ -68,7 +67,6 @@ impl Scratch {
         let floats = |width: usize| Aligned::zeroed(max_rows * width);
         let widest = config.hidden_size.max(config.q_width()).max(config.intermediate_size);
         Self {
-            max_rows,
             ids: Vec::with_capacity(max_rows),
             x: floats(config.hidden_size),
             q: floats(config.q_width()),
@@ -87,11 +85,6 @@ impl Scratch {
             cos: floats(config.rope_dim / 2),
             sin: floats(config.rope_dim / 2),
         }
-    }
-
-    /// Rows that fit in a step.
-    pub fn max_rows(&self) -> usize {
-        self.max_rows
     }
 
     /// Where the time went.

@@ -1,7 +1,7 @@
 //! From a file to a model: everything is checked here, once.
 
 use super::config::{Keys, Repair};
-use super::rope::{angles, inverse_frequencies};
+use super::rope::inverse_frequencies;
 use super::weights::WeightPlan;
 use super::{Config, Strategy, Weights, identity};
 use crate::text::{
@@ -10,6 +10,7 @@ use crate::text::{
 };
 use crate::{EngineOptions, Error, MemoryPlan};
 use bitnet_gguf::Gguf;
+use bitnet_kernels::math::sin_cos64;
 use bitnet_kernels::{Compute, MemoryPart, PartBytes};
 use std::sync::{Arc, OnceLock};
 
@@ -160,9 +161,13 @@ impl Model {
         })
     }
 
-    /// Cosines and sines of RoPE's angles at `position`, `rope_dim / 2` each.
+    /// Cosines and sines of RoPE's angles at `position`, `rope_dim / 2` each. The angle is rounded to float32 before its
+    /// cosine is taken, as in the reference; at large positions that matters.
     pub fn rope_angles(&self, position: usize, cos: &mut [f32], sin: &mut [f32]) {
-        angles(&self.inverse_frequencies, position, cos, sin);
+        for (i, f) in self.inverse_frequencies.iter().enumerate() {
+            let (s, c) = sin_cos64(f64::from(position as f32 * f));
+            (cos[i], sin[i]) = (c as f32, s as f32);
+        }
     }
 
     /// The name of the file the model came from.
@@ -193,9 +198,10 @@ impl Model {
     /// # Errors
     /// [`Error::NoTokenizer`] where the file has none.
     pub fn prompt(&self, text: &str, specials: Specials) -> Result<Vec<u32>, Error> {
-        let mut ids: Vec<u32> = self.special.first().into_iter().collect();
-        ids.extend(self.tokenizer()?.encode(text, specials));
-        Ok(ids)
+        let ids = self.tokenizer()?.encode(text, specials);
+        // A text that names the token has it already.
+        let first = self.special.first().filter(|bos| ids.first() != Some(bos));
+        Ok(first.into_iter().chain(ids).collect())
     }
     /// The chat template `choice`: the name of a built-in one or Jinja (anything with a brace in it); without a choice the
     /// one in the file, or the built-in one that fits the model.

@@ -1,7 +1,7 @@
-//! Angles of the rotary position embedding.
+//! Frequencies of the rotary position embedding.
 
 use super::Config;
-use bitnet_kernels::math::{exp64, ln64, sin_cos64};
+use bitnet_kernels::math::{exp64, ln64};
 
 /// The inverse frequencies of half the rotated width, as the reference computes them: float32 at every step, each
 /// rounded once.
@@ -14,13 +14,4 @@ pub(crate) fn inverse_frequencies(config: &Config) -> Vec<f32> {
             frequency / config.rope_factors.get(i).copied().unwrap_or(1.0)
         })
         .collect()
-}
-
-/// Writes cosines and sines of one position. The angle is rounded to float32 before its cosine is taken, as in the
-/// reference; at large positions that matters.
-pub(crate) fn angles(inverse_frequencies: &[f32], position: usize, cos: &mut [f32], sin: &mut [f32]) {
-    for (i, f) in inverse_frequencies.iter().enumerate() {
-        let (s, c) = sin_cos64(f64::from(position as f32 * f));
-        (cos[i], sin[i]) = (c as f32, s as f32);
-    }
 }

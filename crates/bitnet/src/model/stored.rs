@@ -99,6 +99,45 @@ pub(crate) fn floats<'a>(gguf: &'a Gguf, tensor: &TensorInfo) -> impl Iterator<I
     gguf.tensor_bytes(tensor).as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))
 }
 
+/// What speaks for the I2_S layout of ARM builds, which has the same type and size and decodes to nonsense: a tensor, and what
+/// is wrong with it. Nothing in a file says which of the two it has, but its columns do: see [`pack::layout_z`].
+pub(crate) fn arm_layout(gguf: &Gguf) -> Option<(&TensorInfo, String)> {
+    // Enough rows for a density, of one layer in the middle.
+    const ROWS: usize = 512;
+    let layers = gguf.tensors().iter().filter(|tensor| tensor.name.ends_with(".ffn_down.weight")).count();
+    let tensor = |part: &str| gguf.tensor(&format!("blk.{}.{part}.weight", layers / 2));
+    let bytes = |part: &str| {
+        let tensor = tensor(part).filter(|tensor| tensor.ty == TensorType::I2S)?;
+        let columns = *tensor.dims.first()? as usize;
+        Some((gguf.tensor_bytes(tensor).get(..tensor.n_elements() as usize / 4)?, columns))
+    };
+    // Where rows are not whole blocks the functions refuse, and there is no evidence to be had.
+    let columns = |part: &str| {
+        let (codes, columns) = bytes(part)?;
+        pack::zero_columns(&codes[..codes.len().min(ROWS * columns / 4)], columns).ok()
+    };
+    let norm = |part: &str| {
+        let tensor = tensor(part).filter(|tensor| tensor.ty == TensorType::F32)?;
+        Some(floats(gguf, tensor).map(f32::abs).collect::<Vec<f32>>())
+    };
+    let down = columns("ffn_down");
+    let gate_rows = bytes("ffn_gate").and_then(|(codes, columns)| pack::zero_rows(codes, columns).ok());
+    let pairs = [
+        (norm("attn_norm"), columns("attn_q")),
+        (norm("attn_sub_norm"), columns("attn_output")),
+        (norm("ffn_norm"), columns("ffn_gate")),
+        (norm("ffn_sub_norm"), down.clone()),
+        (gate_rows, down),
+    ];
+    let pairs: Vec<_> = pairs.iter().filter_map(|(a, b)| Some((a.as_deref()?, b.as_deref()?))).collect();
+    let z = pack::layout_z(&pairs);
+    let problem = format!(
+        "the weights are in the I2_S layout of ARM builds (blocks of 64; the columns fit it with z = {z:.0}); \
+         expected the published layout (blocks of 128): convert the model again on x86"
+    );
+    tensor("ffn_down").filter(|_| z < pack::ARM_LAYOUT_Z).map(|tensor| (tensor, problem))
+}
+
 /// Why a matrix of these dimensions, the fastest first, does not fill the blocks of a type of ternary weights.
 pub(crate) fn misfit(dims: &[u64], ty: TensorType) -> Option<String> {
     let (block, weights, rows, hint) = match row_format(ty) {

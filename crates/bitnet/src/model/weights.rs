@@ -7,7 +7,7 @@ use crate::Error;
 use bitnet_gguf::{Gguf, TensorInfo, TensorType};
 use bitnet_kernels::blocks::BlockFormat;
 use bitnet_kernels::ternary::blocks::RowFormat;
-use bitnet_kernels::ternary::{self, CHUNK, Layout, base3, columns, pack};
+use bitnet_kernels::ternary::{self, CHUNK, Layout, base3, columns};
 use bitnet_kernels::{
     Activation, Bytes, Compute, FloatMatrix, FloatType, Head, HugeBuffer, MemoryPart, PartBytes, Screen,
     TernaryMatrix,
@@ -311,48 +311,6 @@ impl<'a> Planner<'a> {
             Some(tensor) => Err(self.error(tensor, "expected no biases and no RoPE factors but rope_freqs")),
             None => Ok(()),
         }
-    }
-}
-
-impl Planner<'_> {
-    /// Refuses a file in the I2_S layout of ARM builds, which has the same type and size and decodes to nonsense. Nothing
-    /// in a file says which of the two it has, but its columns do: see [`pack::layout_z`].
-    pub(super) fn probe_layout(&self) -> Result<(), Error> {
-        // Enough rows for a density, of one layer in the middle.
-        const ROWS: usize = 512;
-        let gguf = self.keys.gguf;
-        let layers = self.placed.iter().filter(|p| p.tensor.name.ends_with(".ffn_down.weight")).count();
-        let tensor = |part: &str| gguf.tensor(&format!("blk.{}.{part}.weight", layers / 2));
-        let bytes = |part: &str| {
-            let tensor = tensor(part).filter(|tensor| tensor.ty == TensorType::I2S)?;
-            let columns = *tensor.dims.first()? as usize;
-            Some((gguf.tensor_bytes(tensor).get(..tensor.n_elements() as usize / 4)?, columns))
-        };
-        // Where rows are not whole blocks the functions refuse, and there is no evidence to be had.
-        let columns = |part: &str| {
-            let (codes, columns) = bytes(part)?;
-            pack::zero_columns(&codes[..codes.len().min(ROWS * columns / 4)], columns).ok()
-        };
-        let norm = |part: &str| Some(floats(gguf, tensor(part)?).map(f32::abs).collect::<Vec<f32>>());
-        let down = columns("ffn_down");
-        let gate_rows = bytes("ffn_gate").and_then(|(codes, columns)| pack::zero_rows(codes, columns).ok());
-        let pairs = [
-            (norm("attn_norm"), columns("attn_q")),
-            (norm("attn_sub_norm"), columns("attn_output")),
-            (norm("ffn_norm"), columns("ffn_gate")),
-            (norm("ffn_sub_norm"), down.clone()),
-            (gate_rows, down),
-        ];
-        let pairs: Vec<_> = pairs.iter().filter_map(|(a, b)| Some((a.as_deref()?, b.as_deref()?))).collect();
-        let z = pack::layout_z(&pairs);
-        if z >= pack::ARM_LAYOUT_Z {
-            return Ok(());
-        }
-        let problem = format!(
-            "the weights are in the I2_S layout of ARM builds (blocks of 64; the columns fit it with z = {z:.0}); \
-             expected the published layout (blocks of 128): convert the model again on x86"
-        );
-        Err(self.keys.error(format!("tensor \"blk.{}.ffn_down.weight\"", layers / 2), problem))
     }
 }
 

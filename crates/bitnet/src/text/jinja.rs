@@ -1,11 +1,12 @@
 //! Jinja as Hugging Face sets it up for chat templates, with a bound on the work.
 
-use super::TemplateError;
-use super::jinja_guard::{PLAIN, guard_operators};
+use super::jinja_guard::{COPIED, PLAIN, SMALL, guard_operators};
+use super::{Role, TemplateError};
 use jiff::{ZonedDateTime, fmt::strtime};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Rest, Value, ValueKind};
+use minijinja::value::{DynObject, Kwargs, Rest, Serde, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, State, context, filters};
+use std::collections::BTreeMap;
 use std::fmt::{self, Write};
 use std::io;
 
@@ -17,6 +18,10 @@ const MESSAGE_FUEL: u64 = 1000;
 const FUEL_BYTES: u64 = 64;
 /// Columns that `indent` may add.
 const MAX_INDENT: usize = 1000;
+/// Lists in lists.
+const MAX_DEPTH: usize = 100;
+/// Calls in calls, each of which counts as four.
+const MAX_RECURSION: usize = 100;
 /// A longer source is no chat template.
 const MAX_SOURCE: usize = 1 << 20;
 
@@ -40,6 +45,11 @@ impl Jinja {
             Err(Error::new(ErrorKind::InvalidOperation, message).with_source(Refusal))
         });
         env.add_function(PLAIN, plain);
+        env.add_function(SMALL, |state: &State, value: &Value| {
+            copied(state, value, 0).map(|_| value.clone())
+        });
+        env.add_function(COPIED, |state: &State, value: &Value| copied(state, value, 0));
+        env.set_recursion_limit(MAX_RECURSION);
         env.add_function("strftime_now", |format: &str| {
             let refused =
                 |problem: String| Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {problem}"));
@@ -69,8 +79,10 @@ impl Jinja {
                 filter.call(state, &values)
             });
         }
-        // These work on long texts without using fuel.
-        ["pprint", "max", "min", "unique"].iter().for_each(|filter| env.remove_filter(filter));
+        // These work on long texts without using fuel, or are not Jinja's.
+        ["pprint", "max", "min", "unique", "chain", "zip"]
+            .iter()
+            .for_each(|filter| env.remove_filter(filter));
         ["in", "startingwith", "endingwith", "containing"].iter().for_each(|test| env.remove_test(test));
         env.set_formatter(|out, state, value| out.write_str(&text(state, value)?).map_err(Error::from));
         env.add_filter("join", |state: &State, items: &Value, separator: Option<&str>, options: Kwargs| {
@@ -86,14 +98,16 @@ impl Jinja {
                 Err(error) => Err(Error::new(ErrorKind::BadSerialization, error.to_string())),
             }
         });
-        env.add_template_owned("template", guard_operators(source)).map_err(|error| broken(&error))?;
+        let guarded = guard_operators(source);
+        let guarded = guarded.ok_or_else(|| TemplateError::Broken("brackets are nested too deep".into()))?;
+        env.add_template_owned("template", guarded).map_err(|error| broken(&error))?;
         Ok(Self(env))
     }
 
     /// Renders messages of (role, content); `answer` adds what an answer begins with.
     pub(super) fn render<'m>(
         &self,
-        messages: impl Iterator<Item = (&'static str, &'m str)>,
+        messages: impl Iterator<Item = (Role, &'m str)>,
         answer: bool,
         bos: &str,
         eos: &str,
@@ -102,7 +116,7 @@ impl Jinja {
         let messages: Vec<Value> = messages
             .map(|(role, content)| {
                 fuel += content.len() as u64 + MESSAGE_FUEL;
-                context! { role, content }
+                context! { role => Serde(role), content }
             })
             .collect();
         // Most of the environment is shared by the clone; the fuel is a setting of it.
@@ -162,6 +176,31 @@ fn plain(value: &Value) -> Result<Value, Error> {
         return Ok(value.clone());
     }
     Err(Error::new(ErrorKind::InvalidOperation, "a list or a map where text is expected"))
+}
+
+/// A value that shares no list or map with others, nor with itself, and of some depth; each list costs a step, a long one more.
+fn copied(state: &State, value: &Value, depth: usize) -> Result<Value, Error> {
+    let steps = |index: usize| state.consume_fuel(u64::from(index.is_multiple_of(16)));
+    match value.kind() {
+        ValueKind::Seq | ValueKind::Iterable | ValueKind::Map if depth > MAX_DEPTH => {
+            Err(Error::new(ErrorKind::InvalidOperation, "lists and maps are nested too deep"))
+        }
+        ValueKind::Seq | ValueKind::Iterable => value
+            .try_iter()?
+            .enumerate()
+            .map(|(index, item)| steps(index).and_then(|()| copied(state, &item, depth + 1)))
+            .collect(),
+        ValueKind::Map => {
+            let mut copy = BTreeMap::new();
+            let pairs = value.as_object().and_then(DynObject::try_iter_pairs);
+            for (index, (key, item)) in pairs.into_iter().flatten().enumerate() {
+                steps(index)?;
+                copy.insert(plain(&key)?, copied(state, &item, depth + 1)?);
+            }
+            Ok(copy.into())
+        }
+        _ => Ok(value.clone()),
+    }
 }
 
 /// A value as text.

@@ -1,17 +1,28 @@
-//! Keeps lists and maps away from Jinja's text operators.
+//! Keeps lists and maps small, and away from Jinja's text operators.
 //!
 //! `a ~ b` and `a in b` turn a list into text without a bound on its length, and a list may hold a long text many times at no
 //! cost. So each operand of `~` and each left operand of `in` in a template is put into a call of [`PLAIN`], a function that
 //! lets pass all but lists and maps.
 //!
+//! A list may hold the same list twice, that one another twice, and so on: few steps make what takes for ever to compare, or
+//! is too deep for the stack. So what is in brackets or assigned is put into a call of [`SMALL`], which goes through all of it
+//! and pays for that. A namespace could come to hold itself: its attributes are assigned through [`COPIED`].
+//!
 //! Hugging Face's block `generation` says which text is the model's, for those who train it; here it is a block like any other.
 
-/// The function's name. Templates may call it too; it does no harm.
-pub(super) const PLAIN: &str = "plain_value";
-const CALL: &str = "plain_value(";
+use std::ops::Range;
 
-/// The template with the calls put in. What is not Jinja comes out as it went in, as far as it was understood.
-pub(super) fn guard_operators(source: &str) -> String {
+/// The functions' names. Templates may call them too; it does no harm.
+pub(super) const PLAIN: &str = "plain_value";
+pub(super) const SMALL: &str = "small_value";
+pub(super) const COPIED: &str = "copied_value";
+
+/// Brackets in brackets: the engine's parser takes fewer.
+const MAX_DEPTH: usize = 200;
+
+/// The template with the calls put in; None where brackets are nested too deep. What is not Jinja comes out as it went in, as
+/// far as it was understood.
+pub(super) fn guard_operators(source: &str) -> Option<String> {
     let mut edits = Vec::new();
     let mut at = 0;
     while let Some(start) = source[at..].find('{').map(|found| at + found) {
@@ -20,6 +31,9 @@ pub(super) fn guard_operators(source: &str) -> String {
             Some(b'#') => at = source[at..].find("#}").map_or(source.len(), |end| at + end + 2),
             Some(kind @ (b'{' | b'%')) => {
                 let tokens = tokens(source, at + 1);
+                if tokens.iter().any(|token| token.depth > MAX_DEPTH) {
+                    return None;
+                }
                 at = tokens.last().map_or(source.len(), |last| last.end);
                 let signed = tokens.first().is_some_and(|first| ["-", "+"].contains(&first.text(source)));
                 let name = tokens.get(usize::from(signed)).filter(|_| *kind == b'%');
@@ -38,18 +52,18 @@ pub(super) fn guard_operators(source: &str) -> String {
             _ => {}
         }
     }
-    // Operands that end somewhere end before those that begin there.
-    edits.sort_unstable();
+    // Of what begins in one place the outer was put in first.
+    edits.sort_by_key(|edit| edit.0);
     let (mut out, mut from) = (String::with_capacity(source.len() + 16 * edits.len()), 0);
     for (start, end, text) in edits {
         out.push_str(&source[from..start]);
         out.push_str(text);
         from = end;
     }
-    out + &source[from..]
+    Some(out + &source[from..])
 }
 
-/// Text in place of what is between two places of a template. Of two calls in one place `)` sorts first.
+/// Text in place of what is between two places of a template.
 type Edit = (usize, usize, &'static str);
 
 struct Token {
@@ -102,10 +116,29 @@ fn tokens(source: &str, mut at: usize) -> Vec<Token> {
     tokens
 }
 
-/// Puts the operands of a tag into calls.
+/// Puts the operands, the brackets and the assigned value of a tag into calls.
 fn guard(source: &str, tokens: &[Token], edits: &mut Vec<Edit>) {
     let text = |index: usize| tokens.get(index).map_or("", |token| token.text(source));
-    let mut loop_in = text(usize::from(text(0) == "-" || text(0) == "+")) == "for";
+    let mut call = |operand: Range<usize>, call, end| {
+        if let Some([first, .., last] | [first @ last]) = tokens.get(operand) {
+            edits.extend([(first.start, first.start, call), (last.end, last.end, end)]);
+        }
+    };
+    let first = usize::from(text(0) == "-" || text(0) == "+");
+    let mut loop_in = text(first) == "for";
+    // What stands before it is assigned to.
+    let assigns = match text(first) {
+        "for" => "in",
+        "set" => "=",
+        _ => "",
+    };
+    let assigned = tokens.iter().position(|token| token.depth == 0 && token.text(source) == assigns);
+    if let Some(at) = assigned.filter(|_| assigns == "=") {
+        let end =
+            tokens.len() - if ["-", "+"].contains(&text(tokens.len().saturating_sub(2))) { 2 } else { 1 };
+        let attribute = (first..at).any(|index| text(index) == ".");
+        call(at + 1..end, if attribute { "copied_value((" } else { "small_value((" }, "))");
+    }
     for (at, token) in tokens.iter().enumerate() {
         let concat = token.text(source) == "~";
         if !concat && (token.text(source) != "in" || at > 0 && text(at - 1) == ".") {
@@ -123,9 +156,16 @@ fn guard(source: &str, tokens: &[Token], edits: &mut Vec<Edit>) {
         let left = (0..end).rev().take_while(inside).last();
         let right = (at + 1..tokens.len()).take_while(inside).last().filter(|_| concat);
         let operands = [left.map(|first| first..end), right.map(|last| at + 1..last + 1)];
-        for operand in operands.into_iter().flatten() {
-            let (start, end) = (tokens[operand.start].start, tokens[operand.end - 1].end);
-            edits.extend([(start, start, CALL), (end, end, ")")]);
+        operands.into_iter().flatten().for_each(|operand| call(operand, "plain_value(", ")"));
+    }
+    // Brackets that are no call, no index, and not assigned to.
+    for (at, token) in tokens.iter().enumerate().skip(assigned.map_or(first, |at| at + 1)) {
+        let before = at.checked_sub(1).map_or("", text);
+        let value = before.ends_with(|c: char| c.is_alphanumeric() || "_\"')]}".contains(c) || !c.is_ascii())
+            && !KEYWORDS.split(' ').any(|keyword| keyword == before);
+        if ["(", "[", "{"].contains(&text(at)) && !value && before != "call" {
+            let inside = tokens[at + 1..].iter().take_while(|other| other.depth > token.depth).count();
+            call(at..at + inside + 2, "small_value(", ")");
         }
     }
 }
@@ -154,17 +194,21 @@ mod tests {
         for (source, expected) in [
             ("{{ a ~ b }}", "{{ <a> ~ <b> }}"),
             ("{{- a ~ b.c[0] | f(x ~ 'y') ~ 3 -}}", "{{- <a> ~ <<b.c[0] | f(<x> ~ <'y'>)>> ~ <3> -}}"),
-            ("{% set x = a ~ ('b' ~ c) %}", "{% set x = <a> ~ <('b' ~ <c>)> %}"),
+            ("{% set x = a ~ ('b' ~ c) %}", "{% set x = «(<a> ~ <«(<'b'> ~ <c>)»>)» %}"),
+            (
+                "{%- set n.a, b = (c, d) -%}{% for (e, f) in [g] %}{% set h %}{% call(i) j([k][0]) %}",
+                "{%- set n.a, b = copied_value((«(c, d)»)) -%}{% for (e, f) in «[g]» %}{% set h %}{% call(i) j(«[k]»[0]) %}",
+            ),
             (
                 "{% if not a in b and c not in [d, e ~ f] %}",
-                "{% if not <a> in b and <c> not in [d, <e> ~ <f>] %}",
+                "{% if not <a> in b and <c> not in «[d, <e> ~ <f>]» %}",
             ),
             ("{%- for m in a ~ b if 'x' in m %}", "{%- for m in <a> ~ <b> if <'x'> in m %}"),
             ("{{ a + b ~ c == d ~ -e }}", "{{ a + <b> ~ <c> == <d> ~ <-e> }}"),
             ("{{ a + b in c }}", "{{ <a + b> in c }}"),
             (
                 "{{ f(k=a ~ b) if {'~': {'in': 1}} else x.in ~ '}}' }}",
-                "{{ f(k=<a> ~ <b>) if {'~': {'in': 1}} else <x.in> ~ <'}}'> }}",
+                "{{ f(k=<a> ~ <b>) if «{'~': «{'in': 1}»}» else <x.in> ~ <'}}'> }}",
             ),
             (
                 "{# a ~ b #}~{% raw %}{{ a ~ b }}{% endraw %}{{ a ~ b",
@@ -180,9 +224,9 @@ mod tests {
             ),
             ("{'a' ~ b} ~ {{ \"\\\"~\" ~ é }}", "{'a' ~ b} ~ {{ <\"\\\"~\"> ~ <é> }}"),
         ] {
-            let expected = expected.replace("('b' ~ <c>)", "(<'b'> ~ <c>)");
-            let expected = expected.replace('<', &format!("{PLAIN}(")).replace('>', ")");
-            assert_eq!(guard_operators(source), expected);
+            let expected = expected.replace('<', &format!("{PLAIN}(")).replace(['>', '»'], ")");
+            assert_eq!(guard_operators(source), Some(expected.replace('«', &format!("{SMALL}("))));
         }
+        assert_eq!(guard_operators(&format!("{{{{ {}a", "(".repeat(MAX_DEPTH + 2))), None);
     }
 }

@@ -7,12 +7,13 @@ use super::hf::HfVocab;
 use super::split::{Prefix, Split};
 
 impl HfVocab {
-    /// Reads the pieces of a `tokenizer.model`; None where it is none, or of another algorithm than BPE.
+    /// Reads the pieces of a `tokenizer.model`; None where it is none, of another algorithm than BPE, or where that is not all
+    /// that is done to a text.
     pub fn parse_sentencepiece(model: &[u8]) -> Option<Self> {
         const BPE: u64 = 2;
         let split = Split::Sentence { prefix: Prefix::Each, at_spaces: false };
         let mut vocab = Self { split, ..Self::default() };
-        let mut algorithm = 0;
+        let (mut algorithm, mut table, mut spaces) = (0, false, [true; 3]);
         fields(model, |number, value| match (number, value) {
             (1, Field::Bytes(piece)) => {
                 let (mut text, mut score, mut kind) = (None, 0.0, 1);
@@ -37,9 +38,23 @@ impl HfVocab {
                 }
                 Some(())
             }),
+            // What is done to a text first: a table of characters, then whether a space comes before it, spaces that say
+            // nothing are removed, and the others become visible.
+            (3, Field::Bytes(normalizer)) => fields(normalizer, |number, value| {
+                match (number, value) {
+                    (2, Field::Bytes(bytes)) => table = !bytes.is_empty(),
+                    (3..=5, Field::Int(n)) => spaces[number as usize - 3] = n != 0,
+                    _ => {}
+                }
+                Some(())
+            }),
             _ => Some(()),
         })?;
-        (algorithm == BPE && !vocab.tokens.is_empty()).then_some(vocab)
+        let [prefix, removes, escapes] = spaces;
+        if !prefix {
+            vocab.split = Split::Sentence { prefix: Prefix::Never, at_spaces: false };
+        }
+        (algorithm == BPE && !table && !removes && escapes && !vocab.tokens.is_empty()).then_some(vocab)
     }
 }
 

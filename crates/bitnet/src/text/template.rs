@@ -27,18 +27,6 @@ pub enum Role {
     Tool,
 }
 
-impl Role {
-    /// `system`, `user`, `assistant` or `tool`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::System => "system",
-            Self::User => "user",
-            Self::Assistant => "assistant",
-            Self::Tool => "tool",
-        }
-    }
-}
-
 /// A part of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)] // the calls of tools must not get lost without a word
@@ -327,14 +315,49 @@ impl ChatTemplate {
         answer: bool,
     ) -> Result<Vec<u32>, TemplateError> {
         let [mark, hole] = private_chars(messages)?;
-        let contents: Vec<String> = messages.iter().map(|m| guarded(&m.content, tokenizer, mark)).collect();
-        let refs: Vec<&str> = contents.iter().map(String::as_str).collect();
-        let text = self.render_contents(messages, &refs, answer)?;
+        let render = |contents: &[String]| {
+            let refs: Vec<&str> = contents.iter().map(String::as_str).collect();
+            self.render_contents(messages, &refs, answer)
+        };
+        let mut contents: Vec<String> =
+            messages.iter().map(|m| guarded(&m.content, tokenizer, mark)).collect();
+        let mut text = render(&contents)?;
+        // A template that deletes from a message, or changes its case, may make a control token of what is left. With a mark
+        // behind every character it cannot, though it may not recognise what it looks for.
+        let hides = |content: &String| {
+            tokenizer.control_tokens().any(|token| {
+                let mut bytes = content.bytes();
+                token.iter().all(|&wanted| bytes.any(|byte| byte.eq_ignore_ascii_case(&wanted)))
+            })
+        };
+        let behind = |c: char| (!c.is_whitespace()).then_some(mark);
+        let marked = |content: &String| match hides(content) {
+            true => content.chars().flat_map(|c| [Some(c), behind(c)]).flatten().collect(),
+            false => content.clone(),
+        };
+        let others: Vec<String> = contents.iter().map(marked).collect();
+        let controls = |text: &str| {
+            let mut ids = Vec::new();
+            encode_marked(text, tokenizer, mark, &mut ids);
+            ids.retain(|&id| tokenizer.is_control(id));
+            ids
+        };
+        if others != contents {
+            let other = render(&others)?;
+            if controls(&other) != controls(&text) {
+                (contents, text) = (others, other);
+            }
+        }
         let mut ids = Vec::with_capacity(text.len() / 3);
-        let holes = self.with_holes(messages, &contents, answer, hole, &text);
-        for (at, part) in holes.as_deref().unwrap_or(&text).split(hole).enumerate() {
-            match part.parse::<usize>().ok().filter(|_| at % 2 == 1) {
-                Some(index) => ids.extend(messages[index].tokens.iter().flatten()),
+        let Some(holes) = self.with_holes(messages, &contents, answer, hole, &text) else {
+            encode_marked(&text, tokenizer, mark, &mut ids);
+            return Ok(ids);
+        };
+        for (at, part) in holes.split(hole).enumerate() {
+            let known =
+                part.parse().ok().filter(|_| at % 2 == 1).and_then(|index: usize| messages.get(index));
+            match known {
+                Some(message) => ids.extend(message.tokens.iter().flatten()),
                 None => encode_marked(part, tokenizer, mark, &mut ids),
             }
         }
@@ -354,7 +377,7 @@ impl ChatTemplate {
         let known = |index: usize| messages[index].tokens.is_some();
         let markers: Vec<String> = (0..messages.len()).map(|index| format!("{hole}{index}{hole}")).collect();
         let with = |index: usize| if known(index) { &markers[index] } else { &contents[index] };
-        if !(0..messages.len()).any(known) {
+        if !(0..messages.len()).any(known) || expected.contains(hole) {
             return None;
         }
         let shown: Vec<&str> = (0..messages.len()).map(|index| with(index).as_str()).collect();
@@ -375,7 +398,7 @@ impl ChatTemplate {
         contents: &[&str],
         answer: bool,
     ) -> Result<String, TemplateError> {
-        let pairs = messages.iter().map(|message| message.role.name()).zip(contents.iter().copied());
+        let pairs = messages.iter().map(|message| message.role).zip(contents.iter().copied());
         self.jinja.render(pairs, answer, &self.bos_text, &self.eos_text)
     }
 }

@@ -34,11 +34,18 @@ pub struct Vocab<S> {
 impl<S: AsRef<str>> Vocab<S> {
     /// Bytes that the tables of the tokenizer take.
     pub fn table_bytes(&self) -> usize {
-        let (tokens, merges) = (self.tokens.len(), self.merges.len());
+        let (tokens, merges) = (self.tokens.len(), self.most_merges());
         // A hash table has a power of two of places, at most seven eighths of them taken, and a byte for each.
         let table = |n: usize| (n * 8 / 7 + 1).next_power_of_two() * (size_of::<u32>() + 1) + 64;
         let token = size_of::<u32>() + size_of::<Kind>();
         self.text_bytes() + tokens * token + table(tokens) + merges * size_of::<Merge>() + table(merges)
+    }
+
+    /// Merges that there may be: made of scores, each cuts a token in two.
+    fn most_merges(&self) -> usize {
+        let scored = matches!(self.split, Split::Sentence { .. }) && self.merges.is_empty();
+        let cuts = |token: &S| token.as_ref().chars().count().saturating_sub(1);
+        if scored { self.tokens.iter().map(cuts).sum() } else { self.merges.len() }
     }
 
     fn text_bytes(&self) -> usize {
@@ -136,7 +143,8 @@ impl Tokenizer {
             return Err(TokenizerError::Lengths { tokens: n_vocab, types });
         }
         let n_bytes = vocab.text_bytes();
-        if n_vocab.max(n_bytes).max(vocab.merges.len()) >= u32::MAX as usize {
+        let most_merges = vocab.most_merges();
+        if n_vocab.max(n_bytes).max(most_merges) >= u32::MAX as usize {
             return Err(TokenizerError::TooLarge);
         }
 
@@ -198,7 +206,7 @@ impl Tokenizer {
             return Err(TokenizerError::MissingByte { byte });
         }
 
-        let merges = Merges::with_capacity(vocab.merges.len());
+        let merges = Merges::with_capacity(most_merges);
         let lists = texts.bytes.capacity() + 4 * texts.ends.capacity() + kinds.capacity();
         let tables = lists + index.allocation_size() + merges.allocation_size();
         let mut tokenizer = Self {

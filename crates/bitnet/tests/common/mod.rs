@@ -115,6 +115,11 @@ pub(crate) fn writing(text: &mut String) -> impl FnMut(&str) -> ControlFlow<()> 
     }
 }
 
+pub(crate) fn random(state: &mut u64) -> u32 {
+    *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    (*state >> 33) as u32
+}
+
 pub(crate) fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
 }
@@ -173,9 +178,6 @@ impl Tensors {
     }
     fn get(&self, name: &str) -> &(String, Vec<usize>, Vec<u8>) {
         self.0.get(name).unwrap_or_else(|| panic!("no tensor {name}"))
-    }
-    pub(crate) fn has(&self, name: &str) -> bool {
-        self.0.contains_key(name)
     }
     pub(crate) fn rows(&self, name: &str) -> usize {
         self.get(name).1[0]

@@ -48,7 +48,6 @@ pub struct Manners {
 #[derive(Clone, Debug)]
 pub struct Seen {
     pub method: String,
-    pub path: String,
     pub headers: HashMap<String, String>,
 }
 
@@ -117,7 +116,7 @@ fn answer(
         .take_while(|line| !line.is_empty())
         .filter_map(|line| line.split_once(": ").map(|(k, v)| (k.to_lowercase(), v.to_owned())))
         .collect();
-    seen.lock().unwrap().push(Seen { method: method.clone(), path: path.clone(), headers: headers.clone() });
+    seen.lock().unwrap().push(Seen { method: method.clone(), headers: headers.clone() });
     let mut now = manners.lock().unwrap().clone();
     let mut reply = |head: String, body: &[u8]| -> Option<()> {
         stream.write_all(format!("HTTP/1.1 {head}\r\n\r\n").as_bytes()).ok()?;

@@ -347,7 +347,7 @@ fn weights_that_make_no_sense_are_refused() {
 #[test]
 fn the_layout_of_arm_builds_is_refused() {
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("arm.gguf");
+    let [path, out] = ["arm.gguf", "out.gguf"].map(|name| folder.path().join(name));
     let gguf = Gguf::from_static("demo", DEMO).unwrap();
     let mut bytes = DEMO.to_vec();
     for tensor in gguf.tensors().iter().filter(|t| t.ty == TensorType::I2S) {
@@ -364,7 +364,9 @@ fn the_layout_of_arm_builds_is_refused() {
         }
     }
     fs::write(&path, bytes).unwrap();
-    refused("", &["run", "-p", "x", "-m", text(&path)], "layout of ARM builds");
+    for args in [&["run", "-p", "x", "-m", text(&path)][..], &["convert", text(&path), text(&out)]] {
+        refused("", args, "layout of ARM builds");
+    }
 }
 
 #[test]
