@@ -71,13 +71,13 @@ pub(super) unsafe fn dots(
 }
 
 /// How rows that come later are asked for: to the first-level cache; to the second; to the second, and to the first when
-/// they are [`SHORTLY`] due; or two at a time, all lines at once.
+/// they are [`SHORTLY`] rows away; or two at a time, all lines at once.
 const NEAR: u8 = 0;
 const FAR: u8 = 1;
 const TWICE: u8 = 2;
 const PAIRS: u8 = 3;
 
-/// Rows.
+/// The rows of the next step.
 const SHORTLY: usize = STEP;
 
 /// The same, asking in the way of `HOW` for rows that come `ahead` later. The loop over the rows is in here, for a call costs as
