@@ -129,19 +129,22 @@ fn flag(ends: bool) -> anyhow::Result<Arc<AtomicBool>> {
     use signal_hook::consts::{SIGINT, SIGTERM};
     use signal_hook::flag::{register, register_conditional_shutdown};
 
-    let flag = Arc::new(AtomicBool::new(false));
-    let watch = || {
+    let (flag, early) = (Arc::new(AtomicBool::new(false)), Arc::default());
+    let watch = |signal| {
+        // A signal has lost its own effect with the first of these; one that comes before the last is not forgotten.
+        register(signal, Arc::clone(&early))?;
+        if signal == SIGTERM {
+            register(signal, REQUESTED.clone())?;
+        }
         if ends {
             // Before the flag goes up, for the first signal must find it down.
-            for signal in [SIGINT, SIGTERM] {
-                register_conditional_shutdown(signal, 128 + signal, flag.clone())?;
-            }
-            register(SIGTERM, REQUESTED.clone())?;
-            register(SIGTERM, flag.clone())?;
+            register_conditional_shutdown(signal, 128 + signal, flag.clone())?;
         }
-        register(SIGINT, flag.clone())
+        register(signal, flag.clone())
     };
-    watch().context("cannot watch for signals")?;
+    let signals: &[_] = if ends { &[SIGINT, SIGTERM] } else { &[SIGINT] };
+    signals.iter().try_for_each(|&signal| watch(signal).map(drop)).context("cannot watch for signals")?;
+    flag.fetch_or(early.load(Ordering::Relaxed), Ordering::Relaxed);
     Ok(flag)
 }
 
