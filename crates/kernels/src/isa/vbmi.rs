@@ -31,14 +31,16 @@ impl Tables {
             high: _mm512_set1_epi8(HIGH as i8),
         }
     }
-    /// The bytes of a chunk in two bits, and with the fifth code in their uppermost bits, whatever is in the others.
+    /// The bytes of a chunk in two bits, and with the fifth code in their uppermost bits and nothing in the others.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
     fn codes(&self, line: __m512i) -> (__m512i, __m512i) {
-        let high = _mm512_cmpge_epu8_mask(line, self.high);
+        let top = _mm512_and_si512(line, self.high);
+        // Not by `>=`, of which the compiler makes `<`, the wrong way round for the masks.
+        let high = _mm512_cmpeq_epi8_mask(top, self.high);
         let four = _mm512_permutexvar_epi8(line, self.four[0]);
         let four = _mm512_mask_permutexvar_epi8(four, high, line, self.four[1]);
-        (four, _mm512_mask_permutexvar_epi8(line, high, line, self.fifth))
+        (four, _mm512_mask_permutexvar_epi8(top, high, line, self.fifth))
     }
 }
 
@@ -146,8 +148,7 @@ unsafe fn dots_by<const HOW: u8>(
                             }
                             let q = q(codes + 1024 + 64 * v);
                             for k in 0..$w {
-                                let code = _mm512_and_si512(both[k].1, masks[0]);
-                                fields[k][4] = _mm512_dpbusd_epi32(fields[k][4], code, q);
+                                fields[k][4] = _mm512_dpbusd_epi32(fields[k][4], both[k].1, q);
                             }
                         }
                     }
@@ -233,7 +234,7 @@ fn all_lines(rows: [*const u8; 2], row_bytes: usize) {
 pub(super) unsafe fn unpack(row: &[u8], out: &mut [u8]) {
     let (blocks, rest) = out.as_chunks_mut::<PLAIN>();
     let (stored, tail) = row.split_at(blocks.len() * STORED);
-    let (tables, top) = (Tables::load(), _mm512_set1_epi8(0xc0u8 as i8));
+    let tables = Tables::load();
     for (stored, block) in stored.as_chunks::<STORED>().0.iter().zip(blocks) {
         // SAFETY: a block has four lines, and five chunks when unpacked.
         unsafe {
@@ -242,7 +243,7 @@ pub(super) unsafe fn unpack(row: &[u8], out: &mut [u8]) {
             let mut codes = |v: usize| {
                 let (four, fifth) = tables.codes(line(v));
                 put(v, four);
-                _mm512_and_si512(fifth, top)
+                fifth
             };
             let (a, b, c, d) = (codes(0), codes(1), codes(2), codes(3));
             let ab = _mm512_or_si512(a, _mm512_srli_epi16::<2>(b));
