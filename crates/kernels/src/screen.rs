@@ -20,8 +20,8 @@
 //! logit's error exceeds `z √((step² |h|² + unit² (|w| + step √n / 2)²) / 12)` with probability at most `2 exp(-z² / 2)`.
 //! The second term is small even where some |h_i| is 20 times the mean.
 //!
-//! What is left of a weight, e_i + 1/2, is stored in the same way in steps of 1 / [`FINE`], with another dither, and is
-//! multiplied with h in 16 bits. That divides the first variance by `FINE²`; for the few rows that are open even then the
+//! The four bits that follow say in which of [`PARTS`] equal parts of its range e_i is. In it e_i is uniform again, so that they divide
+//! the first variance by `PARTS²`. They are multiplied with h in 16 bits; for the few rows that are open even then the
 //! codes are multiplied again, with h in 16 bits, which leaves nothing of the second. With z = 9.2, all 128,256 rows of
 //! a step together stay within all three bounds except with probability 3.3e-13. What else is inexact has bounds that
 //! never fail, and they are added: the rounding of h to 16 bits, of the codes and of sums in float32, and that of the
@@ -45,8 +45,8 @@ const CHUNK: usize = 128;
 /// See the module.
 const Z: f64 = 9.2;
 
-/// Steps that a step is divided into: a little less than 15, so that no rounding leads past code 15.
-const FINE: f64 = 14.999;
+/// Parts that a step is divided into.
+const PARTS: f64 = 16.0;
 
 /// The copy of a float matrix in four and four bits.
 pub struct Screen {
@@ -171,10 +171,9 @@ impl Compute {
     }
 }
 
-/// The dither of each column, for the codes, for the finer ones and for the hidden state.
+/// The dither of each column, for the codes and for the hidden state.
 pub(crate) struct Dither {
-    coarse: Vec<f32>,
-    fine: Vec<f32>,
+    codes: Vec<f32>,
     hidden: Vec<f32>,
 }
 
@@ -190,8 +189,8 @@ impl Dither {
             let bits = (z ^ (z >> 31)) >> 40;
             ((bits as f64 + 0.5) / f64::from(1 << 24) - 0.5) as f32
         };
-        let [coarse, fine, hidden] = [(); 3].map(|()| (0..columns).map(&mut next).collect());
-        Self { coarse, fine, hidden }
+        let [codes, hidden] = [(); 2].map(|()| (0..columns).map(&mut next).collect());
+        Self { codes, hidden }
     }
 }
 
@@ -207,8 +206,6 @@ pub(crate) struct Probe {
     /// Of h in eight and in 16 bits the sum, and that times the dither of the codes.
     sums: [f64; 2],
     dithered: [f64; 2],
-    /// Σ v h in 16 bits, with the dither of the finer codes.
-    dithered_fine: f64,
     /// What step and norm are multiplied with in the part of the bound that is rarely exceeded, the root of both squares.
     by_step: f64,
     by_norm: f64,
@@ -228,7 +225,6 @@ impl Probe {
             scale: 0.0,
             sums: [0.0; 2],
             dithered: [0.0; 2],
-            dithered_fine: 0.0,
             by_step: 0.0,
             by_norm: 0.0,
             inexact: 0.0,
@@ -252,12 +248,12 @@ impl Probe {
         let top = f64::from(top);
         (self.unit, self.scale) = (top / COARSE_TOP, top / TOP);
         let inverses = if top > 0.0 { [1.0 / self.unit, 1.0 / self.scale] } else { [0.0; 2] };
-        (self.sums, self.dithered, self.dithered_fine) = ([0.0; 2], [0.0; 2], 0.0);
+        (self.sums, self.dithered) = ([0.0; 2], [0.0; 2]);
         let (mut square, mut size, mut lost) = (0.0, 0.0, 0.0);
         let dither = &screen.dither;
         for (i, &h) in h.iter().enumerate() {
-            let (u, v) = (f64::from(dither.coarse[i]), f64::from(dither.fine[i]));
-            let (d, h) = (f64::from(dither.hidden[i]), f64::from(h));
+            let (u, d) = (f64::from(dither.codes[i]), f64::from(dither.hidden[i]));
+            let h = f64::from(h);
             let code = nearest(h * inverses[0] + d);
             self.codes[i] = code as i8;
             let coarse = self.unit * (code - d);
@@ -270,7 +266,6 @@ impl Probe {
                 self.sums[kind] += h;
                 self.dithered[kind] += h * u;
             }
-            self.dithered_fine += rounded * v;
             square += h * h;
             size += h.abs();
             lost += (h - rounded).abs();
@@ -382,7 +377,7 @@ pub(crate) fn screen_row<I: Isa>(
     let step = (max - min) / 15.0 * (1.0 + 1e-6);
     let inverse = if step > 0.0 { 1.0 / step } else { 0.0 };
     let (least, inverse) = (isa.splat(min), isa.splat(inverse));
-    let (half, steps) = (isa.splat(0.5), isa.splat(FINE as f32));
+    let (half, parts) = (isa.splat(0.5), isa.splat(PARTS as f32));
     let mut dithered = isa.splat(0.0);
     let mut codes = [[0i8; CHUNK]; 2];
     let out = coarse.as_chunks_mut::<{ CHUNK / 2 }>().0.iter_mut();
@@ -390,8 +385,7 @@ pub(crate) fn screen_row<I: Isa>(
         for i in 0..CHUNK / 16 {
             let at = CHUNK * c + 16 * i;
             let lanes = at / 16;
-            let (w, u) = (lanes_of(isa, row, lanes, min), lanes_of(isa, &dither.coarse, lanes, 0.0));
-            let v = lanes_of(isa, &dither.fine, lanes, 0.0);
+            let (w, u) = (lanes_of(isa, row, lanes, min), lanes_of(isa, &dither.codes, lanes, 0.0));
             let d = lanes_of(isa, &dither.hidden, lanes, 0.0);
             // Codes are 0 to 15: the step is a little wide, and the dither less than a half.
             let exact = isa.add(isa.mul(isa.sub(w, least), inverse), u);
@@ -399,9 +393,11 @@ pub(crate) fn screen_row<I: Isa>(
             dithered = isa.add(dithered, isa.mul(code, d));
             // No closure for both: one that is not inlined would be compiled without the instruction set.
             isa.to_i8(code, &mut codes[0].as_chunks_mut::<16>().0[i]);
-            let left = isa.mul(isa.add(isa.sub(exact, code), half), steps);
-            isa.to_i8(isa.add(left, v), &mut codes[1].as_chunks_mut::<16>().0[i]);
+            let left = isa.mul(isa.add(isa.sub(exact, code), half), parts);
+            isa.to_i8(isa.sub(left, half), &mut codes[1].as_chunks_mut::<16>().0[i]);
         }
+        // The very end of the last part rounds to the next.
+        codes[1].iter_mut().for_each(|part| *part = if *part < 15 { *part } else { 15 });
         for (codes, out) in codes.iter().zip([out.0, out.1]) {
             for b in 0..CHUNK / 2 {
                 out[b] = (codes[b] as u8 & 15) | (codes[b + 64] as u8) << 4;
@@ -557,8 +553,9 @@ pub(crate) fn narrow<I: Isa>(
             continue;
         }
         let (min, step) = (f64::from(scales.min), f64::from(scales.step));
-        let fine = sum(isa, screen.fine(row), screen.fine(next), probe) - probe.dithered_fine;
-        let fine = step * (fine / FINE - 0.5 * probe.sums[1]);
+        // The middles of the parts, from the middle of the range on.
+        let fine = sum(isa, screen.fine(row), screen.fine(next), probe) + 0.5 * probe.sums[1];
+        let fine = step * (fine / PARTS - 0.5 * probe.sums[1]);
         let (coarse, norm) = match logits {
             Some(logits) => (f64::from(logits[row]), f64::from(scales.norm)),
             None => {
@@ -566,7 +563,7 @@ pub(crate) fn narrow<I: Isa>(
                 (min * probe.sums[1] + step * (sum - probe.dithered[1]), 0.0)
             }
         };
-        let bound = probe.bound([step / FINE, step], norm, scales.greatest());
+        let bound = probe.bound([step / PARTS, step], norm, scales.greatest());
         *range = [(coarse + fine - bound) as f32, (coarse + fine + bound) as f32];
     }
 }
