@@ -249,7 +249,8 @@ fn every_layer_agrees_on_the_references_own_inputs() {
             let mut kv = KvStore::new(shape, pages.len(), n).unwrap();
             compute.store(&mut kv, 0, &k, &v, |t| (&pages, t + 1));
             let mut attended = vec![0.0; n * config.q_width()];
-            compute.attention(&mut kv, 0, &get("q_rope"), |t| (&pages, positions[t] + 1), &mut attended);
+            let sees = |t: usize| (&pages[..], positions[t] + 1);
+            compute.attention(&mut kv, 0, &get("q_rope"), None, sees, &mut attended);
             close(&format!("{what} attn"), &attended, &get("attn"), &all);
 
             let quantized = if let Some(sub_norm) = &layer.attn_sub_norm {

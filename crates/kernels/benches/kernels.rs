@@ -182,7 +182,7 @@ fn attention(bencher: Bencher<'_, '_>, name: &str, ty: KvType, positions: usize,
     let products: usize = (0..tokens).map(|row| 2 * HIDDEN * sees(row).1).sum();
     bencher
         .counter(ItemsCount::new(products))
-        .bench_local(|| compute.attention(&mut kv, 0, &q, sees, black_box(&mut out)));
+        .bench_local(|| compute.attention(&mut kv, 0, &q, None, sees, black_box(&mut out)));
 }
 
 /// One token that sees 2048 positions.

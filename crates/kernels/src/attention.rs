@@ -23,7 +23,7 @@ pub(crate) struct Segment<'a> {
     /// As [`crate::KvStore`] lays it out.
     pub(crate) page: &'a [u8],
     /// The page that the caller will want next: it is fetched meanwhile.
-    pub(crate) next: &'a [u8],
+    pub(crate) next: *const u8,
     /// Positions of the page that the queries see, at least one.
     pub(crate) count: usize,
     /// Whether this is the first segment: what `state` and `out` held before does not count.
@@ -228,7 +228,7 @@ fn ahead<I: Isa>(isa: I, s: &Segment<'_>, at: usize, between: usize) -> *const u
     let at = isa.ahead_in_cache().min(s.page.len()) + at / 64 * FETCH + between;
     match at.checked_sub(s.page.len()) {
         None => s.page.as_ptr().wrapping_add(at),
-        Some(at) => s.next.as_ptr().wrapping_add(at),
+        Some(at) => s.next.wrapping_add(at),
     }
 }
 

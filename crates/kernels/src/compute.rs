@@ -303,6 +303,17 @@ impl<'a, T> Rows<'a, T> {
         // SAFETY: the caller's contract.
         unsafe { self.rows(i, 1) }
     }
+    /// Where row `i` begins.
+    pub(crate) fn place(&self, i: usize) -> *const T {
+        self.ptr.wrapping_add(i * self.width)
+    }
+    /// # Safety
+    /// Nobody may write row `i` while the result lives.
+    pub(crate) unsafe fn shared(&self, i: usize) -> &[T] {
+        assert!((i + 1) * self.width <= self.len);
+        // SAFETY: in bounds as just checked; not written by the caller's contract.
+        unsafe { std::slice::from_raw_parts(self.place(i), self.width) }
+    }
     /// # Safety
     /// Nobody else may hold any of the `count` rows from `first` on while the result lives.
     #[allow(clippy::mut_from_ref)]

@@ -3,6 +3,7 @@
 use crate::attention::{Codes, Segment, quads};
 use crate::compute::{Compute, Rows};
 use crate::half::f32_to_f16;
+use crate::isa;
 use crate::memory::{Aligned, Counted, HugeBuffer, MemoryPart, cast_mut, taken};
 use crate::ops::PAGE;
 use std::sync::atomic::AtomicUsize;
@@ -204,6 +205,7 @@ fn store(shape: &KvShape, page: &mut [u8], slot: usize, keys: &[f32], values: &[
             let (scale, inverse) = scale_of(keys);
             scales[slot] = scale;
             let block = &mut k_codes[slot / 16 * 16 * n..][..16 * n];
+            ask(block, 4 * (slot % 16), 64);
             for (quad, x) in block.as_chunks_mut::<64>().0.iter_mut().zip(keys.chunks(4)) {
                 for (i, &x) in x.iter().enumerate() {
                     quad[slot % 16 * 4 + i] = code(x, inverse);
@@ -224,6 +226,7 @@ fn store(shape: &KvShape, page: &mut [u8], slot: usize, keys: &[f32], values: &[
 fn store_floats<T: Copy>(page: &mut [T], slot: usize, keys: &[f32], values: &[f32], to: impl Fn(f32) -> T) {
     let (k_page, v_page) = page.split_at_mut(keys.len() * PAGE);
     let block = &mut k_page[slot / 32 * 32 * keys.len()..][..32 * keys.len()];
+    ask(block, slot % 32, 32);
     for (lanes, &x) in block.as_chunks_mut::<32>().0.iter_mut().zip(keys) {
         lanes[slot % 32] = to(x);
     }
@@ -232,6 +235,11 @@ fn store_floats<T: Copy>(page: &mut [T], slot: usize, keys: &[f32], values: &[f3
             *lane = to(x);
         }
     }
+}
+
+/// Asks for every `step`-th element from `first` on: each is on a line of its own, and writes wait for theirs in turn.
+fn ask<T>(x: &[T], first: usize, step: usize) {
+    x[first..].iter().step_by(step).for_each(|x| isa::prefetch_soon(std::ptr::from_ref(x).cast()));
 }
 
 /// The scale of a position's codes, and the factor that makes them.
@@ -247,6 +255,27 @@ fn code(x: f32, inverse: f32) -> u8 {
     let x = if x < 127.0 { x } else { 127.0 };
     // Adding 1.5 * 2^23 rounds to an integer, halves to even, and leaves it in the last bits.
     ((x + 12_582_912.0).to_bits() as u8).wrapping_add(128)
+}
+
+/// Stores a head's part of `token`'s key and value, each `[tokens][heads * head_dim]`.
+///
+/// # Safety
+/// Nobody else may use the head's area of the page meanwhile.
+unsafe fn store_head(
+    shape: &KvShape,
+    areas: &Rows<'_, u8>,
+    layer: usize,
+    head: usize,
+    both: [&[f32]; 2],
+    token: usize,
+    (pages, len): (&[u32], usize),
+) {
+    let at = (token * shape.heads + head) * shape.head_dim;
+    let [keys, values] = both.map(|x| &x[at..][..shape.head_dim]);
+    let page = pages[(len - 1) / PAGE] as usize;
+    // SAFETY: the caller's contract.
+    let area = unsafe { areas.row((page * shape.layers + layer) * shape.heads + head) };
+    store(shape, area, (len - 1) % PAGE, keys, values);
 }
 
 /// Bytes of the cache that a thread takes at a time where a token's past is split.
@@ -270,28 +299,20 @@ impl Compute {
         sequence: impl Fn(usize) -> (&'a [u32], usize) + Sync,
     ) {
         let shape = kv.shape;
-        let (n, width) = (shape.head_dim, shape.heads * shape.head_dim);
+        let width = shape.heads * shape.head_dim;
         assert!(layer < shape.layers && keys.len() == values.len());
         let areas = Rows::new(&mut kv.data, kv.head_bytes);
-        let one_head = |head: usize, _| {
-            let rows = keys.chunks_exact(width).zip(values.chunks_exact(width));
-            for (token, (k, v)) in rows.enumerate() {
-                let (pages, len) = sequence(token);
-                let page = pages[(len - 1) / PAGE] as usize;
+        self.pool().run(shape.heads, |head, _| {
+            for token in 0..keys.len() / width {
                 // SAFETY: each head is one task.
-                let area = unsafe { areas.row((page * shape.layers + layer) * shape.heads + head) };
-                store(&shape, area, (len - 1) % PAGE, &k[head * n..][..n], &v[head * n..][..n]);
+                unsafe { store_head(&shape, &areas, layer, head, [keys, values], token, sequence(token)) };
             }
-        };
-        // A few tokens are written sooner than a thread is woken.
-        match keys.len() / width {
-            0..4 => (0..shape.heads).for_each(|head| one_head(head, 0)),
-            _ => self.pool().run(shape.heads, one_head),
-        }
+        });
     }
 
     /// Causal attention with grouped queries. `q`, `out`: `[tokens][query_heads * head_dim]`. For a token, `sequence` gives
-    /// the pages of its sequence and the number of positions it sees, itself included.
+    /// the pages of its sequence and the number of positions it sees, itself included. With `new`, their keys and values, it is as
+    /// if [`Self::store`] were called first.
     ///
     /// # Panics
     /// If there are more tokens than the store's rows, or pages do not reach the positions.
@@ -300,12 +321,19 @@ impl Compute {
         kv: &mut KvStore,
         layer: usize,
         q: &[f32],
+        new: Option<[&[f32]; 2]>,
         sequence: impl Fn(usize) -> (&'a [u32], usize) + Sync,
         out: &mut [f32],
     ) {
-        let KvShape { ty, layers, heads, query_heads, head_dim } = kv.shape;
+        let shape = kv.shape;
+        let KvShape { ty, layers, heads, query_heads, head_dim } = shape;
         let (tokens, group) = (q.len() / (query_heads * head_dim), query_heads / heads);
         assert!(layer < layers && out.len() == q.len() && kv.states.len() >= 2 * tokens * query_heads);
+        // The task that comes to a head's last page stores the key of a single token. Several tokens see those of each other.
+        let single = new.filter(|_| tokens == 1);
+        if let (Some([keys, values]), None) = (new, single) {
+            self.store(kv, layer, keys, values, &sequence);
+        }
         let (kernels, threads, n) = (self.kernels(), self.pool().threads(), 8 * quads(head_dim));
         let queries = &mut kv.queries;
         if ty == KvType::Q8 {
@@ -320,15 +348,22 @@ impl Compute {
                 kernels.code_queries(row, head_dim, parts, scales, starts);
             });
         }
-        let (data, head_bytes, queries) = (&kv.data[..], kv.head_bytes, &kv.queries);
-        let area = |pages: &[u32], segment: usize, head: usize| {
-            let at = (pages[segment] as usize * layers + layer) * heads + head;
-            &data[at * head_bytes..][..head_bytes]
+        let (head_bytes, queries, areas) =
+            (kv.head_bytes, &kv.queries, Rows::new(&mut kv.data, kv.head_bytes));
+        let area = move |pages: &[u32], segment: usize, head: usize| {
+            (pages[segment] as usize * layers + layer) * heads + head
+        };
+        let store_single = |head: usize| {
+            if let Some(both) = single {
+                // SAFETY: only the task that comes to a head's last page calls this, before it reads the page.
+                unsafe { store_head(&shape, &areas, layer, head, both, 0, sequence(0)) };
+            }
         };
         // The segment of `head` that begins at position `segment * PAGE`, for a token that sees `len` positions.
         let look = |token: usize, head: usize, pages: &[u32], segment: usize, len: usize| {
             let row = token * heads + head;
-            let page = area(pages, segment, head);
+            // SAFETY: what was to be stored in this page is.
+            let page = unsafe { areas.shared(area(pages, segment, head)) };
             let codes = match ty {
                 KvType::Q8 => Codes {
                     parts: &queries.parts[row * group * n..][..group * n],
@@ -342,7 +377,7 @@ impl Compute {
                 head_dim,
                 scale: 1.0 / (head_dim as f32).sqrt(),
                 page,
-                next: page,
+                next: page.as_ptr(),
                 count: (len - segment * PAGE).min(PAGE),
                 first: segment == 0,
                 q: &q[row * group * head_dim..][..group * head_dim],
@@ -381,10 +416,13 @@ impl Compute {
                     if segment >= segments {
                         continue;
                     }
+                    if segment + 1 == segments {
+                        store_single(head);
+                    }
                     let mut look = look(token, head, pages, segment, len);
                     match segment + 1 < segments {
-                        true => look.next = area(pages, segment + 1, head),
-                        false if head + 1 < heads => look.next = area(pages, 0, head + 1),
+                        true => look.next = areas.place(area(pages, segment + 1, head)),
+                        false if head + 1 < heads => look.next = areas.place(area(pages, 0, head + 1)),
                         false => (),
                     }
                     let row = token * heads + head;
@@ -422,6 +460,7 @@ impl Compute {
             let head = task / tiles;
             let end = (task % tiles * tile + tile).min(tokens);
             let mut first = task % tiles * tile;
+            store_single(head);
             while first < end {
                 let pages = sequence(first).0;
                 let same = |&token: &usize| std::ptr::eq(sequence(token).0, pages);
@@ -430,7 +469,7 @@ impl Compute {
                     for token in run.clone().filter(|&token| segment < segments(token)) {
                         let mut look = look(token, head, pages, segment, sequence(token).1);
                         if token + 1 == run.end && segment + 1 < segments(token) {
-                            look.next = area(pages, segment + 1, head);
+                            look.next = areas.place(area(pages, segment + 1, head));
                         }
                         // SAFETY: each head of each token is part of one task.
                         let (state, out) =

@@ -282,29 +282,35 @@ fn attention_is_the_same_everywhere_and_right() {
         let q = random.floats(positions * width);
         for (ty, tolerance) in [(KvType::F32, 2e-5), (KvType::F16, 3e-3), (KvType::Q8, 6e-2)] {
             let shape = KvShape { ty, layers, heads: kv_heads, query_heads: kv_heads * group, head_dim };
-            let filled = |compute: &Compute| {
+            let filled = |compute: &Compute, count: usize| {
                 // Room for the segments of two tokens.
                 let mut kv = KvStore::new(shape, 12, positions).unwrap();
-                compute.store(&mut kv, 1, &k, &v, |t| (&pages, t + 1));
+                let [k, v] = [&k, &v].map(|x| &x[..count * kv_width]);
+                compute.store(&mut kv, 1, k, v, |t| (&pages, t + 1));
                 kv
             };
             let out = everywhere(|compute| {
                 let mut out = vec![f32::NAN; q.len()];
-                compute.attention(&mut filled(compute), 1, &q, |t| (&pages, t + 1), &mut out);
+                compute.attention(
+                    &mut filled(compute, positions),
+                    1,
+                    &q,
+                    None,
+                    |t| (&pages, t + 1),
+                    &mut out,
+                );
                 bits(&out)
             });
-            // One token alone, whose past is split among the threads; and two that follow each other.
-            for range in [positions - 1..positions, positions - 2..positions] {
+            // One token alone, whose past is split among the threads where it is long; and two that follow each other.
+            for range in
+                [70.min(positions - 1)..71.min(positions), positions - 1..positions, positions - 2..positions]
+            {
+                let new = [&k, &v].map(|x| &x[range.start * kv_width..range.end * kv_width]);
                 let some = everywhere(|compute| {
                     let mut out = vec![f32::NAN; range.len() * width];
                     let q = &q[range.start * width..range.end * width];
-                    compute.attention(
-                        &mut filled(compute),
-                        1,
-                        q,
-                        |t| (&pages, range.start + t + 1),
-                        &mut out,
-                    );
+                    let sees = |t| (&pages[..], range.start + t + 1);
+                    compute.attention(&mut filled(compute, range.start), 1, q, Some(new), sees, &mut out);
                     bits(&out)
                 });
                 assert!(some == out[range.start * width..range.end * width], "{shape:?} {range:?}");

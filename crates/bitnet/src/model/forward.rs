@@ -173,10 +173,9 @@ impl Model {
             profile.lap(Phase::Qkv, bytes);
             compute.rope(q, config.head_dim, cos, sin, n);
             compute.rope(k, config.head_dim, cos, sin, n);
-            let sees = |row: usize| (pages(rows[row].sequence), rows[row].position as usize + 1);
-            compute.store(kv, index, k, v, sees);
             profile.lap(Phase::Rope, 0);
-            compute.attention(kv, index, q, sees, attended);
+            let sees = |row: usize| (pages(rows[row].sequence), rows[row].position as usize + 1);
+            compute.attention(kv, index, q, Some([k, v]), sees, attended);
             profile.lap(Phase::Attention, 0);
             match &layer.attn_sub_norm {
                 Some(norm) => compute.norm_quantize(attended, norm, eps, Layout::Rows, work, codes),
