@@ -1,13 +1,14 @@
 use super::bench::{bytes_per_step, stream};
 use crate::output::{self, say};
 use crate::source::{self, ModelArgs, Wish};
-use crate::{machine, selftest};
+use crate::{hub, machine, selftest};
 use anyhow::ensure;
 use bitnet::gguf::Gguf;
 use bitnet::kernels::ternary::Layout;
 use bitnet::kernels::{Compute, KvType, Logits, supported};
 use bitnet::model::{Config, Model, Strategy};
 use bitnet::{Engine, EngineOptions, Feed, Wanted};
+use indicatif::ProgressStyle;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -138,7 +139,7 @@ pub fn run(mut args: Args) -> anyhow::Result<()> {
     for line in &advice {
         say("advice", line)?;
     }
-    let equal = prove(&gguf, threads)?;
+    let equal = prove(&gguf, threads, args.file.quiet)?;
     say(
         "proof",
         match equal.len() {
@@ -174,26 +175,30 @@ fn weights(c: &Config) -> f64 {
 }
 
 /// Runs the model with all kernels; an error where one differs from scalar in a single bit. Returns those that do not.
-fn prove(gguf: &Arc<Gguf>, threads: usize) -> anyhow::Result<Vec<&'static str>> {
+fn prove(gguf: &Arc<Gguf>, threads: usize, quiet: bool) -> anyhow::Result<Vec<&'static str>> {
     // The self-test of every start has looked at the third cache.
     let cases = [(Layout::Rows, KvType::F32), (Layout::Base3, KvType::F16)];
-    let mut expected: Vec<Vec<u32>> = Vec::new();
+    let bar = hub::bar(quiet);
+    bar.set_style(ProgressStyle::with_template("{wide_bar} proving {msg}, {eta} left")?);
+    bar.set_length((supported().len() * cases.len()) as u64);
+    let mut expected = None;
     let (mut equal, mut different) = (Vec::new(), Vec::new());
-    for (kernels, case) in supported().into_iter().flat_map(|kernels| [(kernels, 0), (kernels, 1)]) {
-        let ((rows, cache_type), name) = (cases[case], kernels.name());
-        let compute = Compute::new(kernels, threads);
-        let model = Model::load(gguf, &compute, Strategy { rows, ..Strategy::default() })?;
-        let bits = selftest::bits(model, compute, cache_type)?;
-        if expected.len() < cases.len() {
-            expected.push(bits);
-        } else if expected[case] != bits || !selftest::passes(kernels) {
-            different.push(name);
-        } else if case == 0 {
-            equal.push(name);
+    for kernels in supported() {
+        let mut found = Vec::new();
+        bar.set_message(kernels.name());
+        for (rows, cache_type) in cases {
+            let compute = Compute::new(kernels, threads);
+            let model = Model::load(gguf, &compute, Strategy { rows, ..Strategy::default() })?;
+            found.push(selftest::bits(model, compute, cache_type)?);
+            bar.inc(1);
+        }
+        match &expected {
+            None => expected = Some(found),
+            Some(expected) if *expected == found && selftest::passes(kernels) => equal.push(kernels.name()),
+            Some(_) => different.push(kernels.name()),
         }
     }
-    equal.retain(|name| !different.contains(name));
-    different.dedup();
+    bar.finish_and_clear();
     ensure!(
         different.is_empty(),
         "the kernels {} differ from scalar: run with --kernels {}, and report this machine",
