@@ -12,9 +12,9 @@ pub enum Phase {
     Norm,
     /// q, k, v projections.
     Qkv,
-    /// RoPE and the write to the cache.
+    /// RoPE.
     Rope,
-    /// Attention over the cache.
+    /// The write to the cache and attention over it.
     Attention,
     /// Output projection with its sub-norm and the residual sum.
     Output,
