@@ -1,6 +1,6 @@
 //! Lines from a person or from a pipe.
 
-use crate::output::{self, Interrupted};
+use crate::output::Interrupted;
 use anyhow::{Context, bail, ensure};
 use rustyline::completion::Completer;
 use rustyline::error::ReadlineError;
@@ -121,7 +121,7 @@ fn give_back(open: Weak<()>) -> anyhow::Result<()> {
                 if tcgetattr(io::stdin()).is_ok_and(|now| now.local_modes != before.local_modes) {
                     let _ = tcsetattr(io::stdin(), OptionalActions::Now, &before);
                     // Pasted text has no brackets any more.
-                    let _ = output::print(b"\x1b[?2004l\n");
+                    let _ = crate::output::print(b"\x1b[?2004l\n");
                 }
                 std::process::exit(128 + signal as i32);
             }

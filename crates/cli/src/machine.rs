@@ -140,9 +140,19 @@ pub fn available() -> Option<(u64, &'static str)> {
 }
 
 /// Bytes of memory in all, of memory that is available, and of free swap.
+#[cfg(target_os = "linux")]
 pub fn memory() -> Option<(u64, u64, u64)> {
     let field = |name| said_bytes("/proc/meminfo", name);
     Some((field("MemTotal:")?, field("MemAvailable:")?, field("SwapFree:").unwrap_or(0)))
+}
+
+/// Bytes of memory in all, of memory that is available, and of free swap.
+#[cfg(not(target_os = "linux"))]
+pub fn memory() -> Option<(u64, u64, u64)> {
+    let mut system = sysinfo::System::new();
+    system.refresh_memory();
+    let available = system.available_memory();
+    (available > 0).then(|| (system.total_memory(), available, system.free_swap()))
 }
 
 /// Bytes of memory that this process had at most, pages of files included.
