@@ -129,10 +129,11 @@ fn flag(ends: bool) -> anyhow::Result<Arc<AtomicBool>> {
     use signal_hook::consts::{SIGINT, SIGTERM};
     use signal_hook::flag::{register, register_conditional_shutdown};
 
-    let (flag, early) = (Arc::new(AtomicBool::new(false)), Arc::default());
+    let flag = Arc::new(AtomicBool::new(false));
     let watch = |signal| {
         // A signal has lost its own effect with the first of these; one that comes before the last is not forgotten.
-        register(signal, Arc::clone(&early))?;
+        let early = Arc::new(AtomicBool::new(false));
+        register(signal, early.clone())?;
         if signal == SIGTERM {
             register(signal, REQUESTED.clone())?;
         }
@@ -140,11 +141,15 @@ fn flag(ends: bool) -> anyhow::Result<Arc<AtomicBool>> {
             // Before the flag goes up, for the first signal must find it down.
             register_conditional_shutdown(signal, 128 + signal, flag.clone())?;
         }
-        register(signal, flag.clone())
+        register(signal, flag.clone())?;
+        if early.load(Ordering::Relaxed) {
+            REQUESTED.fetch_or(signal == SIGTERM, Ordering::Relaxed);
+            flag.store(true, Ordering::Relaxed);
+        }
+        Ok::<_, io::Error>(())
     };
     let signals: &[_] = if ends { &[SIGINT, SIGTERM] } else { &[SIGINT] };
-    signals.iter().try_for_each(|&signal| watch(signal).map(drop)).context("cannot watch for signals")?;
-    flag.fetch_or(early.load(Ordering::Relaxed), Ordering::Relaxed);
+    signals.iter().try_for_each(|&signal| watch(signal)).context("cannot watch for signals")?;
     Ok(flag)
 }
 
