@@ -329,7 +329,7 @@ impl Compute {
         let KvShape { ty, layers, heads, query_heads, head_dim } = shape;
         let (tokens, group) = (q.len() / (query_heads * head_dim), query_heads / heads);
         assert!(layer < layers && out.len() == q.len() && kv.states.len() >= 2 * tokens * query_heads);
-        // The task that comes to a head's last page stores the key of a single token. Several tokens see those of each other.
+        // The task that comes to a head's last page stores key and value of a single token. Several tokens see those of each other.
         let single = new.filter(|_| tokens == 1);
         if let (Some([keys, values]), None) = (new, single) {
             self.store(kv, layer, keys, values, &sequence);

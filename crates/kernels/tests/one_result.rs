@@ -450,14 +450,19 @@ fn screened(weights: &[f32], columns: usize, compute: &Compute) -> Head {
 }
 
 #[test]
-fn rows_that_codes_cannot_tell_are_computed() {
+fn rows_that_codes_hardly_tell_are_found() {
     let mut random = Random(13);
     let (rows, columns) = (2048, 128);
-    // All others are far below a row whose steps are too small for a float32, and below one with an infinity.
-    for odd in [1e-39, f32::INFINITY] {
-        let mut weights: Vec<f32> = random.floats(rows * columns).into_iter().map(|w| w - 3.0).collect();
-        weights[1000 * columns..][..columns].fill(0.0);
-        weights[1000 * columns + 5] = odd;
+    // All others are far below a row whose steps are too small for a float32, and below one with an infinity; they are less than one
+    // of its steps below a third, whose codes must have no bias.
+    for (others, rest, odd, end) in [
+        (-3.0, 0.0, [1e-39, 0.0], 1e-39),
+        (-3.0, 0.0, [f32::INFINITY, 0.0], f32::INFINITY),
+        (0.0, 0.5, [1e3, -1e3], 63.0),
+    ] {
+        let mut weights: Vec<f32> = random.floats(rows * columns).into_iter().map(|w| w + others).collect();
+        weights[1000 * columns..][..columns].fill(rest);
+        weights[1000 * columns + 5..][..2].copy_from_slice(&odd);
         let x = vec![1.0; columns];
         everywhere(|compute| {
             let head = screened(&weights, columns, compute);
@@ -465,7 +470,7 @@ fn rows_that_codes_cannot_tell_are_computed() {
             let mut out = vec![f32::NAN; rows];
             let wanted = |_| Logits::Best { top: 1, also: &[], among: None };
             compute.head(&head, &x, wanted, &mut scratch, &mut out);
-            assert!(scratch.take_counts().tokens == 1 && out[1000] == odd, "{odd}: {}", out[1000]);
+            assert!(scratch.take_counts().tokens == 1 && out[1000] == end, "{end}: {}", out[1000]);
         });
     }
 }
