@@ -236,7 +236,7 @@ impl Compute {
     fn all_logits(&self, matrix: &FloatMatrix, x: &[f32], out: &mut [f32]) {
         let out = OutPtr { ptr: out.as_mut_ptr(), stride: matrix.rows };
         let row_bytes = matrix.columns * matrix.ty.size();
-        let grain = ((32 << 10) / row_bytes).clamp(4, 1024) & !3;
+        let grain = ((64 << 10) / row_bytes).clamp(4, 1024) & !3;
         self.pool.run_ranges(matrix.rows, grain, 4, |range, _| {
             let w = &matrix.bytes[range.start * row_bytes..range.end * row_bytes];
             // SAFETY: these rows of every token are this task's alone and lie in the output, which the caller sized.

@@ -3,7 +3,7 @@
 //! Reductions follow the definition in ARCHITECTURE.md: element i goes to lane i mod 16; a row that ends inside a
 //! register is padded with zeros; lanes are folded 8, 4, 2, 1.
 
-use crate::isa::Isa;
+use crate::isa::{Isa, SHORTLY};
 use crate::ternary::Layout;
 
 /// Positions in a key/value page, and in a segment of the attention sum.
@@ -371,13 +371,19 @@ unsafe fn head_typed<I: Isa>(
         let mut r = 0;
         while r < rows {
             let left = rows - r;
-            let step_rows = if left >= 4 && step == 4 { I::HEAD_ROWS } else { 1 };
+            // One token takes two rows at a time, so that an addition need not wait for the one before.
+            let step_rows = match step {
+                4 if left >= 4 => I::HEAD_ROWS,
+                1 if left >= 2 => 2,
+                _ => 1,
+            };
             let w = &w[r * row_bytes..][..step_rows * row_bytes];
             let at = first_row + r;
             // SAFETY: the caller's contract, handed on.
             unsafe {
                 match (step_rows, step) {
                     (4, 4) => head_tile::<I, 4, 4>(isa, ty, w, x, columns, t, at, out),
+                    (2, 1) => head_tile::<I, 2, 1>(isa, ty, w, x, columns, t, at, out),
                     (_, 4) => head_tile::<I, 1, 4>(isa, ty, w, x, columns, t, at, out),
                     _ => head_tile::<I, 1, 1>(isa, ty, w, x, columns, t, at, out),
                 }
@@ -436,8 +442,9 @@ unsafe fn head_tile<I: Isa, const R: usize, const T: usize>(
         }
         for r in 0..R {
             let w = &row[r][16 * size * i..][..16 * size];
-            if T == 1 {
+            if T == 1 && (16 * size * i).is_multiple_of(64) {
                 isa.prefetch(w.as_ptr().wrapping_add(8192));
+                isa.prefetch_again(w.as_ptr().wrapping_add(SHORTLY));
             }
             let w = decode(isa, ty, w);
             for t in 0..T {

@@ -2,8 +2,7 @@
 //!
 //! Zen 4 gets almost twice as many bytes a second where lines are asked for into the second-level cache, a longer way ahead, and to
 //! Zen 3 it is all the same. On Zen 5 they go to the first, a tenth faster so. Intel's Sapphire Rapids takes them into the second
-//! and, where a row is computed with for long, a second time into the first, a few rows ahead; columns only
-//! into the first.
+//! and a second time into the first, shortly before they are read.
 
 use std::arch::x86_64::{__cpuid, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
 use std::sync::LazyLock;
@@ -24,7 +23,7 @@ static ASK: LazyLock<Ask> = LazyLock::new(|| {
 pub(crate) struct Ask {
     /// Whether lines go to the second-level cache.
     pub(super) far: bool,
-    /// Whether those of rows in base 3 are asked for once more.
+    /// Whether lines are asked for once more, into the first, shortly before they are read.
     pub(super) twice: bool,
     /// Whether listed rows come faster two side by side, each of whose lines are asked for at once.
     pub(super) pairs: bool,
@@ -43,6 +42,13 @@ impl Ask {
     pub(super) fn line(self, p: *const u8) {
         if self.far { Self::line_of::<true>(p) } else { Self::line_of::<false>(p) }
     }
+    /// Asks once more for the line at `p`, where that helps.
+    #[inline(always)]
+    pub(super) fn again(self, p: *const u8) {
+        if self.twice {
+            Self::line_of::<false>(p);
+        }
+    }
     /// The same where it is known whether lines go to the second-level cache.
     #[inline(always)]
     pub(super) fn line_of<const FAR: bool>(p: *const u8) {
@@ -54,11 +60,6 @@ impl Ask {
                 _mm_prefetch::<_MM_HINT_T0>(p.cast());
             }
         }
-    }
-    /// The same for columns that are anywhere.
-    #[inline(always)]
-    pub(super) fn for_columns(self) -> Self {
-        Self { far: self.far && !self.twice, ..self }
     }
     /// Bytes of a stream that are asked for ahead of those that are read.
     #[inline(always)]

@@ -3,7 +3,7 @@
 //! Every intrinsic below needs only AVX2 or F16C, which the existence of an [`Avx2`] value proves.
 
 use super::ask::Ask;
-use super::{GROUP, Isa, LANES, check_split, column_chunks, lanes, nibble_chunks, row_chunks};
+use super::{GROUP, Isa, LANES, SHORTLY, check_split, column_chunks, lanes, nibble_chunks, row_chunks};
 use crate::attention::FETCH;
 use crate::ternary::lookup::{self, GROUPS, Places, Quads};
 use std::arch::x86_64::*;
@@ -40,16 +40,16 @@ macro_rules! with_avx2 {
             self.0.line(p);
         }
         #[inline(always)]
+        fn prefetch_again(self, p: *const u8) {
+            self.0.again(p);
+        }
+        #[inline(always)]
         fn ahead(self) -> usize {
             self.0.ahead()
         }
         #[inline(always)]
         fn ahead_in_cache(self) -> usize {
             self.0.in_cache
-        }
-        #[inline(always)]
-        fn for_columns(self) -> Self {
-            Self(self.0.for_columns())
         }
         #[inline(always)]
         fn nonzero(self, codes: &[i8; 16]) -> u16 {
@@ -234,7 +234,7 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
     fn add_columns(
         self,
         columns: [&[u8]; GROUP],
-        ahead: [*const u8; GROUP],
+        [next, ahead]: [[*const u8; GROUP]; 2],
         q: [i8; GROUP],
         sums: &mut [i32],
     ) {
@@ -263,8 +263,9 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
                     u[i] = _mm256_loadu_si256(columns[i + 4].as_ptr().add(32 * half).cast());
                 }
                 if half % 2 == 0 {
-                    for ahead in ahead {
-                        self.prefetch(ahead.wrapping_add(32 * half));
+                    for i in 0..GROUP {
+                        self.prefetch(ahead[i].wrapping_add(32 * half));
+                        self.prefetch_again(next[i].wrapping_add(32 * half));
                     }
                 }
                 let (v, u) = (interleave(v), interleave(u));
@@ -313,6 +314,9 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
                         let v = _mm256_loadu_si256(w[r].as_ptr().add(32 * block).cast());
                         if block % 2 == 0 {
                             self.prefetch(ahead[r].wrapping_add(32 * block));
+                            if T == 1 {
+                                self.prefetch_again(w[r].as_ptr().wrapping_add(32 * block + SHORTLY));
+                            }
                         }
                         let codes =
                             [_mm256_and_si256(v, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask)];

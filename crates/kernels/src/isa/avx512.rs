@@ -5,7 +5,8 @@
 use super::ask::Ask;
 use super::avx2::with_avx2;
 use super::{
-    GROUP, Isa, LANES, PANEL, check_split, column_chunks, lanes, nibble_chunks, panel_quads, row_chunks,
+    GROUP, Isa, LANES, PANEL, SHORTLY, check_split, column_chunks, lanes, nibble_chunks, panel_quads,
+    row_chunks,
 };
 use crate::attention::FETCH;
 use crate::ternary::lookup::{Places, Quads};
@@ -309,7 +310,7 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
     fn add_columns(
         self,
         columns: [&[u8]; GROUP],
-        ahead: [*const u8; GROUP],
+        ahead: [[*const u8; GROUP]; 2],
         q: [i8; GROUP],
         sums: &mut [i32],
     ) {
@@ -439,6 +440,9 @@ unsafe fn nibbles<const VNNI: bool, const R: usize, const T: usize>(
                 for r in 0..R {
                     v[r] = _mm512_loadu_si512(w[r].as_ptr().add(64 * c).cast());
                     ask.line(ahead[r].wrapping_add(64 * c));
+                    if T == 1 {
+                        ask.again(w[r].as_ptr().wrapping_add(64 * c + SHORTLY));
+                    }
                 }
                 for half in 0..2 {
                     let mut codes = [zero; R];
@@ -569,7 +573,7 @@ unsafe fn interleave([a, b, c, d]: [__m512i; 4]) -> [__m512i; 4] {
 unsafe fn column_quad<I: Isa>(
     isa: I,
     columns: [&[u8]; GROUP],
-    ahead: [*const u8; GROUP],
+    ahead: [[*const u8; GROUP]; 2],
     q: [i8; GROUP],
     quad: usize,
     chunk: usize,
@@ -579,7 +583,8 @@ unsafe fn column_quad<I: Isa>(
         let mut v = [_mm512_setzero_si512(); 4];
         for i in 0..4 {
             v[i] = _mm512_loadu_si512(columns[4 * quad + i].as_ptr().add(64 * chunk).cast());
-            isa.prefetch(ahead[4 * quad + i].wrapping_add(64 * chunk));
+            isa.prefetch(ahead[1][4 * quad + i].wrapping_add(64 * chunk));
+            isa.prefetch_again(ahead[0][4 * quad + i].wrapping_add(64 * chunk));
         }
         let factors = i32::from_le_bytes([
             q[4 * quad] as u8,
@@ -597,7 +602,7 @@ unsafe fn column_quad<I: Isa>(
 unsafe fn columns_vnni<I: Isa>(
     isa: I,
     columns: [&[u8]; GROUP],
-    ahead: [*const u8; GROUP],
+    ahead: [[*const u8; GROUP]; 2],
     q: [i8; GROUP],
     chunks: usize,
     sums: &mut [i32],
@@ -632,7 +637,7 @@ unsafe fn columns_vnni<I: Isa>(
 unsafe fn columns_maddubs<I: Isa>(
     isa: I,
     columns: [&[u8]; GROUP],
-    ahead: [*const u8; GROUP],
+    ahead: [[*const u8; GROUP]; 2],
     q: [i8; GROUP],
     chunks: usize,
     sums: &mut [i32],

@@ -27,6 +27,9 @@ use crate::ternary::tiles::Dots;
 use crate::ternary::{OutPtr, StoredRows, base3};
 use std::ops::Range;
 
+/// Bytes of a stream that are asked for once more, ahead of those that are read: see [`Isa::prefetch_again`].
+pub(crate) const SHORTLY: usize = 1 << 10;
+
 /// Asks for the cache line at `p`, which need not be readable, to be brought to the second-level cache.
 #[inline(always)]
 pub(crate) fn prefetch_soon(p: *const u8) {
@@ -66,6 +69,9 @@ pub(crate) trait Isa: Copy {
 
     /// Asks for the cache line at `p`, which need not be readable.
     fn prefetch(self, p: *const u8);
+    /// Asks once more for the cache line at `p`, shortly before it is read, where that is faster.
+    #[inline(always)]
+    fn prefetch_again(self, _: *const u8) {}
     /// Bytes that are best asked for ahead of those that are read, of a stream.
     #[inline(always)]
     fn ahead(self) -> usize {
@@ -75,11 +81,6 @@ pub(crate) trait Isa: Copy {
     #[inline(always)]
     fn ahead_in_cache(self) -> usize {
         4 << 10
-    }
-    /// The same, asking as suits columns that are anywhere.
-    #[inline(always)]
-    fn for_columns(self) -> Self {
-        self
     }
     fn splat(self, x: f32) -> Self::F;
     fn load(self, x: &[f32; 16]) -> Self::F;
@@ -237,12 +238,13 @@ pub(crate) trait Isa: Copy {
     unsafe fn add_looked_up(self, tables: &[[i16; LANES]], places: &[Places], sums: &mut [[i16; LANES]]) {
         lookup::add_looked_up(tables, places, sums);
     }
-    /// Adds eight stored columns, each times its factor, to `sums` as [`columns::add_columns`] says. `ahead`: as above.
+    /// Adds eight stored columns, each times its factor, to `sums` as [`columns::add_columns`] says. As much memory as they take is
+    /// asked for at those of `ahead`, at the first, which come next, once more.
     #[inline(always)]
     fn add_columns(
         self,
         columns: [&[u8]; GROUP],
-        _ahead: [*const u8; GROUP],
+        _ahead: [[*const u8; GROUP]; 2],
         q: [i8; GROUP],
         sums: &mut [i32],
     ) {

@@ -41,10 +41,10 @@ pub(crate) fn add_columns<I: Isa>(
     q: &[i8],
     sums: &mut [i32],
 ) {
-    let isa = isa.for_columns();
     let column = |c: u32| &w[c as usize * column_bytes..][..column_bytes];
     // The columns of the next groups are anywhere: they are asked for while these are added.
     let ahead_of = (isa.ahead() / (GROUP * column_bytes)).max(1) * GROUP;
+    let later = |i: usize| w.as_ptr().wrapping_add(list.get(i).map_or(0, |&c| c as usize * column_bytes));
     for (g, (group, codes)) in list[..q.len()].chunks(GROUP).zip(q.chunks(GROUP)).enumerate() {
         // A short last group is filled up with a column times zero.
         let mut columns = [column(group[0]); GROUP];
@@ -53,11 +53,10 @@ pub(crate) fn add_columns<I: Isa>(
             columns[i] = column(group[i]);
             factors[i] = codes[i];
         }
-        let mut ahead = [columns[0].as_ptr(); GROUP];
-        for (i, ahead) in ahead.iter_mut().enumerate() {
-            if let Some(&c) = list.get(g * GROUP + ahead_of + i) {
-                *ahead = w.as_ptr().wrapping_add(c as usize * column_bytes);
-            }
+        let mut ahead = [[w.as_ptr(); GROUP]; 2];
+        for i in 0..GROUP {
+            let at = g * GROUP + i;
+            (ahead[0][i], ahead[1][i]) = (later(at + GROUP), later(at + ahead_of));
         }
         isa.add_columns(columns, ahead, factors, sums);
     }

@@ -324,7 +324,7 @@ impl<const LEVEL: u8> Isa for Neon<LEVEL> {
     fn add_columns(
         self,
         columns: [&[u8]; GROUP],
-        ahead: [*const u8; GROUP],
+        [_, ahead]: [[*const u8; GROUP]; 2],
         q: [i8; GROUP],
         sums: &mut [i32],
     ) {
