@@ -450,7 +450,7 @@ fn largest<I: Isa>(isa: I, top: I::F) -> f32 {
 
 /// The largest lane.
 #[inline(always)]
-fn fold_max<I: Isa>(isa: I, top: I::F) -> f32 {
+pub(crate) fn fold_max<I: Isa>(isa: I, top: I::F) -> f32 {
     let mut lanes = [0.0; 16];
     isa.store(top, &mut lanes);
     let mut width = 8;

@@ -38,8 +38,8 @@ pub enum Logits<'a> {
 /// Buffers of [`Compute::head`].
 pub struct HeadScratch {
     probes: Vec<Probe>,
-    /// The greatest logit and the widest bound of each block of rows, `[GROUP][blocks]`.
-    tops: Vec<[f32; 2]>,
+    /// The most that a logit of each block of rows can be, `[GROUP][blocks]`.
+    tops: Vec<f32>,
     /// For each thread.
     desks: Vec<Desk>,
     /// A stored row for each thread.
@@ -74,9 +74,6 @@ pub struct HeadCounts {
 /// How many times as many rows as are wanted are computed first, to know how great the last wanted one must be.
 const FIRST: usize = 4;
 
-/// Rows whose own bounds are looked at together, so that they can be asked for in time.
-const SOME: usize = 2 * BLOCK;
-
 /// The most rows that are worth narrowing: of more, all logits are computed.
 const fn most_open(rows: usize) -> usize {
     rows / 4
@@ -99,7 +96,7 @@ impl HeadScratch {
         };
         let mut scratch = Self {
             probes: (0..GROUP).map(|_| Probe::new(columns)).collect(),
-            tops: vec![[0.0; 2]; GROUP * rows.div_ceil(BLOCK)],
+            tops: vec![0.0; GROUP * rows.div_ceil(BLOCK)],
             desks: (0..threads).map(desk).collect(),
             rows: vec![0; threads * columns * size_of::<f32>()],
             counts: HeadCounts::default(),
@@ -115,11 +112,11 @@ impl HeadScratch {
     /// Its size in bytes, but for the probes' alignment.
     pub const fn bytes(rows: usize, columns: usize, threads: usize) -> usize {
         let probes = GROUP * Probe::bytes(columns);
-        probes + 8 * GROUP * rows.div_ceil(BLOCK) + threads * (20 * Self::room(rows) + 4 * columns)
+        probes + 4 * GROUP * rows.div_ceil(BLOCK) + threads * (20 * Self::room(rows) + 4 * columns)
     }
-    /// Rows that a desk has room for: those that are open, those that may be, and those that are wanted in any case.
+    /// Rows that a desk has room for: those that are open, a block more, and those that are wanted in any case.
     const fn room(rows: usize) -> usize {
-        most_open(rows) + SOME + 2 * BLOCK + most_wanted(rows)
+        most_open(rows) + BLOCK + most_wanted(rows)
     }
 
     /// What was done since the last call.
@@ -155,17 +152,17 @@ impl Team<'_> {
     }
 }
 
-/// Makes the logits of a block negative infinity where their tokens are not `allowed`, and `top` the greatest that is left.
-fn leave_out(allowed: &[u32], block: usize, logits: &mut [f32], top: &mut f32) {
+/// Makes what is known of a block negative infinity where tokens are not `allowed`, and `top` the greatest that is left.
+fn leave_out(allowed: &[u32], block: usize, uppers: &mut [f32], top: &mut f32) {
     const WORDS: usize = BLOCK / 32;
     let words: [u32; WORDS] = std::array::from_fn(|w| allowed.get(block * WORDS + w).copied().unwrap_or(0));
     if words == [u32::MAX; WORDS] {
         return;
     }
     *top = f32::NEG_INFINITY;
-    for (i, logit) in logits.iter_mut().enumerate() {
-        *logit = if words[i / 32] >> (i % 32) & 1 == 1 { *logit } else { f32::NEG_INFINITY };
-        *top = if *logit > *top { *logit } else { *top };
+    for (i, upper) in uppers.iter_mut().enumerate() {
+        *upper = if words[i / 32] >> (i % 32) & 1 == 1 { *upper } else { f32::NEG_INFINITY };
+        *top = if *upper > *top { *upper } else { *top };
     }
 }
 
@@ -244,8 +241,8 @@ impl Compute {
         });
     }
 
-    /// Brings the screen's logits of up to [`GROUP`] tokens to `out`, negative infinity where `choices` leaves one out. False where
-    /// it cannot help.
+    /// Brings the most that the logits of up to [`GROUP`] tokens can be to `out`, negative infinity where `choices` leaves one out.
+    /// False where the screen cannot help.
     fn screen_pass(
         &self,
         screen: &Screen,
@@ -273,28 +270,28 @@ impl Compute {
         self.pool.run_ranges(blocks, 1, 1, |range, _| {
             let block = range.start;
             let (first, count) = (block * BLOCK, BLOCK.min(rows - block * BLOCK));
-            let (mut logits, mut all) = ([[0.0; BLOCK]; GROUP], [[0.0; 2]; GROUP]);
+            let (mut uppers, mut all) = ([[0.0; BLOCK]; GROUP], [0.0; GROUP]);
             for t in 0..tokens {
                 // SAFETY: each block is one task.
                 let out = unsafe { out.rows(t * rows + first, count) };
-                // Where the logits go was last touched a token ago.
+                // Where they go was last touched a token ago.
                 out.chunks(16).for_each(|line| isa::prefetch_soon(line.as_ptr().cast()));
             }
-            self.kernels.screen_logits(screen, probes, first, &mut logits, &mut all);
+            self.kernels.screen_block(screen, probes, first, &mut uppers, &mut all);
             for t in 0..tokens {
                 // SAFETY: each block is one task.
                 let (out, top) = unsafe { (out.rows(t * rows + first, count), tops.row(t * blocks + block)) };
                 if let Logits::Best { among: Some(allowed), .. } = choices[t] {
-                    leave_out(allowed, block, &mut logits[t][..count], &mut all[t][0]);
+                    leave_out(allowed, block, &mut uppers[t][..count], &mut all[t]);
                 }
-                out.copy_from_slice(&logits[t][..count]);
+                out.copy_from_slice(&uppers[t][..count]);
                 top[0] = all[t];
             }
         });
         true
     }
 
-    /// Makes of the screen's logits of some tokens those that `choices` asks for.
+    /// Makes of the most that the logits of some tokens can be those that `choices` asks for.
     fn best_of_each(
         &self,
         matrix: &FloatMatrix,
@@ -333,7 +330,7 @@ impl Compute {
         }
     }
 
-    /// Of the screen's logits of a token, replaces those that `choice` asks for by the exact ones, and all others by
+    /// Of the most that the logits of a token can be, replaces those that `choice` asks for by the exact logits, and all others by
     /// negative infinity. None where that would be too many.
     fn best_logits(
         &self,
@@ -343,7 +340,7 @@ impl Compute {
         x: &[f32],
         probe: &Probe,
         choice: Logits<'_>,
-        tops: &[[f32; 2]],
+        tops: &[f32],
         desk: &mut Desk,
         stored: &Rows<'_, u8>,
         out: &mut [f32],
@@ -360,30 +357,19 @@ impl Compute {
         let least = if among.is_some() { f32::MIN } else { f32::NEG_INFINITY };
         let Desk { select, list, ranges, exact } = desk;
         let most = most_open(matrix.rows);
-        // At least `top` rows are in blocks whose greatest logit is not below this one.
+        // Rows that are likely to be among the greatest, at least `top`.
         select.clear();
-        select.extend(tops.iter().map(|[top, _]| top));
+        select.extend(tops);
         let first_floor = kth_greatest(select, FIRST * top);
+        let of_first = [first_floor.max(least), f32::NAN];
         list.clear();
         ranges.clear();
-        for (block, _) in tops.iter().enumerate().filter(|(_, [top, _])| *top >= first_floor) {
-            self.push_rows(list, most, out, block, [first_floor.max(least), f32::NAN])?;
-        }
+        self.list_rows(most, out, tops, of_first, list)?;
         self.narrow(team, screen, probe, list, None, ranges);
-        // `top` of them are not below this one, so nothing below it matters.
+        // `top` of them are not below this one, so nothing that cannot reach it matters.
         let floor = floor_of(ranges, top, select);
         let begun = list.len();
-        let mut filtered = begun;
-        for (block, [top, widest]) in tops.iter().enumerate() {
-            // Every logit and its own bound follow only where the block's widest bound does not already tell.
-            if top + widest >= floor {
-                self.push_rows(list, most, out, block, [(floor - widest).max(least), first_floor])?;
-            }
-            if list.len() - filtered >= SOME || block + 1 == tops.len() {
-                self.kernels.retain_open(screen, probe, list, filtered, out, floor);
-                filtered = list.len();
-            }
-        }
+        self.list_rows(most, out, tops, [floor.max(least), first_floor], list)?;
         let open = list.len() as u64;
         self.narrow(team, screen, probe, list, Some(out), ranges);
         retain_from(list, begun, |i| ranges[i][1] >= floor);
@@ -400,21 +386,23 @@ impl Compute {
         Some(HeadCounts { tokens: 1, open, listed: 0, exact: list.len() as u64 })
     }
 
-    /// Appends the rows of a block whose logits are within these bounds. None where `list` has more than `most` already.
-    fn push_rows(
+    /// Appends the rows for which `uppers` is within these bounds. None where `list` gets more than `most`.
+    fn list_rows(
         &self,
-        list: &mut Vec<u32>,
         most: usize,
-        logits: &[f32],
-        block: usize,
+        uppers: &[f32],
+        tops: &[f32],
         within: [f32; 2],
+        list: &mut Vec<u32>,
     ) -> Option<()> {
-        if list.len() > most {
-            return None;
+        for (block, _) in tops.iter().enumerate().filter(|(_, top)| **top >= within[0]) {
+            if list.len() > most {
+                return None;
+            }
+            let first = block * BLOCK;
+            let uppers = &uppers[first..uppers.len().min(first + BLOCK)];
+            self.kernels.list_within(uppers, uppers.len(), within, first as u32, list);
         }
-        let first = block * BLOCK;
-        let logits = &logits[first..logits.len().min(first + BLOCK)];
-        self.kernels.list_within(logits, logits.len(), within, first as u32, list);
         Some(())
     }
 
@@ -425,7 +413,7 @@ impl Compute {
         screen: &Screen,
         probe: &Probe,
         list: &[u32],
-        logits: Option<&[f32]>,
+        uppers: Option<&[f32]>,
         ranges: &mut Vec<[f32; 2]>,
     ) {
         let begun = ranges.len();
@@ -435,7 +423,7 @@ impl Compute {
             // SAFETY: each range is one task.
             let out = unsafe { out.rows(range.start, range.len()) };
             // The kernel stops with `out`; rows after that are only asked for.
-            self.kernels.narrow(screen, probe, &list[range.start..], logits, out);
+            self.kernels.narrow(screen, probe, &list[range.start..], uppers, out);
         });
     }
 

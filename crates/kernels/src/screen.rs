@@ -18,7 +18,8 @@
 //! `exp(λ x_i)` is at most that of `exp(λ step e_i h_i)` times a constant, and x_i is sub-Gaussian with variance
 //! `(step² h_i² + unit² (|w_i| + step / 2)²) / 12`. All of them are independent, and by Minkowski's inequality the
 //! logit's error exceeds `z √((step² |h|² + unit² (|w| + step √n / 2)²) / 12)` with probability at most `2 exp(-z² / 2)`.
-//! The second term is small even where some |h_i| is 20 times the mean.
+//! The second term is small even where some |h_i| is 20 times the mean. For all rows at once the root of a² + b² is taken as
+//! a + b² / 2a, which is greater.
 //!
 //! The four bits that follow say in which of [`PARTS`] equal parts of its range e_i is. In it e_i is uniform again, so that they divide
 //! the first variance by `PARTS²`. They are multiplied with h in 16 bits; for the few rows that are open even then the
@@ -32,8 +33,10 @@
 //! # Layout
 //!
 //! Parts of [`Screen::PART`] rows, the last one shorter: the codes of all rows of the part, then the finer codes of all,
-//! then what else is known of each row, [`RowScales`], four float32, a step of infinity where the codes tell nothing of the row.
+//! then what else is known of each row, the four float32 of [`RowScales`]: for each [`BLOCK`] of rows all the first ones, then all
+//! the second and so on. The step is infinity where the codes tell nothing of the row.
 
+use crate::attention::fold_max;
 use crate::compute::{Compute, FloatMatrix};
 use crate::isa::Isa;
 use crate::memory::{Aligned, Bytes};
@@ -100,7 +103,12 @@ impl Screen {
         let coarse = Self::bytes(start, self.columns);
         let (fine, scales) = (coarse + count * bytes, coarse + 2 * count * bytes);
         let at = row - start;
-        Place { coarse: coarse + at * bytes, fine: fine + at * bytes, scales: scales + at * RowScales::BYTES }
+        Place { coarse: coarse + at * bytes, fine: fine + at * bytes, scales: scales + RowScales::place(at) }
+    }
+    /// Rows of the block that `row` is in.
+    #[inline(always)]
+    fn block_rows(&self, row: usize) -> usize {
+        BLOCK.min(self.rows - row / BLOCK * BLOCK)
     }
     /// Codes of `count` rows of one part.
     pub(crate) fn coarse(&self, row: usize, count: usize) -> &[u8] {
@@ -109,10 +117,17 @@ impl Screen {
     fn fine(&self, row: usize) -> &[u8] {
         &self.bytes[self.place(row).fine..][..Self::row_bytes(self.columns)]
     }
-    /// What else is known of `count` rows of one part.
+    /// The `kind`-th number of [`RowScales`] of `count` rows of one block.
     #[inline(always)]
-    fn scales(&self, row: usize, count: usize) -> &[[u8; RowScales::BYTES]] {
-        self.bytes[self.place(row).scales..][..count * RowScales::BYTES].as_chunks().0
+    fn scales(&self, row: usize, count: usize, kind: usize) -> &[[u8; 4]] {
+        let at = self.place(row).scales + 4 * kind * self.block_rows(row);
+        self.bytes[at..][..4 * count].as_chunks().0
+    }
+    /// What else is known of a row.
+    #[inline(always)]
+    fn row_scales(&self, row: usize) -> RowScales {
+        let number = |kind| f32::from_le_bytes(self.scales(row, 1, kind)[0]);
+        RowScales { min: number(0), step: number(1), spread: number(2), dithered: number(3) }
     }
 }
 
@@ -122,26 +137,36 @@ pub(crate) struct RowScales {
     /// Least weight.
     min: f32,
     step: f32,
-    /// At least |w| + step √n / 2.
-    norm: f32,
+    /// At least norm² / step, norm being |w| + step √n / 2, or [`STEEPEST`] √n norm where that is less.
+    spread: f32,
     /// Σ c d, with the dither of the hidden state.
     dithered: f32,
 }
 
+/// A little more than twice the most that |h| / (unit √n) can be.
+const STEEPEST: f64 = 253.0;
+
 impl RowScales {
     const BYTES: usize = 16;
-    const UNKNOWN: Self = Self { min: 0.0, step: f32::INFINITY, norm: 0.0, dithered: 0.0 };
+    const UNKNOWN: Self = Self { min: 0.0, step: f32::INFINITY, spread: 0.0, dithered: 0.0 };
 
+    /// Where the first number of a row of a part is.
+    const fn place(row: usize) -> usize {
+        row / BLOCK * BLOCK * Self::BYTES + 4 * (row % BLOCK)
+    }
+    /// At least |w| + step √n / 2, of `columns` weights.
     #[inline(always)]
-    fn read(bytes: &[u8; Self::BYTES]) -> Self {
-        let float = |i: usize| f32::from_le_bytes([bytes[i], bytes[i + 1], bytes[i + 2], bytes[i + 3]]);
-        Self { min: float(0), step: float(4), norm: float(8), dithered: float(12) }
+    fn norm(&self, columns: usize) -> f64 {
+        let (step, spread) = (f64::from(self.step), f64::from(self.spread));
+        (spread * step).sqrt().max(spread / (STEEPEST * (columns as f64).sqrt()))
     }
-    /// The greatest weight, of either sign.
-    fn greatest(&self) -> f64 {
-        let (min, step) = (f64::from(self.min), f64::from(self.step));
-        min.abs().max((min + 15.0 * step).abs())
-    }
+}
+
+/// The greatest weight, of either sign, of a row with these codes.
+#[inline(always)]
+fn greatest(min: f64, step: f64) -> f64 {
+    let (low, high) = (min.abs(), (min + 15.0 * step).abs());
+    if low > high { low } else { high }
 }
 
 impl Compute {
@@ -157,15 +182,15 @@ impl Compute {
         let (coarse, rest) = out.split_at_mut(rows * bytes);
         let (fine, scales) = rest.split_at_mut(rows * bytes);
         let codes = coarse.chunks_exact_mut(bytes).zip(fine.chunks_exact_mut(bytes));
-        let rows = stored.chunks_exact(row_bytes).zip(codes);
-        for ((stored, (coarse, fine)), scale) in rows.zip(scales.as_chunks_mut::<{ RowScales::BYTES }>().0) {
-            let RowScales { min, step, norm, dithered } =
+        for (i, (stored, (coarse, fine))) in stored.chunks_exact(row_bytes).zip(codes).enumerate() {
+            let RowScales { min, step, spread, dithered } =
                 match self.kernels.decode_row(matrix.ty, stored, &mut row) {
                     true => self.kernels.screen_row(&row, &dither, coarse, fine),
                     false => RowScales::UNKNOWN,
                 };
-            for (out, value) in scale.as_chunks_mut().0.iter_mut().zip([min, step, norm, dithered]) {
-                *out = value.to_le_bytes();
+            let (at, block) = (RowScales::place(i), BLOCK.min(rows - i / BLOCK * BLOCK));
+            for (kind, value) in [min, step, spread, dithered].into_iter().enumerate() {
+                scales[at + 4 * kind * block..][..4].copy_from_slice(&value.to_le_bytes());
             }
         }
     }
@@ -209,6 +234,8 @@ pub(crate) struct Probe {
     /// What step and norm are multiplied with in the part of the bound that is rarely exceeded, the root of both squares.
     by_step: f64,
     by_norm: f64,
+    /// What the spread is multiplied with instead of root and norm.
+    by_spread: f64,
     /// What step and greatest weight are multiplied with in the part that never is.
     inexact: f64,
     by_weight: f64,
@@ -227,6 +254,7 @@ impl Probe {
             dithered: [0.0; 2],
             by_step: 0.0,
             by_norm: 0.0,
+            by_spread: 0.0,
             inexact: 0.0,
             by_weight: 0.0,
         }
@@ -276,6 +304,8 @@ impl Probe {
         let roundings = (n / 16.0 + 16.0) / f64::from(1 << 23);
         let z = Z / 12.0f64.sqrt();
         (self.by_step, self.by_norm) = (z * square.sqrt(), z * self.unit);
+        self.by_spread =
+            if self.by_step > 0.0 { self.by_norm * self.by_norm / (2.0 * self.by_step) } else { 0.0 };
         // A code is computed in float32 from numbers up to 16: its error stays below 2^-18. Σ c d is a sum in float32.
         // Weights as they are stored may lie half a step outside.
         self.inexact = lost + size / f64::from(1 << 17) + self.unit * 7.5 * n * roundings;
@@ -283,26 +313,31 @@ impl Probe {
         true
     }
 
-    /// How far the logit of a row is off at most, by what its weights are off (in units of e) and by its step.
+    /// How far the logit of a row is off at most, with what else is inexact; `rare`: its part that is rarely exceeded.
     #[inline(always)]
-    fn bound(&self, [off, step]: [f64; 2], norm: f64, greatest: f64) -> f64 {
-        let (by_step, by_norm) = (off * self.by_step, norm * self.by_norm);
-        let rare = (by_step * by_step + by_norm * by_norm).sqrt();
-        // A little more, as what is rounded to float32 may be mostly error.
-        (rare + step * self.inexact + greatest * self.by_weight) * (1.0 + 1e-6)
+    fn bound(&self, rare: f64, min: f64, step: f64) -> f64 {
+        // A little more, as what is rounded to float32 may be mostly error, that of the codes of four bits.
+        (rare + step * self.inexact + greatest(min, step) * self.by_weight) * (1.0 + 1e-5)
+    }
+    /// The bound of what the codes of four bits give.
+    #[inline(always)]
+    fn coarse_bound(&self, min: f64, step: f64, spread: f64) -> f64 {
+        self.bound(step * self.by_step + spread * self.by_spread, min, step)
     }
 
-    /// The logits of as many rows as there are, by their codes and their sums of codes.
+    /// The most that the logits of as many rows as there are can be, by their sums of codes.
     #[inline(always)]
-    fn logits(&self, rows: &BlockRows, dots: &[i32; BLOCK], logits: &mut [f32; BLOCK]) {
+    fn uppers(&self, rows: &BlockRows, dots: &[i32; BLOCK], uppers: &mut [f32; BLOCK]) {
+        let [mins, steps, spreads, dithered] = rows;
         for i in 0..BLOCK {
-            let (min, step) = (f64::from(rows.min[i]), f64::from(rows.step[i]));
-            let dot = self.unit * (f64::from(dots[i]) - f64::from(rows.dithered[i]));
-            logits[i] = (min * self.sums[0] + step * (dot - self.dithered[0])) as f32;
+            let (min, step) = (f64::from(mins[i]), f64::from(steps[i]));
+            let dot = self.unit * (f64::from(dots[i]) - f64::from(dithered[i]));
+            let logit = min * self.sums[0] + step * (dot - self.dithered[0]);
+            uppers[i] = (logit + self.coarse_bound(min, step, f64::from(spreads[i]))) as f32;
         }
         // A row of which nothing is known is always computed.
         for i in 0..BLOCK {
-            logits[i] = if rows.step[i] == f32::INFINITY { f32::INFINITY } else { logits[i] };
+            uppers[i] = if steps[i] == f32::INFINITY { f32::INFINITY } else { uppers[i] };
         }
     }
 }
@@ -321,12 +356,8 @@ pub(crate) const BLOCK: usize = 64;
 /// Tokens that share a pass over the screen.
 pub(crate) const GROUP: usize = 8;
 
-/// What is known of the rows of a block.
-struct BlockRows {
-    min: [f32; BLOCK],
-    step: [f32; BLOCK],
-    dithered: [f32; BLOCK],
-}
+/// [`RowScales`] of the rows of a block, number by number.
+type BlockRows = [[f32; BLOCK]; 4];
 
 /// The `i`-th sixteen of `x`, `fill` past its end.
 #[inline(always)]
@@ -404,34 +435,38 @@ pub(crate) fn screen_row<I: Isa>(
             }
         }
     }
-    let norm = squares.iter().sum::<f64>().sqrt() + f64::from(step) * 0.5 * (row.len() as f64).sqrt();
-    let norm = (norm * (1.0 + 1e-6)) as f32 + f32::MIN_POSITIVE;
+    let (root, wide) = ((row.len() as f64).sqrt(), f64::from(step));
+    let norm = squares.iter().sum::<f64>().sqrt() + wide * 0.5 * root;
+    let (spread, steepest) = (norm * norm / wide, STEEPEST * root * norm);
+    let spread = if spread < steepest { spread } else { steepest };
+    let spread = (spread * (1.0 + 1e-6)) as f32 + f32::MIN_POSITIVE;
     // The inverse of a step so small that it has fewer bits is no longer exact, or infinite.
-    if norm.is_finite() && (step >= f32::MIN_POSITIVE || min == max) {
-        RowScales { min, step, norm, dithered: fold(isa, dithered) }
+    if spread.is_finite() && (step >= f32::MIN_POSITIVE || min == max) {
+        RowScales { min, step, spread, dithered: fold(isa, dithered) }
     } else {
         RowScales::UNKNOWN
     }
 }
 
-/// For each of up to [`GROUP`] probes the logits of the rows from `first` on, at most [`BLOCK`], and the greatest of them
-/// and the greatest bound.
+/// For each of up to [`GROUP`] probes the most that the logits of the rows from `first` on, at most [`BLOCK`], can be, and
+/// the greatest of that.
 #[inline(always)]
-pub(crate) fn screen_logits<I: Isa>(
+pub(crate) fn screen_block<I: Isa>(
     isa: I,
     screen: &Screen,
     probes: &[Probe],
     first: usize,
-    logits: &mut [[f32; BLOCK]; GROUP],
-    tops: &mut [[f32; 2]; GROUP],
+    uppers: &mut [[f32; BLOCK]; GROUP],
+    tops: &mut [f32; GROUP],
 ) {
     let bytes = Screen::row_bytes(screen.columns);
     let count = BLOCK.min(screen.rows - first);
     let codes = screen.coarse(first, count);
     let row = |i: usize| &codes[i * bytes..][..bytes];
-    let scales = screen.scales(first, count);
-    for line in scales.chunks(64 / RowScales::BYTES) {
-        isa.prefetch(line.as_ptr().cast());
+    for kind in 0..4 {
+        for line in screen.scales(first, count, kind).chunks(16) {
+            isa.prefetch(line.as_ptr().cast());
+        }
     }
     let mut dots = [[0; BLOCK]; GROUP];
     let mut i = 0;
@@ -443,21 +478,20 @@ pub(crate) fn screen_logits<I: Isa>(
         multiply::<I, 1>(isa, [row(i)], probes, i, &mut dots);
         i += 1;
     }
-    let mut rows = BlockRows { min: [0.0; BLOCK], step: [0.0; BLOCK], dithered: [0.0; BLOCK] };
-    let (mut step, mut norm, mut greatest) = (0.0f64, 0.0f64, 0.0f64);
-    for (i, stored) in scales.iter().enumerate() {
-        let scales = RowScales::read(stored);
-        (rows.min[i], rows.step[i], rows.dithered[i]) = (scales.min, scales.step, scales.dithered);
-        if scales.step < f32::INFINITY {
-            step = step.max(f64::from(scales.step));
-            norm = norm.max(f64::from(scales.norm));
-            greatest = greatest.max(scales.greatest());
+    let mut rows: BlockRows = [[0.0; BLOCK]; 4];
+    for (kind, rows) in rows.iter_mut().enumerate() {
+        for (out, bytes) in rows.iter_mut().zip(screen.scales(first, count, kind)) {
+            *out = f32::from_le_bytes(*bytes);
         }
     }
     for (t, probe) in probes.iter().enumerate() {
-        probe.logits(&rows, &dots[t], &mut logits[t]);
-        let top = logits[t][..count].iter().fold(f32::NEG_INFINITY, |top, &x| if x > top { x } else { top });
-        tops[t] = [top, probe.bound([step; 2], norm, greatest) as f32];
+        probe.uppers(&rows, &dots[t], &mut uppers[t]);
+        uppers[t][count..].fill(f32::NEG_INFINITY);
+        let mut lanes = isa.splat(f32::NEG_INFINITY);
+        for upper in uppers[t].as_chunks().0 {
+            lanes = isa.max(isa.load(upper), lanes);
+        }
+        tops[t] = fold_max(isa, lanes);
     }
 }
 
@@ -505,32 +539,7 @@ fn tile<I: Isa, const R: usize, const T: usize>(
     T
 }
 
-/// Of the rows from `begun` on leaves those whose logits, which [`screen_logits`] gave, can reach `floor`.
-#[inline(always)]
-pub(crate) fn retain_open<I: Isa>(
-    isa: I,
-    screen: &Screen,
-    probe: &Probe,
-    list: &mut Vec<u32>,
-    begun: usize,
-    logits: &[f32],
-    floor: f32,
-) {
-    let mut kept = begun;
-    for i in begun..list.len() {
-        // What is known of these rows is anywhere.
-        let later = list[(i + 16).min(list.len() - 1)] as usize;
-        isa.prefetch(screen.scales(later, 1).as_ptr().cast());
-        let row = list[i] as usize;
-        let scales = RowScales::read(&screen.scales(row, 1)[0]);
-        let bound = probe.bound([f64::from(scales.step); 2], f64::from(scales.norm), scales.greatest());
-        list[kept] = list[i];
-        kept += usize::from(scales.step == f32::INFINITY || logits[row] + bound as f32 >= floor);
-    }
-    list.truncate(kept);
-}
-
-/// Least and greatest values that the logits of the rows `list` can have. With `logits`, those that [`screen_logits`]
+/// Least and greatest values that the logits of the rows `list` can have. With `uppers`, those that [`screen_block`]
 /// gave, only the finer codes are read, and h stays rounded to eight bits where it meets the others.
 #[inline(always)]
 pub(crate) fn narrow<I: Isa>(
@@ -538,17 +547,20 @@ pub(crate) fn narrow<I: Isa>(
     screen: &Screen,
     probe: &Probe,
     list: &[u32],
-    logits: Option<&[f32]>,
+    uppers: Option<&[f32]>,
     ranges: &mut [[f32; 2]],
 ) {
     let ahead = isa.ahead().div_ceil(Screen::row_bytes(screen.columns)).max(2);
     for (i, (&row, range)) in list.iter().zip(ranges).enumerate() {
         // These rows are anywhere: the codes are asked for by those that are before them, what else is known earlier.
         let later = |n: usize| list.get(i + n).map_or(row, |&row| row) as usize;
-        isa.prefetch(screen.scales(later(2 * ahead), 1).as_ptr().cast());
+        for kind in 0..3 {
+            isa.prefetch(screen.scales(later(2 * ahead), 1, kind).as_ptr().cast());
+        }
         let (row, next) = (row as usize, later(ahead));
-        let scales = RowScales::read(&screen.scales(row, 1)[0]);
-        if scales.step == f32::INFINITY {
+        let scales = screen.row_scales(row);
+        let upper = uppers.map_or(0.0, |uppers| uppers[row]);
+        if scales.step == f32::INFINITY || upper == f32::INFINITY {
             *range = [f32::NEG_INFINITY, f32::INFINITY];
             continue;
         }
@@ -556,14 +568,15 @@ pub(crate) fn narrow<I: Isa>(
         // The middles of the parts, from the middle of the range on.
         let fine = sum(isa, screen.fine(row), screen.fine(next), probe) + 0.5 * probe.sums[1];
         let fine = step * (fine / PARTS - 0.5 * probe.sums[1]);
-        let (coarse, norm) = match logits {
-            Some(logits) => (f64::from(logits[row]), f64::from(scales.norm)),
-            None => {
-                let sum = sum(isa, screen.coarse(row, 1), screen.coarse(next, 1), probe);
-                (min * probe.sums[1] + step * (sum - probe.dithered[1]), 0.0)
-            }
+        let (coarse, norm) = if uppers.is_some() {
+            let bound = probe.coarse_bound(min, step, f64::from(scales.spread));
+            (f64::from(upper) - bound, scales.norm(screen.columns))
+        } else {
+            let sum = sum(isa, screen.coarse(row, 1), screen.coarse(next, 1), probe);
+            (min * probe.sums[1] + step * (sum - probe.dithered[1]), 0.0)
         };
-        let bound = probe.bound([step / PARTS, step], norm, scales.greatest());
+        let (by_step, by_norm) = (step / PARTS * probe.by_step, norm * probe.by_norm);
+        let bound = probe.bound((by_step * by_step + by_norm * by_norm).sqrt(), min, step);
         *range = [(coarse + fine - bound) as f32, (coarse + fine + bound) as f32];
     }
 }

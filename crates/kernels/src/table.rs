@@ -64,14 +64,11 @@ macro_rules! kernels {
         ) = ops::head_rows;
         head_listed: fn(ty: FloatType, w: &[u8], x: &[f32], list: &[u32], out: &mut [f32]) = ops::head_listed;
         screen_row: fn(row: &[f32], dither: &Dither, coarse: &mut [u8], fine: &mut [u8]) -> RowScales = screen::screen_row;
-        screen_logits: fn(
-            screen: &Screen, probes: &[Probe], first: usize, logits: &mut [[f32; BLOCK]; GROUP], tops: &mut [[f32; 2]; GROUP]
-        ) = screen::screen_logits;
-        retain_open: fn(
-            screen: &Screen, probe: &Probe, list: &mut Vec<u32>, begun: usize, logits: &[f32], floor: f32
-        ) = screen::retain_open;
+        screen_block: fn(
+            screen: &Screen, probes: &[Probe], first: usize, uppers: &mut [[f32; BLOCK]; GROUP], tops: &mut [f32; GROUP]
+        ) = screen::screen_block;
         narrow: fn(
-            screen: &Screen, probe: &Probe, list: &[u32], logits: Option<&[f32]>, ranges: &mut [[f32; 2]]
+            screen: &Screen, probe: &Probe, list: &[u32], uppers: Option<&[f32]>, ranges: &mut [[f32; 2]]
         ) = screen::narrow;
         stream_read: fn(floats: &[f32]) -> f32 = ops::stream_read;
     } };

@@ -10,6 +10,7 @@
 //! and the random numbers are SplitMix64's (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
 
 use std::cmp::Ordering;
+use std::convert::Infallible;
 
 use bitnet_kernels::Logits;
 use bitnet_kernels::math::exp64;
@@ -329,20 +330,31 @@ impl Sampler {
     }
 }
 
-/// The lowest index of the highest logit. Fails on NaN and infinity.
-fn argmax(logits: &[f32]) -> Result<usize, SampleError> {
-    let (mut best, mut at) = (f32::NEG_INFINITY, None);
-    for (id, &value) in logits.iter().enumerate() {
-        // One comparison for nearly all: NaN is neither above nor below.
-        if matches!(value.partial_cmp(&best), Some(Ordering::Less | Ordering::Equal)) {
+/// Calls `take` with every logit that is above what it returned last, or NaN, and its index, in order.
+fn each_above<E>(logits: &[f32], mut take: impl FnMut(usize, f32) -> Result<f32, E>) -> Result<(), E> {
+    let mut floor = f32::NEG_INFINITY;
+    for (block, logits) in logits.chunks(64).enumerate() {
+        // Almost every block has none, and all its logits are compared at once.
+        if !logits.iter().fold(false, |any, &x| any | (x > floor) | x.is_nan()) {
             continue;
         }
-        if !value.is_finite() {
-            return Err(SampleError::Logit { id, value });
+        for (i, &logit) in logits.iter().enumerate() {
+            if logit > floor || logit.is_nan() {
+                floor = take(64 * block + i, logit)?;
+            }
         }
-        (best, at) = (value, Some(id));
     }
-    at.ok_or(SampleError::NothingAllowed { n_vocab: logits.len() })
+    Ok(())
+}
+
+/// The lowest index of the highest logit. Fails on NaN and infinity.
+fn argmax(logits: &[f32]) -> Result<usize, SampleError> {
+    let mut best = None;
+    each_above(logits, |id, value| {
+        best = Some(id);
+        if value.is_finite() { Ok(value) } else { Err(SampleError::Logit { id, value }) }
+    })?;
+    best.ok_or(SampleError::NothingAllowed { n_vocab: logits.len() })
 }
 
 /// The `k` first by rank, in order; `k` below the number of logits.
@@ -351,15 +363,14 @@ fn select_top(top: &mut Vec<Candidate>, logits: &[f32], k: usize) {
     let room = (2 * k).max(256);
     // The lowest logit that still ranks among the first k. A later equal has a higher id and ranks behind.
     let mut floor = f32::NEG_INFINITY;
-    for (id, &logit) in (0..).zip(logits) {
-        if logit > floor {
-            top.push(Candidate { weight: 0.0, logit, id });
-            if top.len() == room {
-                floor = top.select_nth_unstable_by(k - 1, rank).1.logit;
-                top.truncate(k);
-            }
+    let Ok(()) = each_above(logits, |id, logit| {
+        top.push(Candidate { weight: 0.0, logit, id: id as u32 });
+        if top.len() == room {
+            floor = top.select_nth_unstable_by(k - 1, rank).1.logit;
+            top.truncate(k);
         }
-    }
+        Ok::<_, Infallible>(floor)
+    });
     top.sort_unstable_by(rank);
     top.truncate(k);
 }
