@@ -316,8 +316,8 @@ impl Probe {
     /// How far the logit of a row is off at most, with what else is inexact; `rare`: its part that is rarely exceeded.
     #[inline(always)]
     fn bound(&self, rare: f64, min: f64, step: f64) -> f64 {
-        // A little more, as what is rounded to float32 may be mostly error, that of the codes of four bits.
-        (rare + step * self.inexact + greatest(min, step) * self.by_weight) * (1.0 + 1e-5)
+        // A little more, as what is rounded to float32 may be mostly error, and √n times this one.
+        (rare + step * self.inexact + greatest(min, step) * self.by_weight) * (1.0 + 1e-4)
     }
     /// The bound of what the codes of four bits give.
     #[inline(always)]
@@ -603,4 +603,44 @@ pub(crate) fn nibble_dots<const R: usize, const T: usize>(w: [&[u8]; R], q: [&[i
             sum
         })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::isa::scalar::Scalar;
+
+    #[test]
+    fn the_bound_of_all_rows_is_no_less_than_the_root() {
+        const COLUMNS: usize = 200;
+        let wave = |i: usize| (i * 37 % 101) as f32 / 50.0 - 1.0;
+        // Ordinary, all the same, nearly so, and with one weight far outside.
+        let rows: [fn(f32, usize) -> f32; 5] =
+            [|x, _| x, |_, _| 0.0, |_, _| 0.7, |x, _| 0.7 + 1e-6 * x, |x, i| if i == 9 { 50.0 } else { x }];
+        let dither = Dither::new(COLUMNS);
+        let bytes = Bytes::new(
+            std::sync::Arc::new(vec![0u8; Screen::bytes(1, COLUMNS)]),
+            0..Screen::bytes(1, COLUMNS),
+        );
+        let screen = Screen::new(bytes, 1, COLUMNS);
+        let mut probe = Probe::new(COLUMNS);
+        for outside in [0.0, 1.0, 40.0] {
+            let mut h: Vec<f32> = (0..COLUMNS).map(|i| outside * wave(i + 5)).collect();
+            h[7] *= outside;
+            assert!(probe.set(&screen, &h));
+            for row in rows {
+                let row: Vec<f32> = (0..COLUMNS).map(|i| row(wave(i), i)).collect();
+                let (mut coarse, mut fine) = ([0; 128], [0; 128]);
+                let scales = screen_row(Scalar, &row, &dither, &mut coarse, &mut fine);
+                let (min, step) = (f64::from(scales.min), f64::from(scales.step));
+                let size = row.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>().sqrt();
+                let norm = size + step * (COLUMNS as f64).sqrt() / 2.0;
+                assert!(scales.norm(COLUMNS) >= norm && scales.norm(COLUMNS) <= 1.00001 * norm + 1e-18);
+                let root = (step * probe.by_step).hypot(norm * probe.by_norm);
+                assert!(
+                    probe.coarse_bound(min, step, f64::from(scales.spread)) >= probe.bound(root, min, step)
+                );
+            }
+        }
+    }
 }
