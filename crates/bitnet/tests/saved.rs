@@ -4,12 +4,14 @@
 mod common;
 
 use bitnet::generate::{Sampler, SamplerConfig, StopConditions, generate};
+use bitnet::gguf::Gguf;
 use bitnet::kernels::{KvType, PAGE, best, supported};
 use bitnet::model::Strategy;
 use bitnet::{Engine, EngineOptions, SavedError, SequenceId};
 use common::{OPTIONS, build, engine_with, feed, gguf, last, random};
 use sha2::{Digest, Sha256};
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 const HEADER: usize = 56;
 
@@ -87,6 +89,14 @@ fn other_files_are_refused() {
     let prompt = tokens(70);
     let (writer, written, file) = saved("gqa", KvType::F16, &prompt, 70);
     let mut other = engine_with(&gguf("mha"), best(), 2, 64, 1, KvType::F16);
+    assert!(matches!(restore(&mut other, &file, None), Err(SavedError::OtherModel)));
+    // Nor does a model whose weights differ in a single bit take it.
+    let model = gguf("gqa");
+    let embedding = model.tensor("token_embd.weight").unwrap();
+    let mut bytes = AsRef::<[u8]>::as_ref(&*model).to_vec();
+    bytes[(embedding.offset + embedding.byte_len / 3 * 2) as usize] ^= 1;
+    let model = Arc::new(Gguf::from_vec("gqa", bytes).unwrap());
+    let mut other = engine_with(&model, best(), 2, 64, 1, KvType::F16);
     assert!(matches!(restore(&mut other, &file, None), Err(SavedError::OtherModel)));
     let mut other = engine_with(&gguf("gqa"), best(), 2, 64, 1, KvType::Q8);
     let error = restore(&mut other, &file, None).unwrap_err();

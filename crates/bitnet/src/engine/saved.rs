@@ -20,7 +20,7 @@ use std::io::{self, Read, Write};
 pub const DEFINITION: u32 = 1;
 
 const MAGIC: &[u8; 8] = b"BITNETKV";
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 const HEADER: usize = 56;
 /// No sequence is longer.
 const MAX_TOKENS: u32 = 1 << 24;
@@ -54,7 +54,7 @@ pub enum SavedError {
 
 impl Engine {
     fn header(&self, tokens: u32) -> Result<[u8; HEADER], SavedError> {
-        let identity = self.model.identity().ok_or(SavedError::NoIdentity)?;
+        let identity = self.model.identity(&self.compute).ok_or(SavedError::NoIdentity)?;
         let mut header = [0; HEADER];
         header[..8].copy_from_slice(MAGIC);
         header[8..12].copy_from_slice(&FORMAT.to_le_bytes());

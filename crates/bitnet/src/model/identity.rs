@@ -1,46 +1,31 @@
-//! What tells one model file from another, in milliseconds.
+//! What tells one model file from another.
 
 use bitnet_gguf::Gguf;
+use bitnet_kernels::Compute;
 use sha2::{Digest, Sha256};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use xxhash_rust::xxh3::xxh3_128;
 
-/// Bytes that are read at a place, and places in a tensor.
-const PIECE: u64 = 4096;
-const PIECES: u64 = 8;
+/// Bytes that are hashed at a time.
+const BLOCK: usize = 1 << 16;
 
-/// A SHA-256 over the length of the file, all metadata, the names, types, shapes and places of all tensors, and of each
-/// tensor eight pieces of 4 KiB, evenly from its first byte to its last (the whole of a small one, such as a norm; the end
-/// of an I2_S matrix, where its scale is).
+/// A SHA-256 over the length of the file and the XXH3 (128 bits) of every 64 KiB of it, which all threads compute: with two, a
+/// quarter of a second for 1.2 GB that the system holds in memory.
 ///
-/// Another training step, another quantisation or another vocabulary give another identity. It is no proof: somebody who
-/// changes single weights between the pieces is not found out, nor is damage there (`bitnet verify` reads everything).
-pub fn identity(gguf: &Gguf) -> [u8; 32] {
-    let all: &[u8] = gguf.as_ref();
-    let mut hash = Sha256::new();
-    hash.update(gguf.byte_len().to_le_bytes());
-    let mut piece = vec![0; PIECE as usize];
-    let mut read = |start: u64, end: u64| {
-        let mut at = start;
-        while at < end {
-            let part = &mut piece[..PIECE.min(end - at) as usize];
-            match gguf.read_at(at, part) {
-                Ok(()) => hash.update(&*part),
-                Err(_) => hash.update(b"unreadable"),
-            }
-            at += PIECE;
-        }
-    };
-    read(0, gguf.data_offset().min(all.len() as u64));
-    for tensor in gguf.tensors() {
-        let (start, len) = (tensor.offset, tensor.byte_len);
-        if len <= PIECE * PIECES {
-            read(start, start + len);
-            continue;
-        }
-        for i in 0..PIECES {
-            let at = start + (len - PIECE) / (PIECES - 1) * i;
-            let at = if i == PIECES - 1 { start + len - PIECE } else { at };
-            read(at, at + PIECE);
-        }
-    }
-    hash.finalize().into()
+/// Every other byte gives another identity, as far as no one looks for two files with the same: XXH3 is no cryptographic hash.
+pub fn identity(gguf: &Gguf, compute: &Compute) -> [u8; 32] {
+    let len = gguf.byte_len();
+    let blocks = len.div_ceil(BLOCK as u64) as usize;
+    let hashes: Vec<[AtomicU64; 2]> = (0..blocks).map(|_| Default::default()).collect();
+    compute.pool().run(blocks, |block, _| {
+        let (start, mut bytes) = ((block * BLOCK) as u64, [0; BLOCK]);
+        let bytes = &mut bytes[..(len - start).min(BLOCK as u64) as usize];
+        // What cannot be read now was read when the model was loaded, or will be.
+        let hash = gguf.read_at(start, bytes).map_or(0, |()| xxh3_128(bytes));
+        hashes[block][0].store(hash as u64, Relaxed);
+        hashes[block][1].store((hash >> 64) as u64, Relaxed);
+    });
+    let mut all = Sha256::new_with_prefix(len.to_le_bytes());
+    hashes.as_flattened().iter().for_each(|half| all.update(half.load(Relaxed).to_le_bytes()));
+    all.finalize().into()
 }

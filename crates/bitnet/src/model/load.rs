@@ -18,6 +18,7 @@ use std::sync::{Arc, OnceLock};
 pub struct Model {
     name: String,
     file: Option<Arc<Gguf>>,
+    identity: OnceLock<[u8; 32]>,
     config: Config,
     weights: Weights,
     tokenizer: Option<Arc<Tokenizer>>,
@@ -109,6 +110,7 @@ impl<'a> ModelInfo<'a> {
             inverse_frequencies: inverse_frequencies(&config),
             name,
             file: Some(file.clone()),
+            identity: OnceLock::new(),
             config,
             weights: weights?,
             tokenizer,
@@ -152,6 +154,7 @@ impl Model {
             inverse_frequencies: inverse_frequencies(&config),
             name: "random weights".into(),
             file: None,
+            identity: OnceLock::new(),
             config,
             weights,
             tokenizer: None,
@@ -175,8 +178,8 @@ impl Model {
         &self.name
     }
     /// What tells the model's file from others: see [`identity`](super::identity). None for random weights.
-    pub fn identity(&self) -> Option<[u8; 32]> {
-        self.file.as_ref().map(|file| identity(file))
+    pub fn identity(&self, compute: &Compute) -> Option<[u8; 32]> {
+        self.file.as_ref().map(|file| *self.identity.get_or_init(|| identity(file, compute)))
     }
     /// The configuration.
     pub fn config(&self) -> &Config {

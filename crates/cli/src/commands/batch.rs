@@ -146,8 +146,10 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let stop = (stop.max_tokens, &stop.strings, ignore_eos, form);
     let chat = (args.chat, &args.system, &template);
     let settings = format!("{:?}", (sampler, stop, chat, options.context, options.cache_type));
-    let keys =
-        Sha256::new().chain_update(b"bitnet batch 2").chain_update(identity(&gguf)).chain_update(settings);
+    let keys = Sha256::new()
+        .chain_update(b"bitnet batch 3")
+        .chain_update(identity(&gguf, &compute))
+        .chain_update(settings);
     let mut before = Count::default();
     let file = &args.model.file;
     let output = Before::read(&args.output, args.overwrite, file, &mut |kept: Kept| {
