@@ -314,6 +314,7 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
                         let v = _mm256_loadu_si256(w[r].as_ptr().add(32 * block).cast());
                         if block % 2 == 0 {
                             self.prefetch(ahead[r].wrapping_add(32 * block));
+                            // Such rows follow each other; single ones of which more is asked are anywhere.
                             if R > 1 || T == 1 {
                                 self.prefetch_again(w[r].as_ptr().wrapping_add(32 * block + SHORTLY));
                             }

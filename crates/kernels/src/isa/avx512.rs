@@ -440,6 +440,7 @@ unsafe fn nibbles<const VNNI: bool, const R: usize, const T: usize>(
                 for r in 0..R {
                     v[r] = _mm512_loadu_si512(w[r].as_ptr().add(64 * c).cast());
                     ask.line(ahead[r].wrapping_add(64 * c));
+                    // Such rows follow each other; single ones of which more is asked are anywhere.
                     if R > 1 || T == 1 {
                         ask.again(w[r].as_ptr().wrapping_add(64 * c + SHORTLY));
                     }
