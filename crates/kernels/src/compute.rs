@@ -199,7 +199,7 @@ impl QuantizedRows {
         self.begins.clear();
         for codes in self.codes.chunks(width).take(self.tokens) {
             self.begins.push(self.live.len());
-            kernels.list_nonzero(&codes[..self.columns], &mut self.live, &mut self.packed);
+            kernels.list_nonzero(codes, &mut self.live, &mut self.packed);
         }
         self.begins.push(self.live.len());
     }
@@ -364,7 +364,8 @@ impl Compute {
         q: &mut QuantizedRows,
     ) {
         self.fill_quantized(weight.len(), x.len() / weight.len(), layout, work, q, |token, row, _| {
-            self.kernels.rmsnorm(&x[token * weight.len()..][..weight.len()], weight, eps, row);
+            let x = &x[token * weight.len()..][..weight.len()];
+            self.kernels.rmsnorm(x, self.kernels.squares(x), weight, eps, row)
         });
     }
 
@@ -379,6 +380,7 @@ impl Compute {
     ) {
         self.fill_quantized(columns, x.len() / columns, layout, work, q, |token, row, _| {
             row.copy_from_slice(&x[token * columns..][..columns]);
+            self.kernels.greatest(row)
         });
     }
 
@@ -398,16 +400,18 @@ impl Compute {
         self.fill_quantized(columns, gate.len() / columns, layout, work, q, |token, row, spare| {
             let (gate, up) = (&gate[token * columns..][..columns], &up[token * columns..][..columns]);
             let product: &mut [f32] = if norm.is_some() { &mut *spare } else { &mut *row };
-            match activation {
+            let squares = match activation {
                 Activation::Relu2 => self.kernels.relu2_mul(gate, up, product),
                 Activation::Silu => self.kernels.silu_mul(gate, up, product),
-            }
-            if let Some((weight, eps)) = norm {
-                self.kernels.rmsnorm(spare, weight, eps, row);
+            };
+            match norm {
+                Some((weight, eps)) => self.kernels.rmsnorm(spare, squares, weight, eps, row),
+                None => self.kernels.greatest(row),
             }
         });
     }
 
+    /// `fill` writes a token's row, with another to spare, and returns the greatest of its absolute values.
     fn fill_quantized(
         &self,
         columns: usize,
@@ -415,7 +419,7 @@ impl Compute {
         layout: Layout,
         work: &mut Workspace,
         q: &mut QuantizedRows,
-        fill: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
+        fill: impl Fn(usize, &mut [f32], &mut [f32]) -> f32 + Sync,
     ) {
         let width = ternary::row_bytes(columns) * 4;
         (q.tokens, q.columns, q.layout) = (tokens, columns, layout);
@@ -439,8 +443,8 @@ impl Compute {
                     unsafe { (codes.row(token), scales.row(token), sums.row(token), scratch.row(worker)) };
                 let (row, spare) = scratch.split_at_mut(work.columns);
                 let (row, spare) = (&mut row[..columns], &mut spare[..columns]);
-                fill(token, row, spare);
-                (scale[0], sum[0]) = self.kernels.quantize(row, layout, codes);
+                let top = fill(token, row, spare);
+                (scale[0], sum[0]) = self.kernels.quantize(row, top, layout, codes);
             });
         }
         match (q.way, layout) {
@@ -720,7 +724,7 @@ impl Compute {
     /// rmsnorm of every row of x (`[tokens][columns]`).
     pub fn rmsnorm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
         for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
-            self.kernels.rmsnorm(x, weight, eps, out);
+            self.kernels.rmsnorm(x, self.kernels.squares(x), weight, eps, out);
         }
     }
 

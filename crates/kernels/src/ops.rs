@@ -24,17 +24,24 @@ pub(crate) fn fold<I: Isa>(isa: I, v: I::F) -> f32 {
     lanes[0]
 }
 
-/// The last, incomplete register of a row, filled up with zeros.
+/// The last, incomplete register or registers of a row, filled up with zeros.
 #[inline(always)]
-pub(crate) fn padded<T: Copy + Default>(tail: &[T]) -> [T; 16] {
-    let mut full = [T::default(); 16];
+pub(crate) fn padded<T: Copy + Default, const N: usize>(tail: &[T]) -> [T; N] {
+    let mut full = [T::default(); N];
     full[..tail.len()].copy_from_slice(tail);
     full
 }
 
-/// out = f(inputs), register by register.
+/// out = f(inputs), register by register. Returns what `gather` makes of them, one after the other, beginning with zeros.
 #[inline(always)]
-fn map<I: Isa, const N: usize>(isa: I, inputs: [&[f32]; N], out: &mut [f32], f: impl Fn([I::F; N]) -> I::F) {
+fn map<I: Isa, const N: usize>(
+    isa: I,
+    inputs: [&[f32]; N],
+    out: &mut [f32],
+    f: impl Fn([I::F; N]) -> I::F,
+    gather: impl Fn(I::F, I::F) -> I::F,
+) -> I::F {
+    let mut gathered = isa.splat(0.0);
     // Loops and not array::map: a closure that is not inlined would be compiled without the instruction set.
     let whole = out.len() / 16;
     let (blocks, tail) = out.as_chunks_mut::<16>();
@@ -43,58 +50,99 @@ fn map<I: Isa, const N: usize>(isa: I, inputs: [&[f32]; N], out: &mut [f32], f: 
         for k in 0..N {
             v[k] = isa.load(&inputs[k].as_chunks::<16>().0[i]);
         }
-        isa.store(f(v), block);
+        let v = f(v);
+        gathered = gather(gathered, v);
+        isa.store(v, block);
     }
     if !tail.is_empty() {
         let mut v = [isa.splat(0.0); N];
         for k in 0..N {
             v[k] = isa.load(&padded(&inputs[k][16 * whole..][..tail.len()]));
         }
+        let v = f(v);
+        gathered = gather(gathered, v);
         let mut full = [0.0; 16];
-        isa.store(f(v), &mut full);
+        isa.store(v, &mut full);
         tail.copy_from_slice(&full[..tail.len()]);
     }
+    gathered
 }
 
-/// out = x * w / sqrt(mean(x^2) + eps), computed as (x * r) * w with r = 1 / sqrt(...).
+/// The sum so far and one more square, lane by lane.
 #[inline(always)]
-pub(crate) fn rmsnorm<I: Isa>(isa: I, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+fn add_square<I: Isa>(isa: I, sum: I::F, x: I::F) -> I::F {
+    isa.add(sum, isa.mul(x, x))
+}
+
+/// The sum of the squares.
+#[inline(always)]
+pub(crate) fn squares<I: Isa>(isa: I, x: &[f32]) -> f32 {
     let (blocks, tail) = x.as_chunks::<16>();
     let mut sum = isa.splat(0.0);
     for block in blocks {
-        let v = isa.load(block);
-        sum = isa.add(sum, isa.mul(v, v));
+        sum = add_square(isa, sum, isa.load(block));
     }
     if !tail.is_empty() {
-        let v = isa.load(&padded(tail));
-        sum = isa.add(sum, isa.mul(v, v));
+        sum = add_square(isa, sum, isa.load(&padded(tail)));
     }
-    let r = isa.splat(1.0 / (fold(isa, sum) / x.len() as f32 + eps).sqrt());
-    map(
+    fold(isa, sum)
+}
+
+/// out = x * w / sqrt(squares / n + eps), computed as (x * r) * w with r = 1 / sqrt(...), where `squares` is the sum of the squares of x.
+/// Returns the greatest of its absolute values.
+#[inline(always)]
+pub(crate) fn rmsnorm<I: Isa>(
+    isa: I,
+    x: &[f32],
+    squares: f32,
+    weight: &[f32],
+    eps: f32,
+    out: &mut [f32],
+) -> f32 {
+    let r = isa.splat(1.0 / (squares / x.len() as f32 + eps).sqrt());
+    let top = map(
         isa,
         [x, weight],
         out,
         #[inline(always)]
         |[x, w]| isa.mul(isa.mul(x, r), w),
+        #[inline(always)]
+        |top, y| isa.max(isa.abs(y), top),
     );
+    greatest_lane(isa, top)
 }
 
-/// Quantises a row to int8 with absmax scaling: q = round_half_even(x * s), s = (1 / max(max|x|, 1e-5)) * 127. The codes are
-/// written in the order that a matrix of this layout takes, the padding with zeros. Returns s and the sum of the codes.
 #[inline(always)]
-pub(crate) fn quantize<I: Isa>(isa: I, x: &[f32], layout: Layout, codes: &mut [i8]) -> (f32, i32) {
+fn greatest_lane<I: Isa>(isa: I, v: I::F) -> f32 {
+    let mut lanes = [0.0; 16];
+    isa.store(v, &mut lanes);
+    lanes.into_iter().fold(0.0, |a, b| if b > a { b } else { a })
+}
+
+/// The greatest of the absolute values.
+#[inline(always)]
+pub(crate) fn greatest<I: Isa>(isa: I, x: &[f32]) -> f32 {
     let (blocks, tail) = x.as_chunks::<16>();
-    let mut top = isa.splat(1e-5);
+    let mut top = isa.splat(0.0);
     for block in blocks {
         top = isa.max(isa.abs(isa.load(block)), top);
     }
-    if !tail.is_empty() {
-        top = isa.max(isa.abs(isa.load(&padded(tail))), top);
-    }
-    let mut lanes = [0.0; 16];
-    isa.store(top, &mut lanes);
+    greatest_lane(isa, isa.max(isa.abs(isa.load(&padded(tail))), top))
+}
+
+/// Quantises a row to int8 with absmax scaling: q = round_half_even(x * s), s = (1 / max(max|x|, 1e-5)) * 127, where `top` is max|x|.
+/// The codes are written in the order that a matrix of this layout takes, the padding with zeros. Returns s and the sum of the codes.
+#[inline(always)]
+pub(crate) fn quantize<I: Isa>(
+    isa: I,
+    x: &[f32],
+    top: f32,
+    layout: Layout,
+    codes: &mut [i8],
+) -> (f32, i32) {
+    let (blocks, tail) = x.as_chunks::<16>();
     // A reciprocal and a product, as the reference computes it: two roundings.
-    let scale = 1.0 / lanes.into_iter().fold(0.0, |a: f32, b| if b > a { b } else { a }) * 127.0;
+    let scale = 1.0 / (if top > 1e-5 { top } else { 1e-5 }) * 127.0;
     let s = isa.splat(scale);
     for chunk in 0..codes.len() / 256 {
         let out = &mut codes.as_chunks_mut::<256>().0[chunk];
@@ -132,43 +180,56 @@ pub(crate) fn list_within<I: Isa>(
     list: &mut Vec<u32>,
 ) {
     let (from, below) = (isa.splat(from), isa.splat(below));
-    list_lanes(isa, columns, first, list, |at| {
+    let rows = x.len() / columns;
+    let mask = |at: usize| {
         let mut mask = 0;
-        for row in x.chunks_exact(columns) {
-            isa.prefetch(row.as_ptr().wrapping_add(at + AHEAD).cast());
-            let v = match row[at..].first_chunk() {
-                Some(block) => isa.load(block),
-                None => isa.load(&padded(&row[at..])),
+        for row in 0..rows {
+            let left = &x[row * columns..][..columns][at..];
+            mask |= match left.first_chunk() {
+                Some(block) => bits_within(isa, block, from, below),
+                None => bits_within(isa, &padded(left), from, below),
             };
-            mask |= isa.at_least(v, from) & !isa.at_least(v, below);
         }
         mask
-    });
+    };
+    list_lanes(isa, columns, first, list, mask);
 }
 
-/// Appends the places of the codes that are not 0 to `list`, and those codes to `packed`.
+/// A bit for each that is at least `from` and not at least `below`.
+#[inline(always)]
+fn bits_within<I: Isa>(isa: I, block: &[f32; 64], from: I::F, below: I::F) -> u64 {
+    let mut bits = 0;
+    for (part, line) in block.as_chunks::<16>().0.iter().enumerate() {
+        isa.prefetch(line.as_ptr().wrapping_add(AHEAD).cast());
+        let v = isa.load(line);
+        bits |= u64::from(isa.at_least(v, from) & !isa.at_least(v, below)) << (16 * part);
+    }
+    bits
+}
+
+/// Appends the places of the codes that are not 0, of a multiple of 64, to `list`, and those codes to `packed`.
 #[inline(always)]
 pub(crate) fn list_nonzero<I: Isa>(isa: I, codes: &[i8], list: &mut Vec<u32>, packed: &mut Vec<i8>) {
     let begun = list.len();
-    list_lanes(isa, codes.len(), 0, list, |at| match codes[at..].first_chunk() {
-        Some(block) => isa.nonzero(block),
-        None => isa.nonzero(&padded(&codes[at..])),
+    list_lanes(isa, codes.len(), 0, list, |at| {
+        let four = codes[at..].as_chunks().0;
+        (0..4).fold(0, |mask, part| mask | u64::from(isa.nonzero(&four[part])) << (16 * part))
     });
     packed.extend(list[begun..].iter().map(|&i| codes[i as usize]));
 }
 
-/// Appends `first` + i to `list` for every i below `n` whose bit `mask` sets, which is asked for sixteen of them at a time.
+/// Appends `first` + i to `list` for every i below `n` whose bit `mask` sets, which is asked for 64 of them at a time.
 #[inline(always)]
-fn list_lanes<I: Isa>(isa: I, n: usize, first: u32, list: &mut Vec<u32>, mask: impl Fn(usize) -> u16) {
-    let mut count = list.len();
-    list.resize(count + n.next_multiple_of(16), 0);
-    for at in (0..n).step_by(16) {
-        let mask = mask(at) & (u32::MAX >> (32 - (n - at).min(16))) as u16;
-        if let Some(out) = list[count..].first_chunk_mut() {
-            count += isa.places(mask, first + at as u32, out);
-        }
+fn list_lanes<I: Isa>(isa: I, n: usize, first: u32, list: &mut Vec<u32>, mask: impl Fn(usize) -> u64) {
+    list.reserve(n.next_multiple_of(64));
+    let (begun, out) = (list.len(), list.spare_capacity_mut());
+    let mut count = 0;
+    for at in (0..n).step_by(64) {
+        let mask = mask(at) & u64::MAX >> (64 - (n - at).min(64));
+        count += isa.places(mask, first + at as u32, &mut out[count..].as_chunks_mut().0[0]);
     }
-    list.truncate(count);
+    // SAFETY: there is room for all, and so many were written.
+    unsafe { list.set_len(begun + count) }
 }
 
 /// x += y.
@@ -185,10 +246,10 @@ pub(crate) fn add<I: Isa>(isa: I, x: &mut [f32], y: &[f32]) {
     }
 }
 
-/// out = max(gate, 0)^2 * up.
+/// out = max(gate, 0)^2 * up. Returns the sum of the squares.
 #[inline(always)]
-pub(crate) fn relu2_mul<I: Isa>(isa: I, gate: &[f32], up: &[f32], out: &mut [f32]) {
-    map(
+pub(crate) fn relu2_mul<I: Isa>(isa: I, gate: &[f32], up: &[f32], out: &mut [f32]) -> f32 {
+    let squares = map(
         isa,
         [gate, up],
         out,
@@ -197,13 +258,16 @@ pub(crate) fn relu2_mul<I: Isa>(isa: I, gate: &[f32], up: &[f32], out: &mut [f32
             let relu = isa.max(gate, isa.splat(0.0));
             isa.mul(isa.mul(relu, relu), up)
         },
+        #[inline(always)]
+        |sum, x| add_square(isa, sum, x),
     );
+    fold(isa, squares)
 }
 
-/// out = gate / (1 + exp(-gate)) * up.
+/// out = gate / (1 + exp(-gate)) * up. Returns the sum of the squares.
 #[inline(always)]
-pub(crate) fn silu_mul<I: Isa>(isa: I, gate: &[f32], up: &[f32], out: &mut [f32]) {
-    map(
+pub(crate) fn silu_mul<I: Isa>(isa: I, gate: &[f32], up: &[f32], out: &mut [f32]) -> f32 {
+    let squares = map(
         isa,
         [gate, up],
         out,
@@ -212,7 +276,10 @@ pub(crate) fn silu_mul<I: Isa>(isa: I, gate: &[f32], up: &[f32], out: &mut [f32]
             let e = exp(isa, isa.sub(isa.splat(0.0), gate));
             isa.mul(isa.div(gate, isa.add(isa.splat(1.0), e)), up)
         },
+        #[inline(always)]
+        |sum, x| add_square(isa, sum, x),
     );
+    fold(isa, squares)
 }
 
 /// e^x within a few ulp for -87 <= x <= 88, to which x is clamped. exp(0) is exactly 1.

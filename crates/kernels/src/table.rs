@@ -17,15 +17,17 @@ use std::ops::Range;
 /// the list to the macro `$then`, with whatever follows that name in front.
 macro_rules! kernels {
     ($then:ident $($with:tt)*) => { $then! { [$($with)*]
-        rmsnorm: fn(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) = ops::rmsnorm;
-        quantize: fn(x: &[f32], layout: Layout, codes: &mut [i8]) -> (f32, i32) = ops::quantize;
+        squares: fn(x: &[f32]) -> f32 = ops::squares;
+        rmsnorm: fn(x: &[f32], squares: f32, weight: &[f32], eps: f32, out: &mut [f32]) -> f32 = ops::rmsnorm;
+        greatest: fn(x: &[f32]) -> f32 = ops::greatest;
+        quantize: fn(x: &[f32], top: f32, layout: Layout, codes: &mut [i8]) -> (f32, i32) = ops::quantize;
         list_within: fn(
             x: &[f32], columns: usize, within: [f32; 2], first: u32, list: &mut Vec<u32>
         ) = ops::list_within;
         list_nonzero: fn(codes: &[i8], list: &mut Vec<u32>, packed: &mut Vec<i8>) = ops::list_nonzero;
         add: fn(x: &mut [f32], y: &[f32]) = ops::add;
-        relu2_mul: fn(gate: &[f32], up: &[f32], out: &mut [f32]) = ops::relu2_mul;
-        silu_mul: fn(gate: &[f32], up: &[f32], out: &mut [f32]) = ops::silu_mul;
+        relu2_mul: fn(gate: &[f32], up: &[f32], out: &mut [f32]) -> f32 = ops::relu2_mul;
+        silu_mul: fn(gate: &[f32], up: &[f32], out: &mut [f32]) -> f32 = ops::silu_mul;
         rope: fn(head: &mut [f32], cos: &[f32], sin: &[f32]) = ops::rope;
         attend: fn(segment: &Segment<'_>, state: &mut [f32], out: &mut [f32]) = attention::attend;
         join: fn(part: &[f32], first: bool, state: &mut [f32], out: &mut [f32]) = attention::join;
@@ -123,11 +125,11 @@ kernels! { compile avx2, Avx2<false>, target_feature(enable = "avx2,f16c") }
 #[cfg(target_arch = "x86_64")]
 kernels! { compile avxvnni, Avx2<true>, target_feature(enable = "avx2,f16c,avxvnni") }
 #[cfg(target_arch = "x86_64")]
-kernels! { compile avx512, Avx512<false>, target_feature(enable = "avx512f,avx512bw") }
+kernels! { compile avx512, Avx512<false>, target_feature(enable = "avx512f,avx512bw,popcnt") }
 #[cfg(target_arch = "x86_64")]
-kernels! { compile avx512vnni, Avx512<true>, target_feature(enable = "avx512f,avx512bw,avx512vnni") }
+kernels! { compile avx512vnni, Avx512<true>, target_feature(enable = "avx512f,avx512bw,popcnt,avx512vnni") }
 #[cfg(target_arch = "x86_64")]
-kernels! { compile amx, Avx512<true, true>, target_feature(enable = "avx512f,avx512bw,avx512vnni") }
+kernels! { compile amx, Avx512<true, true>, target_feature(enable = "avx512f,avx512bw,popcnt,avx512vnni") }
 #[cfg(target_arch = "aarch64")]
 kernels! { compile neon, Neon<BASE>, target_feature(enable = "neon") }
 #[cfg(target_arch = "aarch64")]

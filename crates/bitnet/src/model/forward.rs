@@ -77,7 +77,7 @@ impl Scratch {
             up: floats(config.intermediate_size),
             delta: floats(config.hidden_size),
             codes: QuantizedRows::new(max_rows, widest),
-            live: Vec::with_capacity(config.intermediate_size.next_multiple_of(16)),
+            live: Vec::with_capacity(config.intermediate_size.next_multiple_of(64)),
             up_costs: Default::default(),
             work: Workspace::new(widest, compute.pool().threads()),
             head: HeadScratch::new(config.vocab_size, config.hidden_size, compute.pool().threads()),

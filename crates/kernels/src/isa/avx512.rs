@@ -13,21 +13,24 @@ use crate::ternary::lookup::{Places, Quads};
 use crate::ternary::tiles::Dots;
 use crate::ternary::{OutPtr, StoredRows, base3};
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
-/// Proof that the CPU has AVX-512 F and BW, VNNI where `VNNI` is true, and where `AMX` is true AMX for int8 too, which the
+/// Proof that the CPU has AVX-512 F and BW and POPCNT, VNNI where `VNNI` is true, and where `AMX` is true AMX for int8 too, which the
 /// system lets this process use.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512<const VNNI: bool, const AMX: bool = false>(Ask);
 
 impl<const VNNI: bool, const AMX: bool> Avx512<VNNI, AMX> {
     pub(crate) fn detect() -> Option<Self> {
-        let base = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
+        let base = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("popcnt");
         let vnni = !VNNI || is_x86_feature_detected!("avx512vnni");
         (base && vnni && (!AMX || super::amx::enable())).then(|| Self(Ask::new()))
     }
     /// # Safety
-    /// The CPU must have AVX-512 F and BW, VNNI where `VNNI` is true, and AMX, allowed to the process, where `AMX` is.
+    /// The CPU must have AVX-512 F and BW and POPCNT, VNNI where `VNNI` is true, and AMX, allowed to the process, where `AMX` is.
     pub(crate) unsafe fn assume() -> Self {
         Self(Ask::new())
     }
@@ -110,14 +113,20 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
         unsafe { _mm512_cmp_ps_mask::<_CMP_GE_OQ>(a, b) }
     }
     #[inline(always)]
-    fn places(self, mask: u16, first: u32, out: &mut [u32; 16]) -> usize {
-        // SAFETY: `self` proves AVX-512F; the store is the sixteen numbers.
+    fn places(self, mask: u64, first: u32, out: &mut [MaybeUninit<u32>; 64]) -> usize {
+        let mut count = 0;
+        // SAFETY: `self` proves AVX-512F; a store is sixteen numbers, behind at most sixteen of each part before.
         unsafe {
             let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-            let all = _mm512_add_epi32(lanes, _mm512_set1_epi32(first as i32));
-            _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_maskz_compress_epi32(mask, all));
+            for part in 0..4 {
+                let (mask, first) = ((mask >> (16 * part)) as u16, first + 16 * part);
+                let all = _mm512_add_epi32(lanes, _mm512_set1_epi32(first as i32));
+                let out = out.as_mut_ptr().add(count).cast();
+                _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(mask, all));
+                count += mask.count_ones() as usize;
+            }
         }
-        mask.count_ones() as usize
+        count
     }
     #[inline(always)]
     fn dot_rows<const R: usize>(self, w: [&[u8]; R], ahead: [*const u8; R], a: &[i8]) -> [i32; R] {

@@ -25,6 +25,7 @@ use crate::ternary::lookup::{self, LANES, Places, Quads};
 use crate::ternary::panel::{self, PANEL};
 use crate::ternary::tiles::Dots;
 use crate::ternary::{OutPtr, StoredRows, base3};
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// Bytes of a stream that are asked for once more, ahead of those that are read: see [`Isa::prefetch_again`].
@@ -117,12 +118,12 @@ pub(crate) trait Isa: Copy {
     /// Writes `first` + i to the front of `out` for every bit i that is set, in order, and returns their number; what follows them in
     /// `out` is lost.
     #[inline(always)]
-    fn places(self, mask: u16, first: u32, out: &mut [u32; 16]) -> usize {
+    fn places(self, mask: u64, first: u32, out: &mut [MaybeUninit<u32>; 64]) -> usize {
         let mut count = 0;
         // Every place is written and stays if its bit is set: a branch would be guessed wrong too often.
-        for i in 0..16 {
-            out[count] = first + i;
-            count += usize::from(mask >> i & 1);
+        for i in 0..64 {
+            out[count].write(first + i);
+            count += (mask >> i & 1) as usize;
         }
         count
     }
