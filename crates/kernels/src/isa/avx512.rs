@@ -283,6 +283,24 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
         unsafe { super::vbmi::dots(self.0, w, count, row, listed, a, bias, factor, out) }
     }
     #[inline(always)]
+    unsafe fn row_tiles<const T: usize>(
+        self,
+        w: StoredRows<'_>,
+        count: usize,
+        row: impl Fn(usize) -> usize,
+        a: [&[i8]; T],
+        biases: &[i32],
+        factors: [f32; T],
+        plain: &mut [u8],
+        out: OutPtr,
+    ) -> bool {
+        if self.fast_base3() {
+            // SAFETY: just detected; the rest is the caller's contract.
+            unsafe { super::vbmi::tiles(self.0, w, count, row, a, biases, factors, plain, out) }
+        }
+        self.fast_base3()
+    }
+    #[inline(always)]
     fn base3_unpack(self, row: &[u8], out: &mut [u8]) {
         if self.fast_base3() {
             // SAFETY: just detected.

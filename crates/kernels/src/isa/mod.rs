@@ -170,6 +170,26 @@ pub(crate) trait Isa: Copy {
     ) {
         unreachable!("not fast")
     }
+    /// Multiplies `count` rows, in two bits or in the layout of [`base3`], with the activations of T tokens, five to eight, as
+    /// [`Isa::base3_dots`] does with one's, and returns true; or false where that is no faster than [`Isa::dot_tile`]. `plain` has room
+    /// for [`crate::ternary::STEP`] rows in two bits.
+    ///
+    /// # Safety
+    /// As there.
+    #[inline(always)]
+    unsafe fn row_tiles<const T: usize>(
+        self,
+        _w: StoredRows<'_>,
+        _count: usize,
+        _row: impl Fn(usize) -> usize,
+        _a: [&[i8]; T],
+        _biases: &[i32],
+        _factors: [f32; T],
+        _plain: &mut [u8],
+        _out: OutPtr,
+    ) -> bool {
+        false
+    }
     /// Unpacks a row in the layout of [`base3`] to two bits.
     #[inline(always)]
     fn base3_unpack(self, row: &[u8], out: &mut [u8]) {

@@ -1,4 +1,5 @@
-//! AVX-512 VBMI, which permutes bytes: rows of [`base3`] on their way through the registers.
+//! AVX-512 VBMI, which permutes bytes: rows of [`base3`] on their way through the registers; and GFNI, which came with it and moves
+//! bits within bytes: rows in two bits with several tokens.
 
 use super::ask::Ask;
 use super::avx512::sum_four;
@@ -6,10 +7,12 @@ use crate::ternary::base3::{FIFTH, FOUR, HIGH, PLAIN, STORED};
 use crate::ternary::{OutPtr, STEP, StoredRows};
 use std::arch::x86_64::*;
 
-/// Whether the CPU has it, and VNNI.
+/// Whether the CPU has it, VNNI and GFNI.
 #[inline]
 pub(super) fn detect() -> bool {
-    is_x86_feature_detected!("avx512vbmi") && is_x86_feature_detected!("avx512vnni")
+    is_x86_feature_detected!("avx512vbmi")
+        && is_x86_feature_detected!("avx512vnni")
+        && is_x86_feature_detected!("gfni")
 }
 
 /// What looks up the codes of a line: the tables, and where the second ones begin.
@@ -224,6 +227,120 @@ fn all_lines(rows: [*const u8; 2], row_bytes: usize) {
             Ask::line_of::<false>(row.wrapping_add(64 * line));
         }
     }
+}
+
+/// [`super::Isa::row_tiles`].
+///
+/// # Safety
+/// The CPU must have what [`detect`] looks for; `out` as in [`crate::ternary::gemv_rows`].
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")]
+pub(super) unsafe fn tiles<const T: usize>(
+    ask: Ask,
+    w: StoredRows<'_>,
+    count: usize,
+    row: impl Fn(usize) -> usize,
+    codes: [&[i8]; T],
+    biases: &[i32],
+    factors: [f32; T],
+    plain: &mut [u8],
+    out: OutPtr,
+) {
+    let chunks = codes[0].len() / 256;
+    for a in codes {
+        assert_eq!(a.len(), 256 * chunks);
+    }
+    assert!(w.base3 || w.row_bytes == 64 * chunks);
+    let plain = &mut plain[..STEP * 64 * chunks];
+    let ahead = ask.ahead().div_ceil(w.row_bytes).max(2);
+    let codes = codes.map(|a| a.as_ptr());
+    let (mut bias, mut factor) = ([0; 8], [0.0; 8]);
+    bias[..T].copy_from_slice(&biases[..T]);
+    factor[..T].copy_from_slice(&factors);
+    // SAFETY: eight numbers each.
+    let (bias, factor) = unsafe { (_mm256_loadu_si256(bias.as_ptr().cast()), _mm256_loadu_ps(factor.as_ptr())) };
+    // Bits 0 and 1 of a byte become those from `bit` on, the others 0: row i of such a matrix, in byte 7 - i, tells which bits add
+    // up to bit i.
+    let field = |bit: u32| _mm512_set1_epi64((1 << 56 | 2 << 48) << bit);
+    let (fields, lowest) = ([field(6), field(4), field(2)], _mm512_set1_epi8(3));
+    let mut i = 0;
+    while i < count {
+        let mut rows = [w.bytes.as_ptr(); STEP];
+        let mut nexts = rows;
+        for r in 0..STEP {
+            // A short last step has its last row several times.
+            let stored = &w.bytes[row((i + r).min(count - 1)) * w.row_bytes..][..w.row_bytes];
+            rows[r] = stored.as_ptr();
+            nexts[r] = w.bytes.as_ptr().wrapping_add(row(i + r + ahead) * w.row_bytes);
+            if w.base3 {
+                // Several tokens share what is unpacked once.
+                for line in 0..w.row_bytes / 64 {
+                    Ask::line_of::<true>(nexts[r].wrapping_add(64 * line));
+                }
+                let plain = &mut plain[r * 64 * chunks..][..64 * chunks];
+                // SAFETY: the CPU has what it needs.
+                unsafe { unpack(stored, plain) }
+                (rows[r], nexts[r]) = (plain.as_ptr(), plain.as_ptr());
+            }
+        }
+        // The numbers of two rows, token by token. A function would not be inlined each time.
+        macro_rules! pair {
+            ($r:expr) => {{
+                let (mut s0, mut s1) = ([_mm512_setzero_si512(); 8], [_mm512_setzero_si512(); 8]);
+                // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256.
+                unsafe {
+                    for c in 0..chunks {
+                        let v0 = _mm512_loadu_si512(rows[$r].add(64 * c).cast());
+                        let v1 = _mm512_loadu_si512(rows[$r + 1].add(64 * c).cast());
+                        Ask::line_of::<true>(nexts[$r].wrapping_add(64 * c));
+                        Ask::line_of::<true>(nexts[$r + 1].wrapping_add(64 * c));
+                        for f in 0..4 {
+                            let (c0, c1) = if f == 3 {
+                                (_mm512_and_si512(v0, lowest), _mm512_and_si512(v1, lowest))
+                            } else {
+                                (
+                                    _mm512_gf2p8affine_epi64_epi8::<0>(v0, fields[f]),
+                                    _mm512_gf2p8affine_epi64_epi8::<0>(v1, fields[f]),
+                                )
+                            };
+                            for t in 0..T {
+                                let q = _mm512_loadu_si512(codes[t].add(256 * c + 64 * f).cast());
+                                s0[t] = _mm512_dpbusd_epi32(s0[t], c0, q);
+                                s1[t] = _mm512_dpbusd_epi32(s1[t], c1, q);
+                            }
+                        }
+                    }
+                    [numbers(s0, bias, factor), numbers(s1, bias, factor)]
+                }
+            }};
+        }
+        let [[v0, v1], [v2, v3]] = [pair!(0), pair!(2)];
+        let mut values = [[0.0f32; 8]; STEP];
+        // SAFETY: eight floats each; the caller's contract.
+        unsafe {
+            _mm256_storeu_ps(values[0].as_mut_ptr(), v0);
+            _mm256_storeu_ps(values[1].as_mut_ptr(), v1);
+            _mm256_storeu_ps(values[2].as_mut_ptr(), v2);
+            _mm256_storeu_ps(values[3].as_mut_ptr(), v3);
+            for r in 0..STEP.min(count - i) {
+                let row = row(i + r);
+                for t in 0..T {
+                    out.write(t, row, values[r][t]);
+                }
+            }
+        }
+        i += STEP;
+    }
+}
+
+/// `(sum of the lanes - bias) * factor` of eight registers.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn numbers(s: [__m512i; 8], bias: __m256i, factor: __m256) -> __m256 {
+    // SAFETY: AVX-512F is there.
+    let (low, high) = unsafe { (sum_four([s[0], s[1], s[2], s[3]]), sum_four([s[4], s[5], s[6], s[7]])) };
+    let dots = _mm256_sub_epi32(_mm256_set_m128i(high, low), bias);
+    _mm256_mul_ps(_mm256_cvtepi32_ps(dots), factor)
 }
 
 /// [`super::Isa::base3_unpack`].
