@@ -131,11 +131,8 @@ pub struct QuantizedRows {
     tokens: usize,
     columns: usize,
     layout: Layout,
-    /// Of few tokens for a matrix stored by columns: the columns whose code is not 0 and those codes, token after token, and
-    /// where each token's begin.
-    live: Vec<u32>,
-    packed: Vec<i8>,
-    begins: Vec<usize>,
+    /// Of few tokens for a matrix stored by columns: of each the columns whose code is not 0, and those codes.
+    live: Vec<(Vec<u32>, Vec<i8>)>,
     _counted: Counted,
 }
 
@@ -144,9 +141,10 @@ impl QuantizedRows {
     pub fn new(tokens: usize, columns: usize) -> Self {
         let width = ternary::row_bytes(columns) * 4;
         let (scales, sums) = (vec![1.0; tokens], vec![0; tokens]);
-        let live = Vec::with_capacity(tokens.min(ROW_TOKENS) * width);
-        let packed = Vec::with_capacity(tokens.min(ROW_TOKENS) * width);
-        let lists = taken(&scales) + taken(&sums) + taken(&live) + taken(&packed);
+        let few = tokens.min(ROW_TOKENS);
+        let live: Vec<_> = (0..few).map(|_| (Vec::with_capacity(width), Vec::with_capacity(width))).collect();
+        let columns: usize = live.iter().map(|(list, codes)| taken(list) + taken(codes)).sum();
+        let lists = taken(&scales) + taken(&sums) + columns;
         Self {
             codes: Aligned::zeroed(tokens * width),
             tiles: Aligned::zeroed(Self::tiled(tokens) * width),
@@ -157,8 +155,6 @@ impl QuantizedRows {
             columns: 0,
             layout: Layout::Rows,
             live,
-            packed,
-            begins: Vec::with_capacity(ROW_TOKENS + 1),
             _counted: Counted::new(MemoryPart::Scratch, lists),
         }
     }
@@ -181,7 +177,8 @@ impl QuantizedRows {
     }
     /// Codes that are not 0, of a token on average, where they were counted.
     pub fn live_columns(&self) -> Option<usize> {
-        (self.way == Way::LiveColumns).then(|| self.live.len() / self.tokens)
+        let all = || self.live[..self.tokens].iter().map(|(list, _)| list.len()).sum::<usize>();
+        (self.way == Way::LiveColumns).then(|| all() / self.tokens)
     }
     fn view(&self) -> Activations<'_> {
         let width = ternary::row_bytes(self.columns) * 4;
@@ -192,22 +189,9 @@ impl QuantizedRows {
         }
     }
 
-    fn find_live_columns(&mut self, kernels: &Kernels) {
-        let width = ternary::row_bytes(self.columns) * 4;
-        self.live.clear();
-        self.packed.clear();
-        self.begins.clear();
-        for codes in self.codes.chunks(width).take(self.tokens) {
-            self.begins.push(self.live.len());
-            kernels.list_nonzero(codes, &mut self.live, &mut self.packed);
-        }
-        self.begins.push(self.live.len());
-    }
-
     /// The live columns of a token from the start of a range on, and the codes of those within it.
     fn live_in(&self, token: usize, range: &Range<usize>) -> (&[u32], &[i8]) {
-        let own = self.begins[token]..self.begins[token + 1];
-        let (list, codes) = (&self.live[own.clone()], &self.packed[own]);
+        let (list, codes) = &self.live[token];
         let at = |column: usize| list.partition_point(|&c| (c as usize) < column);
         let (begin, end) = (at(range.start), at(range.end));
         (&list[begin..], &codes[begin..end])
@@ -437,6 +421,7 @@ impl Compute {
             let scales = Rows::new(&mut q.scales[..tokens], 1);
             let sums = Rows::new(&mut q.sums[..tokens], 1);
             let scratch = Rows::new(&mut work.floats, 2 * work.columns);
+            let (way, live) = (q.way, Rows::new(&mut q.live, 1));
             self.pool.run(tokens, |token, worker| {
                 // SAFETY: each token is one task, each worker runs one task at a time.
                 let (codes, scale, sum, scratch) =
@@ -445,24 +430,27 @@ impl Compute {
                 let (row, spare) = (&mut row[..columns], &mut spare[..columns]);
                 let top = fill(token, row, spare);
                 (scale[0], sum[0]) = self.kernels.quantize(row, top, layout, codes);
+                if way == Way::LiveColumns {
+                    // SAFETY: each token is one task.
+                    let (list, packed) = unsafe { &mut live.row(token)[0] };
+                    list.clear();
+                    packed.clear();
+                    self.kernels.list_nonzero(codes, list, packed);
+                }
             });
         }
-        match (q.way, layout) {
-            (Way::LiveColumns, _) => q.find_live_columns(self.kernels),
-            (Way::Tiles, Layout::Rows | Layout::Base3) => {
-                let codes = &q.codes[..tokens * width];
-                let to = Rows::new(&mut q.tiles, tiles::SIDE * width);
-                self.pool.run(tokens.div_ceil(tiles::SIDE), |some, _| {
-                    // SAFETY: each sixteen tokens are one task.
-                    let to = unsafe { to.row(some) };
-                    let codes = &codes[some * tiles::SIDE * width..];
-                    let mut rows = [&codes[..width]; tiles::SIDE];
-                    let count =
-                        rows.iter_mut().zip(codes.chunks(width)).map(|(row, codes)| *row = codes).count();
-                    self.kernels.tile_codes(&rows[..count], to);
-                });
-            }
-            _ => {}
+        if q.way == Way::Tiles && !layout.by_columns() {
+            let codes = &q.codes[..tokens * width];
+            let to = Rows::new(&mut q.tiles, tiles::SIDE * width);
+            self.pool.run(tokens.div_ceil(tiles::SIDE), |some, _| {
+                // SAFETY: each sixteen tokens are one task.
+                let to = unsafe { to.row(some) };
+                let codes = &codes[some * tiles::SIDE * width..];
+                let mut rows = [&codes[..width]; tiles::SIDE];
+                let count =
+                    rows.iter_mut().zip(codes.chunks(width)).map(|(row, codes)| *row = codes).count();
+                self.kernels.tile_codes(&rows[..count], to);
+            });
         }
     }
 
@@ -652,10 +640,11 @@ impl Compute {
             }
             own
         };
-        // One token takes whole groups; several share 256 KiB.
-        let several = ((256 << 10) / column_bytes).max(1);
+        // One token takes whole groups; several share up to 256 KiB, in as many parts for each thread.
+        let parts = (matrix.columns * column_bytes).div_ceil(256 << 10);
+        let several = matrix.columns.div_ceil(parts.next_multiple_of(self.pool.threads()));
         let (items, most, least) = match tokens {
-            1 => (q.live.len(), Self::most_items(column_bytes, GROUP), GROUP),
+            1 => (q.live[0].0.len(), Self::most_items(column_bytes, GROUP), GROUP),
             _ if q.way == Way::Tiles => (matrix.columns, ternary::CHUNK, ternary::CHUNK),
             _ => (matrix.columns, several, several),
         };
@@ -667,7 +656,7 @@ impl Compute {
             }
             for (token, sums) in own.chunks_exact_mut(width).enumerate() {
                 let (list, codes) = match tokens {
-                    1 => (&q.live[range.start..], &q.packed[range.clone()]),
+                    1 => (&q.live[0].0[range.start..], &q.live[0].1[range.clone()]),
                     _ => q.live_in(token, &range),
                 };
                 self.kernels.add_columns(&matrix.bytes, column_bytes, list, codes, sums);
@@ -676,11 +665,14 @@ impl Compute {
         (0..self.pool.threads()).filter(|&worker| !work.begun[worker]).for_each(|worker| {
             work.sums[worker * tokens * width..][..tokens * width].fill(0);
         });
-        for (token, out) in out.chunks_mut(matrix.rows).enumerate() {
+        let out = Rows::new(out, matrix.rows);
+        self.pool.run(tokens, |token, _| {
             let sums = &work.sums[token * width..self.pool.threads() * tokens * width];
             let factor = matrix.scale / q.scales[token];
+            // SAFETY: each token is one task.
+            let out = unsafe { out.row(token) };
             self.kernels.finish_columns(sums, tokens * width, q.sums[token], factor, out);
-        }
+        });
     }
 
     /// Makes `list` the columns of x (`[tokens][columns]`) that have a positive value, in order.

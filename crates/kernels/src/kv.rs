@@ -329,9 +329,15 @@ impl Compute {
         let KvShape { ty, layers, heads, query_heads, head_dim } = shape;
         let (tokens, group) = (q.len() / (query_heads * head_dim), query_heads / heads);
         assert!(layer < layers && out.len() == q.len() && kv.states.len() >= 2 * tokens * query_heads);
-        // The task that comes to a head's last page stores key and value of a single token. Several tokens see those of each other.
-        let single = new.filter(|_| tokens == 1);
-        if let (Some([keys, values]), None) = (new, single) {
+        // Where no token sees the key of another, the task that comes to its last page of a head stores its key and value.
+        let alone = |token: usize| {
+            let (pages, len) = sequence(token);
+            let own = pages[(len - 1) / PAGE];
+            let sees = |(pages, len): (&[u32], usize)| pages[..len.div_ceil(PAGE)].contains(&own);
+            (0..tokens).all(|other| other == token || !sees(sequence(other)))
+        };
+        let own = new.filter(|_| tokens <= TILE && (0..tokens).all(alone));
+        if let (Some([keys, values]), None) = (new, own) {
             self.store(kv, layer, keys, values, &sequence);
         }
         let (kernels, threads, n) = (self.kernels(), self.pool().threads(), 8 * quads(head_dim));
@@ -353,10 +359,11 @@ impl Compute {
         let area = move |pages: &[u32], segment: usize, head: usize| {
             (pages[segment] as usize * layers + layer) * heads + head
         };
-        let store_single = |head: usize| {
-            if let Some(both) = single {
-                // SAFETY: only the task that comes to a head's last page calls this, before it reads the page.
-                unsafe { store_head(&shape, &areas, layer, head, both, 0, sequence(0)) };
+        let store_own = |token: usize, head: usize| {
+            if let Some(both) = own {
+                // SAFETY: only the task that comes to a token's last page of a head calls this, before it reads the page, and no
+                // other token has that page.
+                unsafe { store_head(&shape, &areas, layer, head, both, token, sequence(token)) };
             }
         };
         // The segment of `head` that begins at position `segment * PAGE`, for a token that sees `len` positions.
@@ -417,7 +424,7 @@ impl Compute {
                         continue;
                     }
                     if segment + 1 == segments {
-                        store_single(head);
+                        store_own(token, head);
                     }
                     let mut look = look(token, head, pages, segment, len);
                     match segment + 1 < segments {
@@ -460,7 +467,7 @@ impl Compute {
             let head = task / tiles;
             let end = (task % tiles * tile + tile).min(tokens);
             let mut first = task % tiles * tile;
-            store_single(head);
+            (first..end).for_each(|token| store_own(token, head));
             while first < end {
                 let pages = sequence(first).0;
                 let same = |&token: &usize| std::ptr::eq(sequence(token).0, pages);
