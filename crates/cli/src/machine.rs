@@ -20,7 +20,7 @@ pub fn features() -> (Vec<&'static str>, Vec<&'static str>) {
     }
     #[cfg(target_arch = "x86_64")]
     let all = [
-        &all!(is_x86_feature_detected: "avx2", "f16c", "avxvnni", "avx512f", "avx512bw", "avx512vnni", "avx512vbmi")[..],
+        &all!(is_x86_feature_detected: "avx2", "f16c", "avxvnni", "avx512f", "avx512bw", "avx512vnni", "avx512vbmi", "gfni")[..],
         &[("amx-int8", supported().iter().any(|kernels| kernels.name() == "amx"))],
     ]
     .concat();

@@ -210,6 +210,8 @@ pub struct Workspace {
     begun: Vec<bool>,
     /// Rows in two bits for each thread, where they are stored in fewer.
     plain: Aligned<u8>,
+    /// A bit for each output.
+    marks: Aligned<u8>,
 }
 
 impl Workspace {
@@ -223,12 +225,13 @@ impl Workspace {
             sums: Aligned::zeroed(threads * ROW_TOKENS * width),
             begun: vec![false; threads],
             plain: Aligned::zeroed(threads * BLOCK * width / 4),
+            marks: Aligned::zeroed(width / 8),
         }
     }
     /// Its size in bytes.
     pub const fn bytes(columns: usize, threads: usize) -> usize {
         let width = ternary::row_bytes(columns) * 4;
-        threads * (width * (2 * 4 + 4 * ROW_TOKENS) + Self::scratch(width) + BLOCK * width / 4)
+        threads * (width * (2 * 4 + 4 * ROW_TOKENS) + Self::scratch(width) + BLOCK * width / 4) + width / 8
     }
     const fn scratch(width: usize) -> usize {
         if BLOCK * width > lookup::SCRATCH { BLOCK * width } else { lookup::SCRATCH }
@@ -447,8 +450,7 @@ impl Compute {
                 let to = unsafe { to.row(some) };
                 let codes = &codes[some * tiles::SIDE * width..];
                 let mut rows = [&codes[..width]; tiles::SIDE];
-                let count =
-                    rows.iter_mut().zip(codes.chunks(width)).map(|(row, codes)| *row = codes).count();
+                let count = rows.iter_mut().zip(codes.chunks(width)).map(|(row, codes)| *row = codes).count();
                 self.kernels.tile_codes(&rows[..count], to);
             });
         }
@@ -565,6 +567,46 @@ impl Compute {
         });
     }
 
+    /// As [`Compute::linear`] with up to three tokens and a matrix stored by rows; `positive` becomes the rows of which the output of any
+    /// token is, in order.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn linear_positive(
+        &self,
+        q: &QuantizedRows,
+        work: &mut Workspace,
+        matrix: &TernaryMatrix,
+        out: &mut [f32],
+        positive: &mut Vec<u32>,
+    ) {
+        check(matrix, q, out);
+        assert!(q.way == Way::Rows && matrix.rows <= work.columns);
+        let most = Self::most_items(ternary::row_bytes(q.columns), FEWEST_ROWS);
+        let bytes = matrix.rows.div_ceil(8);
+        {
+            let out = OutPtr { ptr: out.as_mut_ptr(), stride: matrix.rows };
+            let plain = Rows::new(&mut work.plain, BLOCK * work.columns / 4);
+            let marks = Rows::new(&mut work.marks[..bytes], 1);
+            self.pool.run_ranges(matrix.rows, most, FEWEST_ROWS, |range, worker| {
+                let which = Which::All { first: range.start, count: range.len() };
+                // SAFETY: each worker runs one task at a time; these rows are this task's alone and lie in the output, whose length was
+                // checked, and so are their marks, as ranges begin at multiples of eight.
+                unsafe {
+                    let w = matrix.stored_rows();
+                    self.kernels.gemv_rows(w, which, matrix.scale, q.view(), plain.row(worker), out);
+                    let marks = marks.rows(range.start / 8, range.len().div_ceil(8));
+                    marks.fill(0);
+                    for token in 0..q.tokens {
+                        self.kernels.mark_positive(out.values(token, range.start, range.len()), marks);
+                    }
+                }
+            });
+        }
+        positive.clear();
+        self.kernels.list_bits(&work.marks[..bytes], positive);
+    }
+
     /// As [`Compute::linear`] with up to 16 tokens, for the rows `list`, in order, of a matrix stored by rows.
     /// Other outputs are left alone.
     ///
@@ -673,14 +715,6 @@ impl Compute {
             let out = unsafe { out.row(token) };
             self.kernels.finish_columns(sums, tokens * width, q.sums[token], factor, out);
         });
-    }
-
-    /// Makes `list` the columns of x (`[tokens][columns]`) that have a positive value, in order.
-    pub fn positive(&self, x: &[f32], columns: usize, list: &mut Vec<u32>) {
-        // The least positive number, and no upper bound.
-        let within = [f32::from_bits(1), f32::NAN];
-        list.clear();
-        self.kernels.list_within(x, columns, within, 0, list);
     }
 
     /// Rotates every head of every row of x (`[tokens][heads * head_dim]`). `cos`, `sin`: `[tokens][half]`.

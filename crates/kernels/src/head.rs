@@ -401,7 +401,7 @@ impl Compute {
             }
             let first = block * BLOCK;
             let uppers = &uppers[first..uppers.len().min(first + BLOCK)];
-            self.kernels.list_within(uppers, uppers.len(), within, first as u32, list);
+            self.kernels.list_within(uppers, within, first as u32, list);
         }
         Some(())
     }

@@ -133,13 +133,7 @@ pub(crate) fn greatest<I: Isa>(isa: I, x: &[f32]) -> f32 {
 /// Quantises a row to int8 with absmax scaling: q = round_half_even(x * s), s = (1 / max(max|x|, 1e-5)) * 127, where `top` is max|x|.
 /// The codes are written in the order that a matrix of this layout takes, the padding with zeros. Returns s and the sum of the codes.
 #[inline(always)]
-pub(crate) fn quantize<I: Isa>(
-    isa: I,
-    x: &[f32],
-    top: f32,
-    layout: Layout,
-    codes: &mut [i8],
-) -> (f32, i32) {
+pub(crate) fn quantize<I: Isa>(isa: I, x: &[f32], top: f32, layout: Layout, codes: &mut [i8]) -> (f32, i32) {
     let (blocks, tail) = x.as_chunks::<16>();
     // A reciprocal and a product, as the reference computes it: two roundings.
     let scale = 1.0 / (if top > 1e-5 { top } else { 1e-5 }) * 127.0;
@@ -168,31 +162,21 @@ pub(crate) fn quantize<I: Isa>(
 /// Floats that [`list_within`] asks for ahead of those it compares.
 const AHEAD: usize = 512;
 
-/// Appends `first` + i to `list`, in order, for every column i of x (`[rows][columns]`) in which any x is at least `from` and not at
-/// least `below`, which may be NaN: then nothing is.
+/// Appends `first` + i to `list`, in order, for every x that is at least `from` and not at least `below`, which may be NaN: then nothing
+/// is.
 #[inline(always)]
 pub(crate) fn list_within<I: Isa>(
     isa: I,
     x: &[f32],
-    columns: usize,
     [from, below]: [f32; 2],
     first: u32,
     list: &mut Vec<u32>,
 ) {
     let (from, below) = (isa.splat(from), isa.splat(below));
-    let rows = x.len() / columns;
-    let mask = |at: usize| {
-        let mut mask = 0;
-        for row in 0..rows {
-            let left = &x[row * columns..][..columns][at..];
-            mask |= match left.first_chunk() {
-                Some(block) => bits_within(isa, block, from, below),
-                None => bits_within(isa, &padded(left), from, below),
-            };
-        }
-        mask
-    };
-    list_lanes(isa, columns, first, list, mask);
+    list_lanes(isa, x.len(), first, list, |at| match x[at..].first_chunk() {
+        Some(block) => bits_within(isa, block, from, below),
+        None => bits_within(isa, &padded(&x[at..]), from, below),
+    });
 }
 
 /// A bit for each that is at least `from` and not at least `below`.
@@ -205,6 +189,31 @@ fn bits_within<I: Isa>(isa: I, block: &[f32; 64], from: I::F, below: I::F) -> u6
         bits |= u64::from(isa.at_least(v, from) & !isa.at_least(v, below)) << (16 * part);
     }
     bits
+}
+
+/// Sets bit i mod 8 of byte i / 8 for every positive x.
+#[inline(always)]
+pub(crate) fn mark_positive<I: Isa>(isa: I, x: &[f32], bits: &mut [u8]) {
+    let least = isa.splat(f32::from_bits(1));
+    for (x, bits) in x.chunks(16).zip(bits.chunks_mut(2)) {
+        let v = match x.first_chunk() {
+            Some(block) => isa.load(block),
+            None => isa.load(&padded(x)),
+        };
+        bits.iter_mut().zip(isa.at_least(v, least).to_le_bytes()).for_each(|(byte, set)| *byte |= set);
+    }
+}
+
+/// Appends the places of the bits that are set to `list`, in order.
+#[inline(always)]
+pub(crate) fn list_bits<I: Isa>(isa: I, bits: &[u8], list: &mut Vec<u32>) {
+    list_lanes(isa, 8 * bits.len(), 0, list, |at| {
+        let bits = &bits[at / 8..];
+        u64::from_le_bytes(match bits.first_chunk() {
+            Some(eight) => *eight,
+            None => padded(bits),
+        })
+    });
 }
 
 /// Appends the places of the codes that are not 0, of a multiple of 64, to `list`, and those codes to `packed`.

@@ -411,21 +411,34 @@ fn head_embedding_rope_and_sums_are_the_same_everywhere() {
 }
 
 #[test]
-fn positive_columns_are_found() {
-    const SPECIAL: [f32; 7] =
-        [0.0, -0.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::from_bits(1), -1e-45];
+fn positive_outputs_are_found() {
+    const COLUMNS: usize = 300;
     let mut random = Random(12);
-    for (tokens, columns) in [(1, 1), (1, 15), (1, 16), (2, 37), (3, 256), (1, 1009)] {
-        let mut x = random.floats(tokens * columns);
-        x.iter_mut().step_by(3).zip(SPECIAL.iter().cycle()).for_each(|(x, &special)| *x = special);
-        let live = |c: &u32| (0..tokens).any(|t| x[t * columns + *c as usize] > 0.0);
-        let expected: Vec<u32> = (0..columns as u32).filter(live).collect();
-        let found = everywhere(|compute| {
-            let mut list = vec![7; 3];
-            compute.positive(&x, columns, &mut list);
-            list
-        });
-        assert_eq!(found, expected, "{tokens} of {columns}");
+    for (tokens, rows) in [(1, 1), (1, 7), (1, 8), (2, 37), (3, 256), (1, 1009)] {
+        let (x, trits) = (random.floats(tokens * COLUMNS), random.trits(rows * COLUMNS));
+        for scale in [1.0, -1.0, 0.0, f32::NAN, f32::INFINITY] {
+            everywhere(|compute| {
+                let (mut work, mut q) =
+                    (Workspace::new(2048, compute.pool().threads()), QuantizedRows::new(3, COLUMNS));
+                let (mut out, mut list) = (vec![0.0; tokens * rows], vec![7; 3]);
+                let mut found = Vec::new();
+                for matrix in [matrix(&trits, COLUMNS, scale), packed(&trits, COLUMNS, scale, compute)] {
+                    compute.quantize(&x, COLUMNS, matrix.layout(), &mut work, &mut q);
+                    let mut plain = out.clone();
+                    compute.linear(&q, &mut work, [(&matrix, &mut plain)]);
+                    compute.linear_positive(&q, &mut work, &matrix, &mut out, &mut list);
+                    assert_eq!(bits(&out), bits(&plain));
+                    let any = |row: &u32| (0..tokens).any(|t| out[t * rows + *row as usize] > 0.0);
+                    assert_eq!(
+                        list,
+                        (0..rows as u32).filter(any).collect::<Vec<_>>(),
+                        "{tokens}, {rows}, {scale}"
+                    );
+                    found.push(list.clone());
+                }
+                found
+            });
+        }
     }
 }
 

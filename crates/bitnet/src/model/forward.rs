@@ -190,8 +190,7 @@ impl Model {
             profile.lap(Phase::Norm, 0);
             let layout = layer.ffn_down.layout();
             if n <= Self::SPARSE_ROWS && layout == Layout::Columns {
-                compute.linear(codes, work, [(&layer.ffn_gate, &mut *gate)]);
-                compute.positive(gate, config.intermediate_size, live);
+                compute.linear_positive(codes, work, &layer.ffn_gate, gate, live);
                 profile.lap(Phase::Gate, layer.ffn_gate.byte_len());
                 let mut read = live.len();
                 let listed = up_costs[n - 1].lists(read, config.intermediate_size);

@@ -121,9 +121,12 @@ pub(crate) trait Isa: Copy {
     fn places(self, mask: u64, first: u32, out: &mut [MaybeUninit<u32>; 64]) -> usize {
         let mut count = 0;
         // Every place is written and stays if its bit is set: a branch would be guessed wrong too often.
-        for i in 0..64 {
-            out[count].write(first + i);
-            count += (mask >> i & 1) as usize;
+        for part in (0..64).step_by(16) {
+            let (mask, first) = (mask >> part, first + part);
+            for i in 0..16 {
+                out[count].write(first + i);
+                count += (mask >> i & 1) as usize;
+            }
         }
         count
     }

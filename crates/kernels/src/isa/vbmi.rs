@@ -258,7 +258,8 @@ pub(super) unsafe fn tiles<const T: usize>(
     bias[..T].copy_from_slice(&biases[..T]);
     factor[..T].copy_from_slice(&factors);
     // SAFETY: eight numbers each.
-    let (bias, factor) = unsafe { (_mm256_loadu_si256(bias.as_ptr().cast()), _mm256_loadu_ps(factor.as_ptr())) };
+    let (bias, factor) =
+        unsafe { (_mm256_loadu_si256(bias.as_ptr().cast()), _mm256_loadu_ps(factor.as_ptr())) };
     // Bits 0 and 1 of a byte become those from `bit` on, the others 0: row i of such a matrix, in byte 7 - i, tells which bits add
     // up to bit i.
     let field = |bit: u32| _mm512_set1_epi64((1 << 56 | 2 << 48) << bit);
@@ -275,7 +276,7 @@ pub(super) unsafe fn tiles<const T: usize>(
             if w.base3 {
                 // Several tokens share what is unpacked once.
                 for line in 0..w.row_bytes / 64 {
-                    Ask::line_of::<true>(nexts[r].wrapping_add(64 * line));
+                    ask.line(nexts[r].wrapping_add(64 * line));
                 }
                 let plain = &mut plain[r * 64 * chunks..][..64 * chunks];
                 // SAFETY: the CPU has what it needs.
@@ -292,8 +293,8 @@ pub(super) unsafe fn tiles<const T: usize>(
                     for c in 0..chunks {
                         let v0 = _mm512_loadu_si512(rows[$r].add(64 * c).cast());
                         let v1 = _mm512_loadu_si512(rows[$r + 1].add(64 * c).cast());
-                        Ask::line_of::<true>(nexts[$r].wrapping_add(64 * c));
-                        Ask::line_of::<true>(nexts[$r + 1].wrapping_add(64 * c));
+                        ask.line(nexts[$r].wrapping_add(64 * c));
+                        ask.line(nexts[$r + 1].wrapping_add(64 * c));
                         for f in 0..4 {
                             let (c0, c1) = if f == 3 {
                                 (_mm512_and_si512(v0, lowest), _mm512_and_si512(v1, lowest))

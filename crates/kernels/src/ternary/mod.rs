@@ -110,6 +110,13 @@ impl OutPtr {
         }
     }
     /// # Safety
+    /// These elements must be in bounds of the output and written by no one meanwhile.
+    #[inline(always)]
+    pub(crate) unsafe fn values<'a>(self, token: usize, row: usize, count: usize) -> &'a [f32] {
+        // SAFETY: the caller's.
+        unsafe { std::slice::from_raw_parts(self.ptr.add(token * self.stride + row), count) }
+    }
+    /// # Safety
     /// The element must be in bounds of the output and written by no one else meanwhile.
     #[inline(always)]
     pub(crate) unsafe fn write(self, token: usize, row: usize, value: f32) {
