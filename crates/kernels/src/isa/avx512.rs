@@ -50,6 +50,7 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
     const SUMS: usize = 16;
     const LOOKS_UP: bool = !VNNI;
     const TILES: bool = AMX;
+    const COLUMN_NESTED: bool = VNNI && !AMX;
 
     with_avx2!();
     #[inline(always)]
@@ -637,12 +638,13 @@ unsafe fn columns_vnni<I: Isa>(
 ) {
     // SAFETY: chunk c < chunks reads bytes below 64 c + 64 of a column and sums below 256 c + 256.
     unsafe {
-        let masks = [
-            _mm512_set1_epi8(0xc0u8 as i8),
-            _mm512_set1_epi8(0x30),
-            _mm512_set1_epi8(0x0c),
-            _mm512_set1_epi8(0x03),
-        ];
+        // As all fields of a column are multiplied with one code, what later ones add can be taken off at the end, and the first
+        // needs no mask.
+        let masks = match I::COLUMN_NESTED {
+            true => [0xffu8, 0x3f, 0x0f, 0x03],
+            false => [0xc0, 0x30, 0x0c, 0x03],
+        }
+        .map(|mask| _mm512_set1_epi8(mask as i8));
         for c in 0..chunks {
             let (v, q0) = column_quad(isa, columns, ahead, q, 0, c);
             let (u, q1) = column_quad(isa, columns, ahead, q, 1, c);

@@ -67,6 +67,8 @@ pub(crate) trait Isa: Copy {
     const HEAD_ROWS: usize = 4;
     /// The powers of two by which [`Isa::add_columns`] leaves the sums of each field too large.
     const COLUMN_SHIFTS: [u32; 4] = [6, 4, 2, 0];
+    /// Whether to the sums of each field, so much too large, those of all later fields are added, each as it is too large.
+    const COLUMN_NESTED: bool = false;
 
     /// Asks for the cache line at `p`, which need not be readable.
     fn prefetch(self, p: *const u8);

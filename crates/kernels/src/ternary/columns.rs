@@ -22,7 +22,7 @@ pub(crate) const COLUMN_ORDER: [u8; 64] = {
 /// Columns that are added at a time.
 pub(crate) const GROUP: usize = 8;
 
-/// Most inputs of a matrix stored by columns: keeps 64 times a sum of products in 32 bits.
+/// Most inputs of a matrix stored by columns: keeps 85 times a sum of products in 32 bits.
 pub const MAX_COLUMNS: usize = 1 << 16;
 
 /// Bytes of a stored column of `rows` weights.
@@ -31,7 +31,8 @@ pub const fn column_bytes(rows: usize) -> usize {
 }
 
 /// Adds the first columns of `list` in `w`, each times its code in `q`, to `sums`, one for each stored output; columns without a
-/// code are only asked for. The sums of a field are too large by [`Isa::COLUMN_SHIFTS`]: [`finish`] divides.
+/// code are only asked for. The sums of a field are too large by [`Isa::COLUMN_SHIFTS`], or hold those of later fields too, as
+/// [`Isa::COLUMN_NESTED`] says: [`finish`] sees to that.
 #[inline(always)]
 pub(crate) fn add_columns<I: Isa>(
     isa: I,
@@ -65,17 +66,25 @@ pub(crate) fn add_columns<I: Isa>(
 /// out = (sum / 2^shift - bias) * factor, where each thread's sums are at the front of a piece of `stride` sums.
 #[inline(always)]
 pub(crate) fn finish<I: Isa>(_: I, sums: &[i32], stride: usize, bias: i32, factor: f32, out: &mut [f32]) {
-    for (block, out) in out.chunks_mut(64).enumerate() {
-        let shift = I::COLUMN_SHIFTS[block % 4];
-        let mut total = [0; 64];
+    for (chunk, out) in out.chunks_mut(CHUNK).enumerate() {
+        let mut totals = [[0; 64]; 4];
         for part in sums.chunks(stride) {
-            for (total, sum) in total.iter_mut().zip(&part[64 * block..][..64]) {
-                *total += sum;
+            let part = part[CHUNK * chunk..][..CHUNK].as_chunks::<64>().0;
+            for f in 0..4 {
+                for i in 0..64 {
+                    totals[f][i] += part[f][i];
+                }
             }
         }
-        for (out, total) in out.iter_mut().zip(total) {
-            *out = ((total >> shift) - bias) as f32 * factor;
+        let mut values = [[0.0; 64]; 4];
+        for f in 0..4 {
+            let later = if I::COLUMN_NESTED && f < 3 { totals[f + 1] } else { [0; 64] };
+            for i in 0..64 {
+                let sum = (totals[f][i] - later[i]) >> I::COLUMN_SHIFTS[f];
+                values[f][i] = (sum - bias) as f32 * factor;
+            }
         }
+        out.copy_from_slice(&values.as_flattened()[..out.len()]);
     }
 }
 
