@@ -342,6 +342,49 @@ fn attention_is_the_same_everywhere_and_right() {
 }
 
 #[test]
+fn tokens_of_several_sequences_attend_as_if_alone() {
+    const SHAPE: KvShape = KvShape { ty: KvType::F32, layers: 1, heads: 5, query_heads: 10, head_dim: 20 };
+    let (kv_width, width) = (SHAPE.heads * SHAPE.head_dim, SHAPE.query_heads * SHAPE.head_dim);
+    let mut random = Random(17);
+    let past = random.floats(200 * kv_width);
+    for (sequences, long) in [(2, 200), (7, 40), (9, 150), (16, 64)] {
+        let lens: Vec<usize> = (0..sequences).map(|s| 1 + s * 37 % long).collect();
+        // Every third sequence begins as the one before it does, where both have a full page.
+        let shares = |s: usize| s % 3 == 2 && lens[s].min(lens[s - 1]) > 64;
+        let page = |s: usize, p: usize| (4 * s + p) as u32;
+        let pages: Vec<Vec<u32>> = (0..sequences)
+            .map(|s| (0..4).map(|p| page(s - usize::from(p == 0 && shares(s)), p)).collect())
+            .collect();
+        let [q, k, v] = [width, kv_width, kv_width].map(|width| random.floats(sequences * width));
+        for ty in [KvType::F32, KvType::F16, KvType::Q8] {
+            everywhere(|compute| {
+                let mut kv = KvStore::new(KvShape { ty, ..SHAPE }, 4 * sequences, 200).unwrap();
+                for (pages, len) in pages.iter().zip(&lens) {
+                    let past = &past[..(len - 1) * kv_width];
+                    compute.store(&mut kv, 0, past, past, |t| (pages, t + 1));
+                }
+                let sees = |s: usize| (&pages[s][..], lens[s]);
+                let mut together = vec![f32::NAN; sequences * width];
+                compute.attention(&mut kv, 0, &q, Some([&k, &v]), sees, &mut together);
+                let mut alone = vec![f32::NAN; width];
+                for s in 0..sequences {
+                    let q = &q[s * width..][..width];
+                    let [k, v] = [&k, &v].map(|x| &x[s * kv_width..][..kv_width]);
+                    compute.store(&mut kv, 0, k, v, |_| sees(s));
+                    compute.attention(&mut kv, 0, q, None, |_| sees(s), &mut alone);
+                    assert_eq!(
+                        bits(&together[s * width..][..width]),
+                        bits(&alone),
+                        "{s} of {sequences}, {ty:?}"
+                    );
+                }
+                bits(&together)
+            });
+        }
+    }
+}
+
+#[test]
 fn head_embedding_rope_and_sums_are_the_same_everywhere() {
     let mut random = Random(4);
     for (columns, rows, tokens) in [(256, 41, 1), (100, 7, 6), (2560, 9, 7), (24, 130, 5)] {
