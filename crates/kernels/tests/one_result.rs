@@ -187,7 +187,9 @@ fn columns_and_listed_rows_equal_rows() {
                 }
             }
             let codes: Vec<_> = (0..tokens).map(|t| q.row(t).0).collect();
-            compute.norm_quantize(&x, &norm, 1e-5, Layout::Columns, &mut work, &mut q);
+            for _ in 0..2 {
+                compute.norm_quantize(&x, &norm, 1e-5, Layout::Columns, &mut work, &mut q);
+            }
             assert_eq!((0..tokens).map(|t| q.row(t).0).collect::<Vec<_>>(), codes);
             compute.linear(&q, &mut work, [(&by_columns, &mut out2)]);
             assert_eq!(bits(&out), bits(&out2));
@@ -237,7 +239,9 @@ fn activations_are_the_same_everywhere() {
         for (i, x) in [0.0, -0.0, 1e-30, 90.0, -90.0, 40.0, -40.0].into_iter().enumerate() {
             gate[i] = x;
         }
-        let (up, norm) = (random.floats(3 * columns), random.floats(columns));
+        let (mut up, norm) = (random.floats(3 * columns), random.floats(columns));
+        // The last of a row is the greatest.
+        (gate[2 * columns - 1], up[2 * columns - 1]) = (3.0, -9.0);
         for activation in [Activation::Relu2, Activation::Silu] {
             for (norm, layout) in [(None, Layout::Rows), (Some((&norm[..], 1e-5)), Layout::Columns)] {
                 let rows = everywhere(|compute| {
@@ -346,9 +350,9 @@ fn tokens_of_several_sequences_attend_as_if_alone() {
     const SHAPE: KvShape = KvShape { ty: KvType::F32, layers: 1, heads: 5, query_heads: 10, head_dim: 20 };
     let (kv_width, width) = (SHAPE.heads * SHAPE.head_dim, SHAPE.query_heads * SHAPE.head_dim);
     let mut random = Random(17);
-    let past = random.floats(200 * kv_width);
-    for (sequences, long) in [(2, 200), (7, 40), (9, 150), (16, 64)] {
-        let lens: Vec<usize> = (0..sequences).map(|s| 1 + s * 37 % long).collect();
+    let past = random.floats(256 * kv_width);
+    for (sequences, least, spread) in [(2, 193, 60), (2, 190, 7), (7, 1, 40), (9, 1, 150), (16, 1, 64)] {
+        let lens: Vec<usize> = (0..sequences).map(|s| least + s * 37 % spread).collect();
         // Every third sequence begins as the one before it does, where both have a full page.
         let shares = |s: usize| s % 3 == 2 && lens[s].min(lens[s - 1]) > 64;
         let page = |s: usize, p: usize| (4 * s + p) as u32;
@@ -363,14 +367,17 @@ fn tokens_of_several_sequences_attend_as_if_alone() {
                     let past = &past[..(len - 1) * kv_width];
                     compute.store(&mut kv, 0, past, past, |t| (pages, t + 1));
                 }
-                let sees = |s: usize| (&pages[s][..], lens[s]);
+                // The first of two tokens may even see the page of the second.
+                let sees = |s: usize| match (sequences, s) {
+                    (2, 1) if least == 190 => (&pages[0][..], 10),
+                    _ => (&pages[s][..], lens[s]),
+                };
                 let mut together = vec![f32::NAN; sequences * width];
                 compute.attention(&mut kv, 0, &q, Some([&k, &v]), sees, &mut together);
                 let mut alone = vec![f32::NAN; width];
+                compute.store(&mut kv, 0, &k, &v, sees);
                 for s in 0..sequences {
                     let q = &q[s * width..][..width];
-                    let [k, v] = [&k, &v].map(|x| &x[s * kv_width..][..kv_width]);
-                    compute.store(&mut kv, 0, k, v, |_| sees(s));
                     compute.attention(&mut kv, 0, q, None, |_| sees(s), &mut alone);
                     assert_eq!(
                         bits(&together[s * width..][..width]),
@@ -459,12 +466,12 @@ fn positive_outputs_are_found() {
     let mut random = Random(12);
     for (tokens, rows) in [(1, 1), (1, 7), (1, 8), (2, 37), (3, 256), (1, 1009)] {
         let (x, trits) = (random.floats(tokens * COLUMNS), random.trits(rows * COLUMNS));
-        for scale in [1.0, -1.0, 0.0, f32::NAN, f32::INFINITY] {
-            everywhere(|compute| {
-                let (mut work, mut q) =
-                    (Workspace::new(2048, compute.pool().threads()), QuantizedRows::new(3, COLUMNS));
-                let (mut out, mut list) = (vec![0.0; tokens * rows], vec![7; 3]);
-                let mut found = Vec::new();
+        everywhere(|compute| {
+            let (mut work, mut q) =
+                (Workspace::new(2048, compute.pool().threads()), QuantizedRows::new(3, COLUMNS));
+            let (mut out, mut list) = (vec![0.0; tokens * rows], vec![7; 3]);
+            let mut found = Vec::new();
+            for scale in [1.0, -1.0, 0.0, f32::NAN, f32::INFINITY] {
                 for matrix in [matrix(&trits, COLUMNS, scale), packed(&trits, COLUMNS, scale, compute)] {
                     compute.quantize(&x, COLUMNS, matrix.layout(), &mut work, &mut q);
                     let mut plain = out.clone();
@@ -472,16 +479,13 @@ fn positive_outputs_are_found() {
                     compute.linear_positive(&q, &mut work, &matrix, &mut out, &mut list);
                     assert_eq!(bits(&out), bits(&plain));
                     let any = |row: &u32| (0..tokens).any(|t| out[t * rows + *row as usize] > 0.0);
-                    assert_eq!(
-                        list,
-                        (0..rows as u32).filter(any).collect::<Vec<_>>(),
-                        "{tokens}, {rows}, {scale}"
-                    );
+                    let expected: Vec<u32> = (0..rows as u32).filter(any).collect();
+                    assert_eq!(list, expected, "{tokens}, {rows}, {scale}");
                     found.push(list.clone());
                 }
-                found
-            });
-        }
+            }
+            found
+        });
     }
 }
 
