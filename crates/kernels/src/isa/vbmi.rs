@@ -253,7 +253,7 @@ pub(super) unsafe fn tiles<const T: usize>(
     assert!(w.base3 || w.row_bytes == 64 * chunks);
     let plain = &mut plain[..STEP * 64 * chunks];
     let ahead = ask.ahead().div_ceil(w.row_bytes).max(2);
-    let codes = codes.map(|a| a.as_ptr());
+    let codes = codes.map(<[i8]>::as_ptr);
     let (mut bias, mut factor) = ([0; 8], [0.0; 8]);
     bias[..T].copy_from_slice(&biases[..T]);
     factor[..T].copy_from_slice(&factors);
