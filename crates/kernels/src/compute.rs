@@ -571,7 +571,7 @@ impl Compute {
     /// token is, in order.
     ///
     /// # Panics
-    /// As there.
+    /// As there, and for more tokens, or for more outputs than `work` is wide.
     pub fn linear_positive(
         &self,
         q: &QuantizedRows,

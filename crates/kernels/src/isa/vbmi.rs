@@ -7,10 +7,11 @@ use crate::ternary::base3::{FIFTH, FOUR, HIGH, PLAIN, STORED};
 use crate::ternary::{OutPtr, STEP, StoredRows};
 use std::arch::x86_64::*;
 
-/// Whether the CPU has it, VNNI and GFNI.
+/// Whether the CPU has it, VL, VNNI and GFNI.
 #[inline]
 pub(super) fn detect() -> bool {
     is_x86_feature_detected!("avx512vbmi")
+        && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512vnni")
         && is_x86_feature_detected!("gfni")
 }
