@@ -12,7 +12,7 @@
 use crate::isa::Isa;
 use crate::kv::KvType;
 use crate::memory::{Plain, cast};
-use crate::ops::{PAGE, exp, fold, padded};
+use crate::ops::{PAGE, exp, fold, fold_max, padded};
 
 /// The queries of one token that share a key/value head, and one page of that head.
 #[derive(Clone, Copy)]
@@ -446,21 +446,6 @@ fn split<I: Isa>(isa: I, x: I::F, parts: [&mut [i8; 16]; 2], sums: &mut [I::F; 2
 #[inline(always)]
 fn largest<I: Isa>(isa: I, top: I::F) -> f32 {
     fold_max(isa, isa.max(top, isa.splat(1e-30)))
-}
-
-/// The largest lane.
-#[inline(always)]
-pub(crate) fn fold_max<I: Isa>(isa: I, top: I::F) -> f32 {
-    let mut lanes = [0.0; 16];
-    isa.store(top, &mut lanes);
-    let mut width = 8;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] = if lanes[i + width] > lanes[i] { lanes[i + width] } else { lanes[i] };
-        }
-        width /= 2;
-    }
-    lanes[0]
 }
 
 /// What the sums of products with stored codes begin with: a code is the integer plus 128. `sums` are those of the

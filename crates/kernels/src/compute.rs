@@ -567,8 +567,8 @@ impl Compute {
         });
     }
 
-    /// As [`Compute::linear`] with up to three tokens and a matrix stored by rows; `positive` becomes the rows of which the output of any
-    /// token is, in order.
+    /// As [`Compute::linear`] with up to three tokens and a matrix stored by rows; `positive` becomes the rows of which any token's
+    /// output is greater than 0, in order.
     ///
     /// # Panics
     /// As there, and for more tokens, or for more outputs than `work` is wide.

@@ -24,6 +24,21 @@ pub(crate) fn fold<I: Isa>(isa: I, v: I::F) -> f32 {
     lanes[0]
 }
 
+/// The largest lane.
+#[inline(always)]
+pub(crate) fn fold_max<I: Isa>(isa: I, top: I::F) -> f32 {
+    let mut lanes = [0.0; 16];
+    isa.store(top, &mut lanes);
+    let mut width = 8;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = if lanes[i + width] > lanes[i] { lanes[i + width] } else { lanes[i] };
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
 /// The last, incomplete register or registers of a row, filled up with zeros.
 #[inline(always)]
 pub(crate) fn padded<T: Copy + Default, const N: usize>(tail: &[T]) -> [T; N] {
@@ -109,14 +124,7 @@ pub(crate) fn rmsnorm<I: Isa>(
         #[inline(always)]
         |top, y| isa.max(isa.abs(y), top),
     );
-    greatest_lane(isa, top)
-}
-
-#[inline(always)]
-fn greatest_lane<I: Isa>(isa: I, v: I::F) -> f32 {
-    let mut lanes = [0.0; 16];
-    isa.store(v, &mut lanes);
-    lanes.into_iter().fold(0.0, |a, b| if b > a { b } else { a })
+    fold_max(isa, top)
 }
 
 /// The greatest of the absolute values.
@@ -127,7 +135,7 @@ pub(crate) fn greatest<I: Isa>(isa: I, x: &[f32]) -> f32 {
     for block in blocks {
         top = isa.max(isa.abs(isa.load(block)), top);
     }
-    greatest_lane(isa, isa.max(isa.abs(isa.load(&padded(tail))), top))
+    fold_max(isa, isa.max(isa.abs(isa.load(&padded(tail))), top))
 }
 
 /// Quantises a row to int8 with absmax scaling: q = round_half_even(x * s), s = (1 / max(max|x|, 1e-5)) * 127, where `top` is max|x|.

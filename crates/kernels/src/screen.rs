@@ -36,11 +36,10 @@
 //! then what else is known of each row, the four float32 of [`RowScales`]: for each [`BLOCK`] of rows all the first ones, then all
 //! the second and so on. The step is infinity where the codes tell nothing of the row.
 
-use crate::attention::fold_max;
 use crate::compute::{Compute, FloatMatrix};
 use crate::isa::Isa;
 use crate::memory::{Aligned, Bytes};
-use crate::ops::fold;
+use crate::ops::{fold, fold_max};
 
 /// Weights in a chunk of 64 bytes: byte b holds weight b in its low half, weight 64 + b in its high one.
 const CHUNK: usize = 128;

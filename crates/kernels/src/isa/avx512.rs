@@ -122,8 +122,10 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
             for part in 0..4 {
                 let (mask, first) = ((mask >> (16 * part)) as u16, first + 16 * part);
                 let all = _mm512_add_epi32(lanes, _mm512_set1_epi32(first as i32));
-                let out = out.as_mut_ptr().add(count).cast();
-                _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(mask, all));
+                _mm512_storeu_si512(
+                    out.as_mut_ptr().add(count).cast(),
+                    _mm512_maskz_compress_epi32(mask, all),
+                );
                 count += mask.count_ones() as usize;
             }
         }
@@ -638,13 +640,12 @@ unsafe fn columns_vnni<I: Isa>(
 ) {
     // SAFETY: chunk c < chunks reads bytes below 64 c + 64 of a column and sums below 256 c + 256.
     unsafe {
-        // As all fields of a column are multiplied with one code, what later ones add can be taken off at the end, and the first
-        // needs no mask.
-        let masks = match I::COLUMN_NESTED {
-            true => [0xffu8, 0x3f, 0x0f, 0x03],
-            false => [0xc0, 0x30, 0x0c, 0x03],
+        // A column's fields are all multiplied with one code, so what later ones add can be taken off at the end: the first needs no mask.
+        let fields = if I::COLUMN_NESTED { [0xffu8, 0x3f, 0x0f, 0x03] } else { [0xc0, 0x30, 0x0c, 0x03] };
+        let mut masks = [_mm512_setzero_si512(); 4];
+        for f in 0..4 {
+            masks[f] = _mm512_set1_epi8(fields[f] as i8);
         }
-        .map(|mask| _mm512_set1_epi8(mask as i8));
         for c in 0..chunks {
             let (v, q0) = column_quad(isa, columns, ahead, q, 0, c);
             let (u, q1) = column_quad(isa, columns, ahead, q, 1, c);
