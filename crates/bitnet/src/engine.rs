@@ -10,6 +10,7 @@ use crate::model::{Config, Model, Profile, Row, Scratch, Unfinished};
 use bitnet_kernels::{Compute, Counted, KvStore, KvType, Logits, MemoryPart, PAGE, PartBytes};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 
 /// Sizes that an engine is built with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,9 +121,15 @@ pub struct Engine {
     touched: usize,
     counted: Counted,
     cancel: Arc<AtomicBool>,
+    /// Whether anything was fed.
+    fed: bool,
+    settling: Duration,
 }
 
 impl Engine {
+    /// For how long a feed brings weights into their layout before it begins.
+    const SLICE: Duration = Duration::from_millis(100);
+
     /// Reserves cache and buffers for `model`.
     ///
     /// # Errors
@@ -147,6 +154,8 @@ impl Engine {
             counted: Counted::new(MemoryPart::Scratch, size_of_val(&logits[..])),
             logits,
             cancel: Arc::default(),
+            fed: false,
+            settling: Duration::ZERO,
             options,
             model,
             compute,
@@ -179,6 +188,19 @@ impl Engine {
     /// block.
     pub fn cancel_by(&mut self, flag: Arc<AtomicBool>) {
         self.cancel = flag;
+    }
+
+    /// Finishes what loading left undone, until `enough` says that it may wait. The first tokens are computed from the weights as the
+    /// file has them, which is slower; without this call each feed but the first settles some, for a tenth of a second.
+    pub fn settle(&mut self, enough: impl Fn() -> bool) {
+        let start = Instant::now();
+        self.model.settle(&self.compute, enough);
+        self.settling += start.elapsed();
+    }
+
+    /// How long settling has taken, within feeds and without.
+    pub fn settling(&self) -> Duration {
+        self.settling
     }
 
     /// A new, empty sequence.
@@ -247,6 +269,10 @@ impl Engine {
     /// they were.
     pub fn feed(&mut self, feeds: &[Feed<'_>]) -> Result<&[f32], Error> {
         self.reserve(feeds)?;
+        if std::mem::replace(&mut self.fed, true) {
+            let start = Instant::now();
+            self.settle(|| start.elapsed() > Self::SLICE);
+        }
         let vocab = self.model.config().vocab_size;
         let total: usize = feeds.iter().map(|feed| feed.wanted.count(feed.tokens.len())).sum();
         if let Some(more) = (total * vocab).checked_sub(self.logits.len()) {

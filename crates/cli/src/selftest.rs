@@ -19,6 +19,7 @@ pub fn bits(model: Model, compute: Compute, cache_type: KvType) -> Result<Vec<u3
     let options =
         EngineOptions { context, max_rows: context, cache_type, ..EngineOptions::for_model(config) };
     let mut engine = Engine::new(model, compute, options)?;
+    engine.settle(|| false);
     let sequence = engine.open();
     let (mut bits, mut every) = (Vec::new(), Vec::new());
     let mut tokens = Vec::new();

@@ -8,7 +8,9 @@ use anyhow::{Context, anyhow, bail, ensure};
 use bitnet::gguf::Gguf;
 use bitnet::hub::ModelName;
 use bitnet::kernels::ternary::Layout;
-use bitnet::kernels::{Compute, Kernels, MemoryPart, PartBytes, allowed_threads, best, supported};
+use bitnet::kernels::{
+    Bytes, Compute, Kernels, MemoryPart, PartBytes, RowRace, allowed_threads, best, supported,
+};
 use bitnet::model::{Config, Model, ModelInfo, Repair, Strategy};
 use bitnet::text::{ChatTemplate, Tokenizer};
 use bitnet::{Engine, EngineOptions, Error, MemoryPlan};
@@ -178,13 +180,13 @@ impl ModelArgs {
         Ok(Compute::new(kernels, asked.min(allowed)))
     }
 
-    /// How the weights are kept and what a decoded token reads of them, where the file has so many bytes.
-    pub fn strategy(&self, compute: &Compute, bytes: u64, sequences: usize) -> Strategy {
+    /// How the weights are kept and what a decoded token reads of them; `race` may be held to tell.
+    pub fn strategy(&self, sequences: usize, race: impl FnOnce() -> RowRace) -> Strategy {
         let rows = match self.layout {
             RowLayout::Base3 => Layout::Base3,
             // Several tokens share what is read of a row, and two bits take less arithmetic.
-            RowLayout::Auto if bytes >= LARGE_FILE && sequences == 1 => {
-                let race = compute.race_rows();
+            RowLayout::Auto if sequences == 1 => {
+                let race = race();
                 if self.verbose {
                     notice(format_args!("layout of rows: {race}"));
                 }
@@ -193,6 +195,18 @@ impl ModelArgs {
             RowLayout::Auto | RowLayout::TwoBits => Layout::Rows,
         };
         Strategy { sparse: !self.dense, rows }
+    }
+
+    /// The strategy for a file.
+    pub fn strategy_for(&self, gguf: &Arc<Gguf>, compute: &Compute, sequences: usize) -> Strategy {
+        self.strategy(sequences, || {
+            if gguf.byte_len() < LARGE_FILE {
+                return RowRace::NONE;
+            }
+            // The middle of the file: weights, or an embedding. It begins with a page.
+            let start = ((gguf.byte_len() as usize - RowRace::BYTES) / 2) & !0xffff;
+            compute.race_rows(Some(Bytes::new(gguf.clone(), start..start + RowRace::BYTES)))
+        })
     }
 
     /// Plans the memory and then loads the model; tells what was repaired and what gave way. `beside` gets the tokenizer while
@@ -216,7 +230,7 @@ impl ModelArgs {
         wish: &Wish,
         beside: impl Fn(&Arc<Tokenizer>) + Sync,
     ) -> anyhow::Result<(Model, EngineOptions)> {
-        let info = ModelInfo::new(gguf, self.strategy(compute, gguf.byte_len(), wish.sequences))?;
+        let info = ModelInfo::new(gguf, self.strategy_for(gguf, compute, wish.sequences))?;
         let threads = compute.pool().threads();
         let options = self.plan(gguf.name(), &info.config, wish, |options| info.memory(options, threads))?;
         Ok((info.load_with(gguf, compute, beside)?, options))

@@ -60,17 +60,6 @@ impl Counted {
         LIVE[part as usize].fetch_add(bytes, Relaxed);
         PEAK.fetch_max(ALL.fetch_add(bytes, Relaxed) + bytes, Relaxed);
     }
-    /// Lets `bytes` of `from` count for `to`.
-    ///
-    /// # Panics
-    /// If there are not so many.
-    pub fn shift(&mut self, from: MemoryPart, to: MemoryPart, bytes: usize) {
-        assert!(bytes <= self.0[from as usize]);
-        self.0[from as usize] -= bytes;
-        LIVE[from as usize].fetch_sub(bytes, Relaxed);
-        self.0[to as usize] += bytes;
-        LIVE[to as usize].fetch_add(bytes, Relaxed);
-    }
 }
 
 impl Drop for Counted {
@@ -119,11 +108,12 @@ impl HugeBuffer {
         let ptr = base.cast::<u8>().wrapping_add(base.cast::<u8>().align_offset(ALIGN));
         // Even where huge pages come slowly: a virtual machine whose host took free memory back waits 4 ms for each (0.2 ms
         // otherwise; small ones for the same bytes 0.7 ms), a second in all for a model of 1 GB. But decoding from small
-        // pages is a fifth slower, so that a start with them has lost its lead after a hundred tokens.
+        // pages is a fifth slower, so that a start with them has lost its lead after a hundred tokens. What does not fill one is on
+        // small pages.
         #[cfg(target_os = "linux")]
         // SAFETY: the range lies in the mapping just made. A refusal only means small pages.
         unsafe {
-            libc::madvise(ptr.cast(), size - ALIGN, libc::MADV_HUGEPAGE);
+            libc::madvise(ptr.cast(), len / ALIGN * ALIGN, libc::MADV_HUGEPAGE);
         }
         Some(Self { ptr, len, counted: Counted::new(part, len), map: (base, size) })
     }
@@ -267,6 +257,18 @@ impl Bytes {
     pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Self {
         assert!((*owner).as_ref().get(range.clone()).is_some(), "range outside of its owner");
         Self { owner, range }
+    }
+
+    /// Those in `range` of these.
+    ///
+    /// # Panics
+    /// If the range is not inside.
+    pub fn part(&self, range: Range<usize>) -> Self {
+        assert!(self.get(range.clone()).is_some(), "range outside of its bytes");
+        Self {
+            owner: self.owner.clone(),
+            range: self.range.start + range.start..self.range.start + range.end,
+        }
     }
 }
 

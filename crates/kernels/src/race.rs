@@ -18,6 +18,15 @@ pub struct RowRace {
 impl RowRace {
     /// Weights of a row that was timed.
     pub const COLUMNS: usize = 2560;
+    /// Bytes of rows that one run reads, so many that they come from memory.
+    const RUN: usize = 8 << 20;
+    const ROUNDS: usize = 3;
+    const LAYOUTS: [Layout; 2] = [Layout::Rows, Layout::Base3];
+    /// Bytes of all runs.
+    pub const BYTES: usize = Self::ROUNDS * Self::LAYOUTS.len() * 2 * Self::RUN;
+
+    /// No race.
+    pub const NONE: Self = Self { layout: Layout::Rows, times: Vec::new() };
 }
 
 impl std::fmt::Display for RowRace {
@@ -35,40 +44,54 @@ impl std::fmt::Display for RowRace {
 
 impl Compute {
     /// Times how rows are multiplied with one token on this machine, now, in each layout that could be the fastest. That takes
-    /// tens of milliseconds where more than one could.
-    pub fn race_rows(&self) -> RowRace {
-        // Rows of a common width, 8 MiB in a run, and for each run others, so that they come from memory.
-        const BYTES: usize = 8 << 20;
+    /// tens of milliseconds where more than one could. The rows are [`RowRace::BYTES`] of `memory`, where any bytes are weights; or
+    /// it takes memory of its own, which may take the system long.
+    ///
+    /// # Panics
+    /// If `memory` is shorter.
+    pub fn race_rows(&self, memory: Option<Bytes>) -> RowRace {
+        // Rows of a common width, and for each run others.
+        const RUN: usize = RowRace::RUN;
         const COLUMNS: usize = RowRace::COLUMNS;
-        const ROUNDS: usize = 3;
-        let mut race = RowRace { layout: Layout::Rows, times: Vec::new() };
+        let mut race = RowRace::NONE;
         if !self.kernels.fast_base3() {
             return race;
         }
-        let layouts = [Layout::Rows, Layout::Base3];
-        let runs = ROUNDS * layouts.len() * 2;
-        let Some(mut buffer) = HugeBuffer::new(MemoryPart::Scratch, runs * BYTES) else { return race };
-        let parts = Rows::new(&mut buffer, BYTES / 16);
-        // SAFETY: each part is one task. Any bytes are weights here.
-        self.pool.run(runs * 16, |part, _| unsafe { parts.row(part) }.fill(1));
-        let buffer = Arc::new(buffer);
+        let memory = match memory {
+            Some(memory) => memory,
+            None => match HugeBuffer::new(MemoryPart::Scratch, RowRace::BYTES) {
+                Some(mut own) => {
+                    let parts = Rows::new(&mut own, RUN / 16);
+                    // SAFETY: each part is one task.
+                    self.pool.run(RowRace::BYTES / RUN * 16, |part, _| unsafe { parts.row(part) }.fill(1));
+                    Bytes::new(Arc::new(own), 0..RowRace::BYTES)
+                }
+                None => return race,
+            },
+        };
+        // What is mapped is there before the time counts.
+        self.pool.run(RowRace::BYTES >> 20, |part, _| {
+            for page in memory[part << 20..][..1 << 20].chunks(1 << 12) {
+                std::hint::black_box(page[0]);
+            }
+        });
         let (mut work, mut q) =
             (Workspace::new(COLUMNS, self.pool.threads()), QuantizedRows::new(1, COLUMNS));
         self.quantize(&[1.0; COLUMNS], COLUMNS, Layout::Rows, &mut work, &mut q);
-        let mut out = vec![0.0; BYTES / base3::row_bytes(COLUMNS)];
-        race.times = layouts.map(|layout| (layout, f64::INFINITY, f64::INFINITY)).to_vec();
+        let mut out = vec![0.0; RUN / base3::row_bytes(COLUMNS)];
+        race.times = RowRace::LAYOUTS.map(|layout| (layout, f64::INFINITY, f64::INFINITY)).to_vec();
         // Every other row, but not in step: by the uppermost bit of multiples of the golden ratio.
         let half: Vec<u32> =
             (0..out.len() as u32).filter(|r| r.wrapping_mul(0x9e37_79b9) >> 31 == 1).collect();
         let mut begin = 0;
-        for _ in 0..ROUNDS {
+        for _ in 0..RowRace::ROUNDS {
             for (layout, all, listed) in &mut race.times {
-                let rows = BYTES / layout.bytes(1, COLUMNS);
+                let rows = RUN / layout.bytes(1, COLUMNS);
                 for (best, list) in
                     [(all, None), (listed, Some(&half[..half.partition_point(|&r| (r as usize) < rows)]))]
                 {
-                    let bytes = Bytes::new(buffer.clone(), begin..begin + layout.bytes(rows, COLUMNS));
-                    begin += BYTES;
+                    let bytes = memory.part(begin..begin + layout.bytes(rows, COLUMNS));
+                    begin += RUN;
                     let (matrix, out) =
                         (TernaryMatrix::new(bytes, *layout, rows, COLUMNS, 1.0), &mut out[..rows]);
                     let start = Instant::now();

@@ -5,13 +5,13 @@
 //! more of it, the request waits for that.
 
 use super::generation::Generation;
+use super::run::Watch;
 use super::{FinishReason, Sampler, StopConditions};
 use crate::{Engine, Error, Feed, SequenceId, Wanted};
 use bitnet_kernels::PAGE;
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
 
 /// Tokens in common that are worth being taken over or waited for.
 const WORTH_SHARING: usize = 8;
@@ -326,11 +326,11 @@ impl Batch {
                 Feed { sequence: *sequence, tokens, wanted: wanted.unwrap_or(Wanted::Nothing) }
             })
             .collect();
-        let start = Instant::now();
+        let watch = Watch::start(engine);
         engine.feed(&feeds)?;
         let fed = feeds[0].tokens.len();
         if alone {
-            running[0].text.took(fed, start.elapsed());
+            running[0].text.took(fed, watch.elapsed(engine));
         }
         Ok(())
     }

@@ -4,6 +4,18 @@ use crate::{Engine, Error, Feed, SequenceId, Wanted};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
+/// Tells how long something took, without what the engine [settled](Engine::settle) meanwhile.
+pub(super) struct Watch(Instant, Duration);
+
+impl Watch {
+    pub(super) fn start(engine: &Engine) -> Self {
+        Self(Instant::now(), engine.settling())
+    }
+    pub(super) fn elapsed(&self, engine: &Engine) -> Duration {
+        self.0.elapsed().saturating_sub(engine.settling() - self.1)
+    }
+}
+
 /// What [`generate`] did.
 #[derive(Clone, Debug)]
 pub struct Generated {
@@ -13,7 +25,7 @@ pub struct Generated {
     pub tokens: Vec<u32>,
     /// Time for the prompt, up to the logits of its last token.
     pub prompt_time: Duration,
-    /// Time from there on.
+    /// Time from there on, without what the engine settled: see [`Engine::settling`].
     pub decode_time: Duration,
     /// Tokens that [`Speculation`](super::Speculation) proposed.
     pub proposed: usize,
@@ -44,10 +56,10 @@ pub fn generate(
     if prompt.is_empty() {
         return Err(Error::EmptyPrompt);
     }
-    let start = Instant::now();
+    let watch = Watch::start(engine);
     let whole = [engine.tokens(sequence), prompt].concat();
     let mut text = Generation::new(engine, sequence, whole, stop.clone())?;
-    let generated = decode(engine, &mut text, sampler, emit, start);
+    let generated = decode(engine, &mut text, sampler, emit, &watch);
     // What was proposed and did not come.
     engine.truncate(sequence, text.len() - 1);
     generated
@@ -58,14 +70,14 @@ fn decode(
     text: &mut Generation,
     sampler: &mut Sampler,
     emit: &mut Emit<'_>,
-    start: Instant,
+    watch: &Watch,
 ) -> Result<Generated, Error> {
     let mut prompt_time = None;
     let finish = loop {
         if let Some(finish) = text.prepare(sampler, true, emit)? {
             break finish;
         }
-        let (sequence, step) = (text.sequence, Instant::now());
+        let (sequence, step) = (text.sequence, Watch::start(engine));
         let computed = engine.tokens(sequence).len();
         let mut feed = |text: &Generation, sampler: &mut Sampler| {
             let wanted = &text.wanted(sampler)[..=text.guesses];
@@ -81,8 +93,8 @@ fn decode(
             }
             fed => fed?,
         }
-        prompt_time.get_or_insert_with(|| start.elapsed());
-        text.took(text.tokens.len() - computed, step.elapsed());
+        prompt_time.get_or_insert_with(|| watch.elapsed(engine));
+        text.took(text.tokens.len() - computed, step.elapsed(engine));
         if let Some(finish) = text.take(engine, 0, sampler, emit)? {
             break finish;
         }
@@ -94,7 +106,7 @@ fn decode(
         finish,
         tokens: text.tokens[text.first..].to_vec(),
         prompt_time,
-        decode_time: start.elapsed().saturating_sub(prompt_time),
+        decode_time: watch.elapsed(engine).saturating_sub(prompt_time),
         proposed: text.proposed,
         accepted: text.accepted,
         complete,

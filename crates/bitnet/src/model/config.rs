@@ -54,6 +54,12 @@ pub struct Repair {
     pub message: String,
 }
 
+/// An error of a tensor of a file.
+pub(crate) fn bad_tensor(gguf: &Gguf, tensor: &TensorInfo, problem: impl Into<String>) -> Error {
+    let thing = format!("tensor {:?} at byte {}", tensor.name, tensor.offset);
+    Error::Model { file: gguf.name().to_owned(), thing, problem: problem.into() }
+}
+
 /// Reads keys and words errors for one file.
 pub(crate) struct Keys<'a> {
     pub(crate) gguf: &'a Gguf,
@@ -63,10 +69,6 @@ pub(crate) struct Keys<'a> {
 impl Keys<'_> {
     pub(crate) fn error(&self, thing: impl Into<String>, problem: impl Into<String>) -> Error {
         Error::Model { file: self.gguf.name().to_owned(), thing: thing.into(), problem: problem.into() }
-    }
-
-    pub(crate) fn bad_tensor(&self, tensor: &TensorInfo, problem: impl Into<String>) -> Error {
-        self.error(format!("tensor {:?} at byte {}", tensor.name, tensor.offset), problem)
     }
 
     fn key(&self, suffix: &str) -> String {
@@ -124,7 +126,7 @@ fn rope_factors(keys: &Keys<'_>, rope_dim: usize) -> Result<Vec<f32>, Error> {
     if tensor.ty == TensorType::F32 && factors.len() == rope_dim / 2 && good {
         return Ok(factors);
     }
-    Err(keys.bad_tensor(tensor, format!("expected {} factors above 0 in F32", rope_dim / 2)))
+    Err(bad_tensor(keys.gguf, tensor, format!("expected {} factors above 0 in F32", rope_dim / 2)))
 }
 
 impl Config {
@@ -179,7 +181,7 @@ impl Config {
         let vocab_size = match keys.optional("vocab_size", 1..=1 << 24)? {
             Some(n) => n,
             None if (1..=1 << 24).contains(&rows) => rows as usize,
-            None => return Err(keys.bad_tensor(embedding, format!("{rows} rows are no vocabulary"))),
+            None => return Err(bad_tensor(keys.gguf, embedding, format!("{rows} rows are no vocabulary"))),
         };
         let activation = match gguf.get_str(&keys.key("hidden_act"))? {
             Some("relu2") => Activation::Relu2,

@@ -164,6 +164,12 @@ impl Model {
         })
     }
 
+    /// Brings weights that are still read from the file into the engine's layout until all are or `enough` says so, which is asked
+    /// every few milliseconds. The bits of the results stay the same.
+    pub fn settle(&mut self, compute: &Compute, enough: impl Fn() -> bool) {
+        self.weights.settle(compute, enough);
+    }
+
     /// Cosines and sines of RoPE's angles at `position`, `rope_dim / 2` each. The angle is rounded to float32 before its
     /// cosine is taken, as in the reference; at large positions that matters.
     pub fn rope_angles(&self, position: usize, cos: &mut [f32], sin: &mut [f32]) {

@@ -1,7 +1,7 @@
 //! The tensors of a model, mapped layer by layer and brought into the engine's layout.
 
-use super::config::{Config, Keys, require};
-use super::fill::fill;
+use super::config::{Config, Keys, bad_tensor, require};
+use super::fill::{Piece, check, fill};
 use super::stored::{ExactScales, Pairs, floats, row_format, scale_of};
 use crate::Error;
 use bitnet_gguf::{Gguf, TensorInfo, TensorType};
@@ -12,6 +12,7 @@ use bitnet_kernels::{
     Activation, Bytes, Compute, FloatMatrix, FloatType, Head, HugeBuffer, MemoryPart, PartBytes, Screen,
     TernaryMatrix,
 };
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -27,6 +28,22 @@ pub struct Weights {
     pub layers: Vec<Layer>,
     /// How they are read.
     pub strategy: Strategy,
+    /// What is still read where it lies in the file, in the order in which it gets a place of its own.
+    pending: VecDeque<Pending>,
+}
+
+/// Tensors on their way into the engine's layout.
+struct Pending {
+    file: Arc<Gguf>,
+    piece: Piece,
+    becomes: Becomes,
+}
+
+enum Becomes {
+    /// The matrices of a layer.
+    Layer(usize, Box<[TernaryPlace; 7]>),
+    /// The small copy of the head, of so many rows and columns.
+    Screen(usize, usize),
 }
 
 /// The tensors of one block.
@@ -77,6 +94,18 @@ impl Layer {
         }
     }
 
+    fn set(&mut self, matrices: [TernaryMatrix; 7]) {
+        [
+            self.attn_q,
+            self.attn_k,
+            self.attn_v,
+            self.attn_output,
+            self.ffn_gate,
+            self.ffn_up,
+            self.ffn_down,
+        ] = matrices;
+    }
+
     /// The ternary matrices.
     pub fn matrices(&self) -> [&TernaryMatrix; 7] {
         [
@@ -91,9 +120,9 @@ impl Layer {
     }
 }
 
-/// Where a tensor of the file goes in the engine's one buffer.
-pub(super) struct Placed<'a> {
-    pub(super) tensor: &'a TensorInfo,
+/// Where a tensor of the file goes in the buffer of its piece.
+pub(super) struct Placed {
+    pub(super) tensor: TensorInfo,
     pub(super) store: Store,
     pub(super) range: Range<usize>,
     /// Of a ternary tensor, as its rows have it.
@@ -127,15 +156,31 @@ fn block_format(ty: TensorType) -> Option<BlockFormat> {
 }
 
 /// Checks tensors against the configuration and assigns them places.
-pub(super) struct Planner<'a> {
-    pub(super) keys: Keys<'a>,
+struct Planner<'a> {
+    keys: Keys<'a>,
     exact: ExactScales<'a>,
-    pub(super) placed: Vec<Placed<'a>>,
-    end: usize,
+    /// Where the tensors of each buffer go.
+    pieces: Vec<Vec<Placed>>,
 }
 
-/// A place in the buffer, shape and scale, to become a matrix when the buffer is filled.
-type TernaryPlace = (Range<usize>, Layout, usize, usize, f32);
+/// A place in the buffer of a layer, shape and scale, to become a matrix when the buffer is filled.
+struct TernaryPlace {
+    range: Range<usize>,
+    layout: Layout,
+    rows: usize,
+    columns: usize,
+    scale: f32,
+    /// Where the file has it as [`Layout::Rows`], if it has.
+    stored: Option<Range<usize>>,
+}
+
+impl TernaryPlace {
+    fn matrix(&self, buffer: &Arc<HugeBuffer>) -> TernaryMatrix {
+        let bytes = Bytes::new(buffer.clone(), self.range.clone());
+        TernaryMatrix::new(bytes, self.layout, self.rows, self.columns, self.scale)
+    }
+}
+
 /// Where a float matrix is: in the buffer, or still in the file.
 enum FloatPlace {
     Buffer(Range<usize>, FloatType),
@@ -188,12 +233,12 @@ impl Strategy {
     }
 }
 
-/// Where every tensor of a model goes.
+/// Where every tensor of a model goes: the layers into a piece each, then the small copy of the head or what floats are copied.
 pub(crate) struct WeightPlan<'a> {
     planner: Planner<'a>,
     embedding: FloatPlace,
     head: Option<FloatPlace>,
-    screen: Option<Range<usize>>,
+    screens: bool,
     output_norm: Vec<f32>,
     layers: Vec<LayerPlan>,
     strategy: Strategy,
@@ -209,15 +254,15 @@ impl<'a> Planner<'a> {
         Ok(tensor)
     }
 
-    pub(super) fn error(&self, tensor: &TensorInfo, problem: impl Into<String>) -> Error {
-        self.keys.bad_tensor(tensor, problem)
+    fn error(&self, tensor: &TensorInfo, problem: impl Into<String>) -> Error {
+        bad_tensor(self.keys.gguf, tensor, problem)
     }
 
     fn place(&mut self, tensor: &'a TensorInfo, bytes: usize, store: Store, scale: f32) -> Range<usize> {
-        let start = self.end.next_multiple_of(64);
-        self.end = start + bytes;
-        self.placed.push(Placed { tensor, store, range: start..self.end, scale });
-        start..self.end
+        let piece = self.pieces.last_mut().expect("a piece was begun");
+        let start = piece.last().map_or(0, |placed| placed.range.end.next_multiple_of(64));
+        piece.push(Placed { tensor: tensor.clone(), store, range: start..start + bytes, scale });
+        start..start + bytes
     }
 
     fn norm(&self, name: &str, width: usize) -> Result<Vec<f32>, Error> {
@@ -287,15 +332,21 @@ impl<'a> Planner<'a> {
         }
         let scale = scale_of(self.keys.gguf, tensor, &self.exact);
         let scale = scale.map_err(|problem| self.error(tensor, problem))?.unwrap_or(1.0);
+        let as_stored = columns.is_multiple_of(CHUNK) && format.is_none() && pairs.is_none();
         let store = match layout {
             Layout::Columns => Store::Columns { rows, columns, format },
-            Layout::Rows if columns.is_multiple_of(CHUNK) && format.is_none() && pairs.is_none() => {
-                Store::Ternary
-            }
+            Layout::Rows if as_stored => Store::Ternary,
             _ => Store::Rows { columns, layout, format, pairs },
         };
-        let range = self.place(tensor, layout.bytes(rows, columns), store, scale);
-        Ok((range, layout, rows, columns, scale * self.extra_scale(name)?))
+        let start = tensor.offset as usize;
+        Ok(TernaryPlace {
+            range: self.place(tensor, layout.bytes(rows, columns), store, scale),
+            layout,
+            rows,
+            columns,
+            scale: scale * self.extra_scale(name)?,
+            stored: as_stored.then(|| start..start + Layout::Rows.bytes(rows, columns)),
+        })
     }
 
     /// What llama.cpp multiplies the product with: the one element of a tensor beside the weights; 1 where there is none.
@@ -319,7 +370,7 @@ impl<'a> WeightPlan<'a> {
     pub(crate) fn new(gguf: &'a Gguf, config: &Config, strategy: Strategy) -> Result<Self, Error> {
         let keys = Keys { gguf, arch: config.architecture.clone() };
         let exact = ExactScales::read(gguf);
-        let mut planner = Planner { keys, exact, placed: Vec::new(), end: 0 };
+        let mut planner = Planner { keys, exact, pieces: Vec::new() };
         let (hidden, ff) = (config.hidden_size, config.intermediate_size);
         let (q, kv) = (config.q_width(), config.kv_width());
         planner.refuse_unknown()?;
@@ -328,6 +379,7 @@ impl<'a> WeightPlan<'a> {
         let mut layers = Vec::new();
         for i in 0..config.n_layers {
             let name = |part: &str| format!("blk.{i}.{part}.weight");
+            planner.pieces.push(Vec::new());
             layers.push(LayerPlan {
                 norms: [planner.norm(&name("attn_norm"), hidden)?, planner.norm(&name("ffn_norm"), hidden)?],
                 sub_norms: [
@@ -354,28 +406,36 @@ impl<'a> WeightPlan<'a> {
         let plain = |(tensor, _): &(&TensorInfo, FloatType)| block_format(tensor.ty).is_none();
         let screens =
             strategy.screens(config.vocab_size) && plain(&embedding) && output.as_ref().is_none_or(plain);
-        let screen = screens.then(|| {
+        planner.pieces.push(Vec::new());
+        if screens {
             let (tensor, ty) = output.unwrap_or(embedding);
             let (rows, columns) = (config.vocab_size, hidden);
-            planner.place(tensor, Screen::bytes(rows, columns), Store::Screen { rows, columns, ty }, 1.0)
-        });
+            planner.place(tensor, Screen::bytes(rows, columns), Store::Screen { rows, columns, ty }, 1.0);
+        }
         let mut place = |matrix| if screens { Planner::mapped(matrix) } else { planner.copied(matrix) };
         let (embedding, head) = (place(embedding), output.map(place));
         let output_norm = planner.norm("output_norm.weight", hidden)?;
-        Ok(Self { planner, embedding, head, screen, output_norm, layers, strategy })
+        Ok(Self { planner, embedding, head, screens, output_norm, layers, strategy })
+    }
+
+    /// What each piece counts for: the last one is of the head.
+    fn part(&self, piece: usize) -> MemoryPart {
+        let last = piece + 1 == self.planner.pieces.len();
+        if last && self.screens { MemoryPart::HeadCopy } else { MemoryPart::Weights }
     }
 
     /// Bytes that the weights take in memory.
     pub(crate) fn bytes(&self) -> PartBytes {
-        let copy = self.screen.as_ref().map_or(0, ExactSizeIterator::len);
         let mut bytes = PartBytes::default();
-        bytes[MemoryPart::Weights as usize] = self.planner.end - copy;
-        bytes[MemoryPart::HeadCopy as usize] = copy;
+        for (i, placed) in self.planner.pieces.iter().enumerate() {
+            bytes[self.part(i) as usize] += Piece::bytes(placed);
+        }
         bytes
     }
 
-    /// Reads the weights into one buffer with all threads of `compute`, checking every code, and gives the file's mapped
-    /// pages back as it goes. One of the threads does `beside` meanwhile.
+    /// Checks every code with all threads of `compute`, and brings the weights into the engine's layout where the file does not have
+    /// them in a form that can be used as it is; where it does, [`Weights::settle`] does that later. One of the threads does `beside`
+    /// meanwhile.
     pub(crate) fn load(
         self,
         config: &Config,
@@ -383,22 +443,57 @@ impl<'a> WeightPlan<'a> {
         compute: &Compute,
         beside: impl Fn() + Sync,
     ) -> Result<Weights, Error> {
-        let Self { planner, embedding, head, screen, output_norm, layers, strategy } = self;
-        let bytes = planner.end;
-        let mut buffer = buffer(MemoryPart::Weights, bytes)?;
-        let copy = screen.as_ref().map_or(0, ExactSizeIterator::len);
-        buffer.counted.shift(MemoryPart::Weights, MemoryPart::HeadCopy, copy);
-        fill(&planner, file, &mut buffer, compute, &beside)?;
-        let buffer = Arc::new(buffer);
-        let take = |range| Bytes::new(buffer.clone(), range);
-        let matrix = |(range, layout, rows, columns, scale)| {
-            TernaryMatrix::new(take(range), layout, rows, columns, scale)
-        };
+        let parts: Vec<_> = (0..self.planner.pieces.len()).map(|piece| self.part(piece)).collect();
+        let Self { planner, embedding, head, screens, output_norm, layers, strategy } = self;
+        let pieces = planner.pieces.into_iter().zip(parts);
+        let pieces = pieces.map(|(placed, part)| {
+            let buffer = buffer(part, Piece::bytes(&placed))?;
+            Ok(Piece::new(placed, buffer))
+        });
+        let mut pieces = pieces.collect::<Result<Vec<_>, Error>>()?;
+        let stored = layers.iter().flat_map(|layer| &layer.matrices).all(|place| place.stored.is_some());
+        let later = screens && stored;
+        match later {
+            true => check(&pieces, file, compute, &beside)?,
+            false => fill(&mut pieces, file, compute, &beside)?,
+        }
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        let mut pieces = VecDeque::from(pieces);
+        // That of the head is done first: it saves the most.
+        let last = pieces.pop_back().expect("the piece of the head");
+        let mut pending = VecDeque::new();
+        let mut all = Vec::new();
+        for (i, (plan, piece)) in layers.into_iter().zip(pieces).enumerate() {
+            let LayerPlan { norms, sub_norms, matrices } = plan;
+            if later {
+                let view = matrices.each_ref().map(|place| {
+                    let bytes = Bytes::new(file.clone(), place.stored.clone().unwrap_or_default());
+                    TernaryMatrix::new(bytes, Layout::Rows, place.rows, place.columns, place.scale)
+                });
+                all.push(Layer::new(norms, sub_norms, view));
+                let (file, becomes) = (file.clone(), Becomes::Layer(i, Box::new(matrices)));
+                pending.push_back(Pending { file, piece, becomes });
+            } else {
+                let buffer = Arc::new(piece.buffer);
+                let matrices = matrices.each_ref().map(|place| place.matrix(&buffer));
+                all.push(Layer::new(norms, sub_norms, matrices));
+            }
+        }
+        let mut screen = None;
+        let mut copied = None;
+        match (screens, later) {
+            (true, true) => {
+                let (file, becomes) = (file.clone(), Becomes::Screen(vocab, hidden));
+                pending.push_front(Pending { file, piece: last, becomes });
+            }
+            (true, false) => screen = Some(Screen::new(whole(last.buffer), vocab, hidden)),
+            (false, _) => copied = Some(Arc::new(last.buffer)),
+        }
         let float = |place| {
-            let (bytes, ty) = match place {
-                FloatPlace::Buffer(range, ty) => (take(range), ty),
-                FloatPlace::File(range, ty) => {
+            let (bytes, ty) = match (place, &copied) {
+                (FloatPlace::Buffer(range, ty), Some(buffer)) => (Bytes::new(buffer.clone(), range), ty),
+                (FloatPlace::Buffer(..), None) => unreachable!("nothing is copied beside a screen"),
+                (FloatPlace::File(range, ty), _) => {
                     let (start, file) = (range.start as u64, file.clone());
                     let bytes = Bytes::new(file.clone(), range);
                     let read = move |at: usize, row: &mut [u8]| file.read_at(start + at as u64, row).is_ok();
@@ -407,18 +502,51 @@ impl<'a> WeightPlan<'a> {
             };
             FloatMatrix::new(bytes, ty, vocab, hidden)
         };
-        let layers = layers.into_iter().map(|LayerPlan { norms, sub_norms, matrices }| {
-            Layer::new(norms, sub_norms, matrices.map(matrix))
-        });
-        let layers = layers.collect();
         let embedding = float(embedding);
-        let screen = screen.map(|range| Screen::new(take(range), vocab, hidden));
         let head = Head { matrix: head.map_or_else(|| embedding.clone(), float), screen };
-        Ok(Weights { embedding, head, output_norm, layers, strategy })
+        Ok(Weights { embedding, head, output_norm, layers: all, strategy, pending })
     }
 }
 
+/// All bytes of a buffer.
+fn whole(buffer: HugeBuffer) -> Bytes {
+    let len = buffer.len();
+    Bytes::new(Arc::new(buffer), 0..len)
+}
+
 impl Weights {
+    /// Brings what is still read where it lies in the file into the engine's layout, with all threads of `compute`, until all is or
+    /// `enough`, which is asked again every few milliseconds. Results stay the same to the bit; steps become faster.
+    pub(super) fn settle(&mut self, compute: &Compute, enough: impl Fn() -> bool) {
+        while let Some(Pending { file, piece, .. }) = self.pending.front_mut()
+            && !enough()
+        {
+            if piece.fill_some(file, SLICE * compute.pool().threads(), compute).is_err() {
+                // Somebody has written to the file since its codes were checked: what is used of it stays as it is.
+                return self.pending.clear();
+            }
+            if !piece.is_full() {
+                continue;
+            }
+            let Some(Pending { file, piece, becomes }) = self.pending.pop_front() else { return };
+            piece.give_back(&file);
+            match becomes {
+                Becomes::Layer(i, places) => {
+                    let buffer = Arc::new(piece.buffer);
+                    self.layers[i].set(places.each_ref().map(|place| place.matrix(&buffer)));
+                }
+                Becomes::Screen(rows, columns) => {
+                    self.head.screen = Some(Screen::new(whole(piece.buffer), rows, columns));
+                }
+            }
+        }
+    }
+
+    /// Whether [`Self::settle`] has nothing left to do.
+    pub fn is_settled(&self) -> bool {
+        self.pending.is_empty()
+    }
+
     /// Rows and columns of the matrices of a layer, in their order.
     fn shapes(config: &Config) -> [(usize, usize); 7] {
         let (hidden, ff) = (config.hidden_size, config.intermediate_size);
@@ -480,9 +608,13 @@ impl Weights {
         let embedding = FloatMatrix::new(Bytes::new(buffer, 0..head), FloatType::F16, vocab, hidden);
         let screen = strategy.screens(vocab).then(|| random_screen(&embedding, vocab, hidden, compute));
         let head = Head { matrix: embedding.clone(), screen: screen.transpose()? };
-        Ok(Self { head, embedding, output_norm: vec![1.0; hidden], layers, strategy })
+        let output_norm = vec![1.0; hidden];
+        Ok(Self { head, embedding, output_norm, layers, strategy, pending: VecDeque::new() })
     }
 }
+
+/// Parts that a thread fills between two looks at the time.
+const SLICE: usize = 4;
 
 fn buffer(part: MemoryPart, bytes: usize) -> Result<HugeBuffer, Error> {
     HugeBuffer::new(part, bytes).ok_or(Error::NoMemory { what: "weights", bytes })
@@ -499,7 +631,7 @@ fn random_screen(
     in_parts(compute, &mut buffer, Screen::bytes(Screen::PART, columns), |part, out| {
         compute.screen_part(matrix, part, out);
     });
-    Ok(Screen::new(Bytes::new(Arc::new(buffer), 0..bytes), rows, columns))
+    Ok(Screen::new(whole(buffer), rows, columns))
 }
 
 /// Lets all threads `work` on parts of so many bytes, which are numbered.

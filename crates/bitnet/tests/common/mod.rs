@@ -74,7 +74,9 @@ pub(crate) fn build(
     options: EngineOptions,
 ) -> Engine {
     let compute = Compute::new(kernels, threads);
-    Engine::new(Model::load(gguf, &compute, strategy).unwrap(), compute, options).unwrap()
+    let mut engine = Engine::new(Model::load(gguf, &compute, strategy).unwrap(), compute, options).unwrap();
+    engine.settle(|| false);
+    engine
 }
 
 /// The bits of all logits of tokens that continue a sequence.

@@ -139,7 +139,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let gguf = Arc::new(args.model.file.open()?);
     let compute = args.model.compute()?;
     let width = usize::from(args.batch_size);
-    let info = ModelInfo::new(&gguf, args.model.strategy(&compute, gguf.byte_len(), width))?;
+    let info = ModelInfo::new(&gguf, args.model.strategy_for(&gguf, &compute, width))?;
     let options = plan(args, &gguf, &info, compute.pool().threads())?;
     // All that the text of a row depends on besides the row itself.
     let Defaults { sampler, stop, ignore_eos, form } = &defaults;

@@ -132,9 +132,10 @@ pub fn run(mut args: Args) -> Result<()> {
         beside: STREAM,
         ..Wish::default()
     };
-    let (model, options) = match args.synthetic {
+    let (mut model, options) = match args.synthetic {
         Some(_) => {
-            let (config, strategy) = (Config::bitnet_2b_4t(), model_args.strategy(&compute, u64::MAX, batch));
+            let (config, strategy) =
+                (Config::bitnet_2b_4t(), model_args.strategy(batch, || compute.race_rows(None)));
             let threads = compute.pool().threads();
             let plan = |options: &EngineOptions| MemoryPlan::random(&config, strategy, options, threads);
             let options = model_args.plan("random weights", &config, &wish, plan)?;
@@ -142,6 +143,7 @@ pub fn run(mut args: Args) -> Result<()> {
         }
         None => model_args.load(&compute, &wish, |_| ())?,
     };
+    model.settle(&compute, || false);
     let name = model.config().name.clone().unwrap_or_else(|| model.file().to_owned());
     let bytes_per_step = bytes_per_step(&model);
     let mut engine = Engine::new(model, compute, options)?;

@@ -165,11 +165,26 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     result.and(saved)
 }
 
+/// Waits for `next` and lets another thread finish meanwhile what loading left.
+fn while_settling<T>(engine: &mut Engine, next: impl FnOnce() -> T) -> T {
+    if engine.model().weights().is_settled() {
+        return next();
+    }
+    let here = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| engine.settle(|| here.load(Ordering::Relaxed)));
+        let next = next();
+        here.store(true, Ordering::Relaxed);
+        next
+    })
+}
+
 impl Session {
     fn talk(&mut self, lines: &mut Lines) -> anyhow::Result<()> {
         let person = self.person;
         loop {
-            let text = match lines.next(">>> ", &self.interrupted)? {
+            let next = while_settling(&mut self.engine, || lines.next(">>> ", &self.interrupted));
+            let text = match next? {
                 Input::Text(text) => text,
                 Input::Cleared => {
                     hint("Ctrl-D or /exit ends the chat");

@@ -5,7 +5,7 @@ use crate::{hub, machine, selftest};
 use anyhow::ensure;
 use bitnet::gguf::Gguf;
 use bitnet::kernels::ternary::Layout;
-use bitnet::kernels::{Compute, KvType, Logits, supported};
+use bitnet::kernels::{Compute, KvType, Logits, RowRace, supported};
 use bitnet::model::{Config, Model, Strategy};
 use bitnet::{Engine, EngineOptions, Feed, Wanted};
 use indicatif::ProgressStyle;
@@ -105,11 +105,12 @@ pub fn run(mut args: Args) -> anyhow::Result<()> {
         advice.push("the scalar kernels are slow: they are a definition, not made for speed".into());
     }
 
-    say("rows", compute.race_rows())?;
+    say("rows", compute.race_rows(None))?;
     let wish = Wish { context: Some(16), max_rows: 16, ..Wish::default() };
     let (model, options) = args.load_file(&gguf, &compute, &wish, |_| ())?;
     args.file.note_repairs(model.repairs());
-    let engine = Engine::new(model, compute, options)?;
+    let mut engine = Engine::new(model, compute, options)?;
+    engine.settle(|| false);
     args.tell_memory(&engine);
     let (model, shape) = (engine.model(), Config::bitnet_2b_4t());
     let file = model.config().name.clone().unwrap_or_else(|| model.file().to_owned());
@@ -153,7 +154,7 @@ pub fn run(mut args: Args) -> anyhow::Result<()> {
 fn products(args: &ModelArgs, compute: Compute) -> anyhow::Result<f64> {
     let config = Config { n_layers: 2, vocab_size: 256, ..Config::bitnet_2b_4t() };
     let done = weights(&config) * ROWS as f64;
-    let model = Model::random(config, &compute, args.strategy(&compute, 0, 1))?;
+    let model = Model::random(config, &compute, args.strategy(1, || RowRace::NONE))?;
     let options = EngineOptions { context: ROWS, ..EngineOptions::for_model(model.config()) };
     let mut engine = Engine::new(model, compute, options)?;
     let tokens: Vec<u32> = (0..ROWS as u32).collect();

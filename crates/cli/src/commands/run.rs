@@ -133,6 +133,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         accepted_tokens: generated.accepted,
         tokens: generated.tokens,
         load_seconds: load_time.as_secs_f64(),
+        settling_seconds: engine.settling().as_secs_f64(),
         first_token_seconds: first_token.unwrap_or_default().as_secs_f64(),
         seed: sampler.config().seed,
         kernel: engine.compute().kernels().name(),
@@ -166,6 +167,8 @@ struct Statistics<'a> {
     proposed_tokens: usize,
     accepted_tokens: usize,
     load_seconds: f64,
+    /// What was left of loading, between tokens.
+    settling_seconds: f64,
     first_token_seconds: f64,
     seed: u64,
     kernel: &'static str,
@@ -178,9 +181,13 @@ impl Statistics<'_> {
             0 => String::new(),
             count => format!("  ({count} of them from the prompt cache)"),
         };
+        let settling = match self.settling_seconds {
+            seconds if seconds > 0.0 => format!(" and {seconds:.2} s between tokens"),
+            _ => String::new(),
+        };
         notice(format_args!(
             "\nprompt     {:>6} tokens  {:>8.2} tokens/s{cached}\ngenerated  {:>6} tokens  {:>8.2} tokens/s  (ended: {}; \
-             speculation: {} of {} accepted)\nload {:.2} s, first token after {:.3} s, seed {}, {}, {}",
+             speculation: {} of {} accepted)\nload {:.2} s{settling}, first token after {:.3} s, seed {}, {}, {}",
             self.prompt_tokens,
             self.prompt_tokens_per_second,
             self.tokens.len(),

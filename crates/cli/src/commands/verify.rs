@@ -99,6 +99,7 @@ fn check(args: &ModelArgs, gguf: &Arc<Gguf>) -> anyhow::Result<()> {
         Err(_) => vec![0],
     };
     let mut engine = Engine::new(model, compute, options)?;
+    engine.settle(|| false);
     let sequence = engine.open();
     let (mut next, mut ids) = (prompt.clone(), Vec::new());
     while ids.len() < TOKENS && prompt.len() + ids.len() < options.context {
