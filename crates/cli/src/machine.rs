@@ -155,9 +155,10 @@ pub fn memory() -> Option<(u64, u64, u64)> {
     (available > 0).then(|| (system.total_memory(), available, system.free_swap()))
 }
 
-/// Bytes of memory that this process had at most, pages of files included.
-pub fn resident_peak() -> Option<u64> {
-    said_bytes("/proc/self/status", "VmHWM:")
+/// Bytes of memory that this process has, and had at most, pages of files included.
+pub fn resident() -> Option<(u64, u64)> {
+    let field = |name| said_bytes("/proc/self/status", name);
+    Some((field("VmRSS:")?, field("VmHWM:")?))
 }
 
 /// Whether the system gives huge pages: "always", "madvise" or "never".

@@ -156,8 +156,9 @@ pub fn tell(engine: &Engine) {
             format!("{} {}{touched}", part.name(), bytes(parts[part as usize] as u64))
         })
         .collect();
-    let resident = machine::resident_peak().map_or(String::new(), |size| {
-        format!("; the system counted {}, pages of files included", bytes(size))
+    let resident = machine::resident().map_or(String::new(), |(now, most)| {
+        let [now, most] = [now, most].map(bytes);
+        format!("; the system counts {now} now and {most} at most, pages of files included")
     });
     notice(format_args!("memory: {}; peak {}{resident}", used.join(", "), bytes(peak as u64)));
 }

@@ -172,11 +172,6 @@ impl AsRef<[u8]> for HugeBuffer {
     }
 }
 
-/// One cache line.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
-
 /// Numbers whose every bit pattern is valid, zero bits being zero.
 pub trait Plain: Copy + sealed::Sealed {}
 mod sealed {
@@ -206,10 +201,16 @@ pub(crate) fn cast_mut<T: Plain>(bytes: &mut [u8]) -> &mut [T] {
     unsafe { std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast(), bytes.len() / size_of::<T>()) }
 }
 
-/// A zeroed slice that begins on a cache line, so that no vector load from it touches two lines where it need not.
-/// It counts as [`MemoryPart::Scratch`].
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// A zeroed slice that begins on a cache line, so that no vector load from it touches two lines where it need not. Its memory is
+/// taken as it is written to. It counts as [`MemoryPart::Scratch`].
 pub struct Aligned<T> {
-    lines: Vec<Line>,
+    /// A line more than is needed. Zeros of a type without an alignment of its own come from the system as they are.
+    memory: Vec<u64>,
+    /// Where it begins.
+    first: usize,
     len: usize,
     _counted: Counted,
     of: PhantomData<T>,
@@ -222,23 +223,30 @@ impl<T: Plain> Aligned<T> {
     /// If no memory could hold them.
     pub fn zeroed(len: usize) -> Self {
         let bytes = len.checked_mul(size_of::<T>()).expect("a length that memory can hold");
-        let lines = vec![Line([0; 64]); bytes.div_ceil(64)];
-        Self { len, _counted: Counted::new(MemoryPart::Scratch, taken(&lines)), lines, of: PhantomData }
+        let memory = vec![0u64; (bytes.div_ceil(LINE) + 1) * (LINE / 8)];
+        let first = memory.as_ptr().align_offset(LINE);
+        Self {
+            len,
+            _counted: Counted::new(MemoryPart::Scratch, taken(&memory)),
+            memory,
+            first,
+            of: PhantomData,
+        }
     }
 }
 
 impl<T: Plain> Deref for Aligned<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
-        // SAFETY: the lines hold `len` elements, aligned to more than they need, and any bits are a `Plain`.
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
+        // SAFETY: from `first` on there are `len` elements, aligned to more than they need, and any bits are a `Plain`.
+        unsafe { std::slice::from_raw_parts(self.memory[self.first..].as_ptr().cast(), self.len) }
     }
 }
 
 impl<T: Plain> DerefMut for Aligned<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         // SAFETY: as above, and `self` is borrowed exclusively.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
+        unsafe { std::slice::from_raw_parts_mut(self.memory[self.first..].as_mut_ptr().cast(), self.len) }
     }
 }
 

@@ -31,6 +31,10 @@ struct Part<'a> {
 const PART: usize = 2 << 20;
 
 impl Placed {
+    fn is_i2s(&self) -> bool {
+        self.tensor.ty == TensorType::I2S
+    }
+
     /// Bytes of a part of it.
     fn part_bytes(&self) -> usize {
         match self.store {
@@ -115,7 +119,7 @@ fn check_layout(file: &Gguf) -> Result<(), Error> {
     arm_layout(file).map_or(Ok(()), |(tensor, problem)| Err(bad_tensor(file, tensor, problem)))
 }
 
-/// Checks every code of tensors in I2_S. One thread does `beside`.
+/// Checks every code of tensors in I2_S, and has the pages of the head mapped. One thread does `beside`.
 pub(super) fn check(
     pieces: &[Piece],
     file: &Gguf,
@@ -123,13 +127,12 @@ pub(super) fn check(
     beside: &(dyn Fn() + Sync),
 ) -> Result<(), Error> {
     let placed = pieces.iter().flat_map(|piece| &piece.placed);
-    let ternary = placed.filter(|placed| placed.tensor.ty == TensorType::I2S);
-    let parts: Vec<_> = ternary
-        .flat_map(|placed| {
-            let codes = &file.tensor_bytes(&placed.tensor)[..placed.tensor.n_elements() as usize / 4];
-            codes.chunks(PART).enumerate().map(move |(i, part)| (placed, i * PART, part))
-        })
-        .collect();
+    let parts = placed.flat_map(|placed| {
+        let bytes = file.tensor_bytes(&placed.tensor);
+        let all = if placed.is_i2s() { placed.tensor.n_elements() as usize / 4 } else { bytes.len() };
+        bytes[..all].chunks(PART).enumerate().map(move |(i, part)| (placed, i * PART, part))
+    });
+    let parts: Vec<_> = parts.collect();
     // The two tasks that cannot be cut into parts come first.
     together(compute, 2 + parts.len(), |task| match task {
         0 => {
@@ -138,8 +141,12 @@ pub(super) fn check(
         }
         1 => check_layout(file),
         task => {
-            let (placed, at, codes) = parts[task - 2];
-            code_three(codes).map_or(Ok(()), |byte| Err(no_weight(file, placed, at + byte)))
+            let (placed, at, bytes) = parts[task - 2];
+            if placed.is_i2s() {
+                return code_three(bytes).map_or(Ok(()), |byte| Err(no_weight(file, placed, at + byte)));
+            }
+            bytes.iter().step_by(4096).for_each(|byte| _ = std::hint::black_box(*byte));
+            Ok(())
         }
     })
 }
@@ -163,9 +170,13 @@ pub(super) fn fill(
             Ok(())
         }
     })?;
-    // Faults map neighbouring pages too, in parts that were done with.
-    file.advise_dontneed(file.data_offset()..file.byte_len());
+    give_back(file);
     Ok(())
+}
+
+/// Gives all of the file's mapped pages back: faults map neighbouring pages too, in parts that were done with.
+pub(super) fn give_back(file: &Gguf) {
+    file.advise_dontneed(file.data_offset()..file.byte_len());
 }
 
 /// Fills a part. Returns what of the file is done with then.
@@ -250,8 +261,15 @@ fn no_weight(file: &Gguf, placed: &Placed, byte: usize) -> Error {
 
 /// The first byte that holds the code 3, which is never written.
 fn code_three(bytes: &[u8]) -> Option<usize> {
+    const ONES: u64 = 0x5555_5555_5555_5555;
+    let bad = |word: u64| word & (word >> 1) & ONES;
+    let bad_byte = |&byte: &u8| bad(u64::from(byte)) != 0;
     // Whole pieces first, without a branch in the loop.
-    let bad = |b: &u8| b & (b >> 1) & 0x55;
-    let piece = bytes.chunks(4096).position(|piece| piece.iter().map(bad).fold(0, |a, b| a | b) != 0)?;
-    bytes[piece * 4096..].iter().position(|b| bad(b) != 0).map(|i| piece * 4096 + i)
+    let bad_piece = |piece: &[u8]| {
+        let (words, rest) = piece.as_chunks();
+        let found = words.iter().fold(0, |found, &word| found | bad(u64::from_le_bytes(word)));
+        found != 0 || rest.iter().any(bad_byte)
+    };
+    let piece = bytes.chunks(4096).position(bad_piece)?;
+    bytes[piece * 4096..].iter().position(bad_byte).map(|i| piece * 4096 + i)
 }

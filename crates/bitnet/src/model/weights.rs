@@ -1,7 +1,7 @@
 //! The tensors of a model, mapped layer by layer and brought into the engine's layout.
 
 use super::config::{Config, Keys, bad_tensor, require};
-use super::fill::{Piece, check, fill};
+use super::fill::{Piece, check, fill, give_back};
 use super::stored::{ExactScales, Pairs, floats, row_format, scale_of};
 use crate::Error;
 use bitnet_gguf::{Gguf, TensorInfo, TensorType};
@@ -538,6 +538,9 @@ impl Weights {
                 Becomes::Screen(rows, columns) => {
                     self.head.screen = Some(Screen::new(whole(piece.buffer), rows, columns));
                 }
+            }
+            if self.pending.is_empty() {
+                give_back(&file);
             }
         }
     }
