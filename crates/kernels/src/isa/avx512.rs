@@ -46,7 +46,8 @@ macro_rules! whole {
 
 impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
     type F = __m512;
-    const PANEL_TOKENS: usize = if AMX { 32 } else { 12 };
+    const PANEL_TOKENS: usize = if AMX { 32 } else { 6 };
+    const PANEL_PAIRS: bool = !AMX;
     const SUMS: usize = 16;
     const LOOKS_UP: bool = !VNNI;
     const TILES: bool = AMX;
@@ -254,16 +255,23 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
         }
     }
     #[inline(always)]
-    fn panel_tile<const T: usize>(self, panel: &[u8], a: [&[i8]; T], dots: &mut [[i32; PANEL]; T]) {
+    fn panel_tile<const T: usize, const P: usize>(
+        self,
+        panels: [&[u8]; P],
+        a: [&[i8]; T],
+        dots: &mut [[[i32; PANEL]; T]; P],
+    ) {
         assert!(VNNI, "without it sums are looked up");
-        let quads = panel_quads(panel, a);
-        if AMX && T == super::amx::TOKENS && quads % 16 == 0 {
+        let quads = panel_quads(panels, a);
+        if AMX && P == 1 && T == super::amx::TOKENS && quads % 16 == 0 {
             // SAFETY: `self` proves AMX; the lengths were checked above.
-            unsafe { super::amx::panel_tile(panel, &a, quads, dots.as_flattened_mut()) }
+            unsafe {
+                super::amx::panel_tile(panels[0], &a, quads, dots.as_flattened_mut().as_flattened_mut());
+            }
             return;
         }
         // SAFETY: the CPU has the instructions, as `self` proves, and the lengths were checked above.
-        unsafe { panel_vnni(panel, a, quads, dots) }
+        unsafe { panel_vnni(panels, a, quads, dots) }
     }
     #[inline(always)]
     fn fast_base3(self) -> bool {
@@ -545,33 +553,51 @@ pub(super) unsafe fn transpose(v: [__m512i; 16]) -> [__m512i; 16] {
 }
 
 /// # Safety
-/// Needs AVX-512 F, BW and VNNI, `quads` quads in the panel and 4 `quads` codes in each `a`.
+/// Needs AVX-512 F, BW and VNNI, `quads` quads in each panel, a multiple of four, and 4 `quads` codes in each `a`.
 #[inline(always)]
-unsafe fn panel_vnni<const T: usize>(
-    panel: &[u8],
+unsafe fn panel_vnni<const T: usize, const P: usize>(
+    panels: [&[u8]; P],
     a: [&[i8]; T],
     quads: usize,
-    dots: &mut [[i32; PANEL]; T],
+    dots: &mut [[[i32; PANEL]; T]; P],
 ) {
+    // Where another guest has a part of the core, instructions are what limits: four quads a turn need few beside the products.
+    const TURN: usize = 4;
     // SAFETY: quad i < quads reads panel bytes below 128 i + 128 and codes below 4 i + 4.
     unsafe {
-        let mut sums = [[_mm512_setzero_si512(); 2]; T];
+        let mut sums = [[[_mm512_setzero_si512(); 2]; P]; T];
         // The codes of the tokens that follow in memory are wanted next: they come to the second-level cache meanwhile.
         let next = a[T - 1].as_ptr().wrapping_add(4 * quads);
-        for i in 0..quads {
-            _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(4 * T * i));
-            let w0 = _mm512_loadu_si512(panel.as_ptr().add(128 * i).cast());
-            let w1 = _mm512_loadu_si512(panel.as_ptr().add(128 * i + 64).cast());
-            for t in 0..T {
-                let q = _mm512_set1_epi32(a[t].as_ptr().add(4 * i).cast::<i32>().read_unaligned());
-                sums[t][0] = _mm512_dpbusd_epi32(sums[t][0], w0, q);
-                sums[t][1] = _mm512_dpbusd_epi32(sums[t][1], w1, q);
+        for turn in 0..quads / TURN {
+            let (begin, codes) = (128 * TURN * turn, 4 * TURN * turn);
+            for line in 0..T.div_ceil(4) {
+                _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(T * codes + 64 * line));
+            }
+            for i in 0..TURN {
+                let mut w = [[_mm512_setzero_si512(); 2]; P];
+                for p in 0..P {
+                    for half in 0..2 {
+                        let at = panels[p].as_ptr().add(begin).add(128 * i + 64 * half);
+                        w[p][half] = _mm512_loadu_si512(at.cast());
+                    }
+                }
+                for t in 0..T {
+                    let q = a[t].as_ptr().add(codes).cast::<i32>().add(i).read_unaligned();
+                    let q = _mm512_set1_epi32(q);
+                    for p in 0..P {
+                        for half in 0..2 {
+                            sums[t][p][half] = _mm512_dpbusd_epi32(sums[t][p][half], w[p][half], q);
+                        }
+                    }
+                }
             }
         }
         for t in 0..T {
-            for half in 0..2 {
-                let out = dots[t].as_mut_ptr().add(16 * half).cast();
-                _mm512_storeu_si512(out, sums[t][half]);
+            for p in 0..P {
+                for half in 0..2 {
+                    let out = dots[p][t].as_mut_ptr().add(16 * half).cast();
+                    _mm512_storeu_si512(out, sums[t][p][half]);
+                }
             }
         }
     }

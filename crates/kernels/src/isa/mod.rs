@@ -55,8 +55,10 @@ pub(crate) fn prefetch_soon(p: *const u8) {
 pub(crate) trait Isa: Copy {
     /// Sixteen float32 lanes.
     type F: Copy;
-    /// Most tokens of a panel's tile whose sums fit the registers: one of 1, 2, 4, 6, 8, 12, 32.
+    /// Most tokens of a panel's tile whose sums fit the registers: one of 1, 2, 4, 6, 8, 32.
     const PANEL_TOKENS: usize;
+    /// Whether two panels side by side make a better tile than one: of up to six tokens.
+    const PANEL_PAIRS: bool = false;
     /// Sums of sixteen lanes that attention keeps at a time: about as many as fit the registers.
     const SUMS: usize = 8;
     /// Whether products with several tokens are looked up and not multiplied.
@@ -210,10 +212,17 @@ pub(crate) trait Isa: Copy {
     fn panel_columns(self, columns: [&[u8; 64]; 4], part: usize, codes: &mut [u8]) {
         panel::panel_columns(columns, part, codes);
     }
-    /// Makes `dots` the exact dot products of a panel's outputs with T rows of codes, in the panel's order of inputs.
+    /// Makes `dots` the exact dot products of the outputs of P panels with T rows of codes, in the panels' order of inputs.
     #[inline(always)]
-    fn panel_tile<const T: usize>(self, panel: &[u8], a: [&[i8]; T], dots: &mut [[i32; PANEL]; T]) {
-        panel::panel_tile(panel, a, dots);
+    fn panel_tile<const T: usize, const P: usize>(
+        self,
+        panels: [&[u8]; P],
+        a: [&[i8]; T],
+        dots: &mut [[[i32; PANEL]; T]; P],
+    ) {
+        for p in 0..P {
+            panel::panel_tile(panels[p], a, &mut dots[p]);
+        }
     }
     /// With [`Isa::TILES`]: lays out the codes of up to sixteen tokens as [`crate::ternary::tiles`] says. Each has 64 bytes for each tile.
     #[inline(always)]
@@ -341,11 +350,16 @@ fn check_split<const Q: usize, const P: usize>(codes: [&[[u8; 64]]; P], rows: [[
 /// Checks the lengths that [`Isa::panel_tile`] relies on. Returns the number of quads of inputs.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
-fn panel_quads<const T: usize>(panel: &[u8], a: [&[i8]; T]) -> usize {
-    let quads = panel.len() / (4 * PANEL);
+fn panel_quads<const T: usize, const P: usize>(panels: [&[u8]; P], a: [&[i8]; T]) -> usize {
+    let quads = panels[0].len() / (4 * PANEL);
+    for panel in panels {
+        assert_eq!(panel.len(), 4 * PANEL * quads);
+    }
     for a in a {
         assert_eq!(a.len(), 4 * quads);
     }
+    // Rows end with a whole chunk.
+    assert!(quads.is_multiple_of(4));
     quads
 }
 

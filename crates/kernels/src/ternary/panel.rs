@@ -52,6 +52,18 @@ pub(crate) unsafe fn matmul<I: Isa>(isa: I, part: &Part<'_>, a: Activations<'_>,
     let tokens = a.scales.len();
     let mut dots = [[0; PANEL]; 32];
     while t < tokens {
+        if I::PANEL_PAIRS && parts == 2 {
+            // SAFETY: the caller's contract, handed on.
+            t += unsafe {
+                match tokens - t {
+                    6.. => tile::<I, 6, 2>(isa, panels, weight_scale, a, t, first, count, &mut dots, out),
+                    4.. => tile::<I, 4, 2>(isa, panels, weight_scale, a, t, first, count, &mut dots, out),
+                    2.. => tile::<I, 2, 2>(isa, panels, weight_scale, a, t, first, count, &mut dots, out),
+                    _ => tile::<I, 1, 2>(isa, panels, weight_scale, a, t, first, count, &mut dots, out),
+                }
+            };
+            continue;
+        }
         // The activations of a tile stay in the first-level cache for all panels.
         let left = (tokens - t).min(I::PANEL_TOKENS);
         let mut step = 0;
@@ -61,13 +73,12 @@ pub(crate) unsafe fn matmul<I: Isa>(isa: I, part: &Part<'_>, a: Activations<'_>,
             // SAFETY: the caller's contract, handed on.
             step = unsafe {
                 match left {
-                    32.. => tile::<I, 32>(isa, panel, weight_scale, a, t, first, count, &mut dots, out),
-                    12.. => tile::<I, 12>(isa, panel, weight_scale, a, t, first, count, &mut dots, out),
-                    8.. => tile::<I, 8>(isa, panel, weight_scale, a, t, first, count, &mut dots, out),
-                    6.. => tile::<I, 6>(isa, panel, weight_scale, a, t, first, count, &mut dots, out),
-                    4.. => tile::<I, 4>(isa, panel, weight_scale, a, t, first, count, &mut dots, out),
-                    2.. => tile::<I, 2>(isa, panel, weight_scale, a, t, first, count, &mut dots, out),
-                    _ => tile::<I, 1>(isa, panel, weight_scale, a, t, first, count, &mut dots, out),
+                    32.. => tile::<I, 32, 1>(isa, panel, weight_scale, a, t, first, count, &mut dots, out),
+                    8.. => tile::<I, 8, 1>(isa, panel, weight_scale, a, t, first, count, &mut dots, out),
+                    6.. => tile::<I, 6, 1>(isa, panel, weight_scale, a, t, first, count, &mut dots, out),
+                    4.. => tile::<I, 4, 1>(isa, panel, weight_scale, a, t, first, count, &mut dots, out),
+                    2.. => tile::<I, 2, 1>(isa, panel, weight_scale, a, t, first, count, &mut dots, out),
+                    _ => tile::<I, 1, 1>(isa, panel, weight_scale, a, t, first, count, &mut dots, out),
                 }
             };
         }
@@ -107,14 +118,14 @@ fn unpack<I: Isa>(isa: I, source: Source<'_>, panel: &mut [u8], first: usize, sk
     }
 }
 
-/// A panel against T tokens from `t0`. `dots` is scratch. Returns T.
+/// P panels against T tokens from `t0`. `dots` is scratch. Returns T.
 ///
 /// # Safety
 /// As [`matmul`].
 #[inline(always)]
-unsafe fn tile<I: Isa, const T: usize>(
+unsafe fn tile<I: Isa, const T: usize, const P: usize>(
     isa: I,
-    panel: &[u8],
+    panels: &[u8],
     weight_scale: f32,
     a: Activations<'_>,
     t0: usize,
@@ -123,24 +134,31 @@ unsafe fn tile<I: Isa, const T: usize>(
     dots: &mut [[i32; PANEL]; 32],
     out: OutPtr,
 ) -> usize {
-    let width = panel.len() / PANEL;
+    let width = a.codes.len() / a.scales.len();
+    let mut parts = [panels; P];
+    for p in 0..P {
+        parts[p] = &panels[p * width * PANEL..][..width * PANEL];
+    }
     let mut codes = [&a.codes[..width]; T];
     for t in 0..T {
         codes[t] = &a.codes[(t0 + t) * width..][..width];
     }
-    let dots = &mut dots.as_chunks_mut::<T>().0[0];
-    isa.panel_tile(panel, codes, dots);
+    let dots = &mut dots.as_chunks_mut::<T>().0.as_chunks_mut::<P>().0[0];
+    isa.panel_tile(parts, codes, dots);
     for t in 0..T {
         let (sum, factor) = (a.sums[t0 + t], weight_scale / a.scales[t0 + t]);
-        let mut y = [0.0; PANEL];
-        for r in 0..PANEL {
-            y[r] = (dots[t][r] - sum) as f32 * factor;
+        let mut y = [[0.0; PANEL]; P];
+        for p in 0..P {
+            for r in 0..PANEL {
+                y[p][r] = (dots[p][t][r] - sum) as f32 * factor;
+            }
         }
-        // SAFETY: the caller's contract: (t0 + t, first..first + count) is ours and in bounds. A whole panel is written
+        let y = y.as_flattened();
+        // SAFETY: the caller's contract: (t0 + t, first..first + count) is ours and in bounds. Whole panels are written
         // without a loop.
         unsafe {
-            if count == PANEL {
-                out.write_all(t0 + t, first, &y);
+            if count == P * PANEL {
+                out.write_all(t0 + t, first, &y[..P * PANEL]);
             } else {
                 out.write_all(t0 + t, first, &y[..count]);
             }

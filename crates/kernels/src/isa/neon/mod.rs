@@ -297,11 +297,16 @@ impl<const LEVEL: u8> Isa for Neon<LEVEL> {
         unsafe { panel::unpack_columns(columns, part, codes) }
     }
     #[inline(always)]
-    fn panel_tile<const T: usize>(self, panel: &[u8], a: [&[i8]; T], dots: &mut [[i32; PANEL]; T]) {
-        let quads = panel_quads(panel, a);
+    fn panel_tile<const T: usize, const P: usize>(
+        self,
+        panels: [&[u8]; P],
+        a: [&[i8]; T],
+        dots: &mut [[[i32; PANEL]; T]; P],
+    ) {
+        let quads = panel_quads(panels, a);
+        let (panel, dots) = (panels[0], &mut dots[0]);
+        assert_eq!(P, 1, "a pair is no better tile");
         *dots = [[0; PANEL]; T];
-        // Rows end with a whole chunk.
-        assert!(quads.is_multiple_of(4));
         // A block of the panel stays in the first-level cache while some outputs after the others pass over it. In base NEON
         // it adds 124 products of at most 2 * 128 to an int16 lane.
         const BLOCK: usize = 124;
