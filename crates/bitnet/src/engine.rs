@@ -198,6 +198,11 @@ impl Engine {
         self.settling += start.elapsed();
     }
 
+    /// Whether nothing is left to [settle](Self::settle).
+    pub fn is_settled(&self) -> bool {
+        self.model.weights().is_settled()
+    }
+
     /// How long settling has taken, within feeds and without.
     pub fn settling(&self) -> Duration {
         self.settling

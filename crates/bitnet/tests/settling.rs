@@ -27,17 +27,13 @@ fn unsettled(strategy: Strategy) -> Engine {
     Engine::new(model, compute, OPTIONS).unwrap()
 }
 
-fn is_settled(engine: &Engine) -> bool {
-    engine.model().weights().is_settled()
-}
-
 #[test]
 fn every_stage_gives_the_same_bits() {
     const TOP: usize = 3;
     for rows in [Layout::Rows, Layout::Base3] {
         let strategy = Strategy { rows, ..Strategy::SPARSE };
         let mut settled = build(&gguf("demo"), strategy, best(), 2, OPTIONS);
-        assert!(is_settled(&settled));
+        assert!(settled.is_settled());
         let expected = PROMPTS.map(|prompt| logits(&mut settled, prompt, Logits::Every));
         let mut stages = 0;
         loop {
@@ -48,9 +44,9 @@ fn every_stage_gives_the_same_bits() {
                     let mut engine = unsettled(strategy);
                     let looks = Cell::new(0);
                     engine.settle(|| looks.replace(looks.get() + 1) == stages);
-                    last = is_settled(&engine);
+                    last = engine.is_settled();
                     let got = logits(&mut engine, prompt, wanted);
-                    assert_eq!(is_settled(&engine), last);
+                    assert_eq!(engine.is_settled(), last);
                     let value = |&x: &u32| f32::from_bits(x);
                     let mut order: Vec<f32> = expected.iter().map(value).collect();
                     order.sort_by(|a, b| b.total_cmp(a));
@@ -77,12 +73,12 @@ fn every_stage_gives_the_same_bits() {
 fn feeds_settle_what_loading_left() {
     let mut engine = unsettled(Strategy::SPARSE);
     let layout = |engine: &Engine| engine.model().weights().layers[0].ffn_down.layout();
-    assert!(!is_settled(&engine) && layout(&engine) == Layout::Rows);
+    assert!(!engine.is_settled() && layout(&engine) == Layout::Rows);
     logits(&mut engine, PROMPTS[0], Logits::Every);
-    assert!(!is_settled(&engine) && engine.settling().is_zero());
+    assert!(!engine.is_settled() && engine.settling().is_zero());
     let settled = (0..1000).any(|_| {
         logits(&mut engine, PROMPTS[1], Logits::Every);
-        is_settled(&engine)
+        engine.is_settled()
     });
     assert!(settled && !engine.settling().is_zero() && layout(&engine) == Layout::Columns);
     assert!(engine.model().weights().head.screen.is_some());

@@ -329,7 +329,7 @@ impl Batch {
         let watch = Watch::start(engine);
         engine.feed(&feeds)?;
         let fed = feeds[0].tokens.len();
-        if alone {
+        if alone && engine.is_settled() {
             running[0].text.took(fed, watch.elapsed(engine));
         }
         Ok(())

@@ -94,7 +94,10 @@ fn decode(
             fed => fed?,
         }
         prompt_time.get_or_insert_with(|| watch.elapsed(engine));
-        text.took(text.tokens.len() - computed, step.elapsed(engine));
+        // What steps take before that says nothing of those to come.
+        if engine.is_settled() {
+            text.took(text.tokens.len() - computed, step.elapsed(engine));
+        }
         if let Some(finish) = text.take(engine, 0, sampler, emit)? {
             break finish;
         }

@@ -100,8 +100,8 @@ impl Scratch {
             + 2 * config.kv_width()
             + 2 * config.intermediate_size
             + config.rope_dim;
-        // Every buffer begins on a cache line.
-        const ALIGNMENT: usize = 32 * 64;
+        // Every buffer begins on a cache line and has one more.
+        const ALIGNMENT: usize = 32 * 128;
         4 * row * max_rows
             + QuantizedRows::bytes(max_rows, widest)
             + Workspace::bytes(widest, threads)

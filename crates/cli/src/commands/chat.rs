@@ -167,7 +167,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 
 /// Waits for `next` and lets another thread finish meanwhile what loading left.
 fn while_settling<T>(engine: &mut Engine, next: impl FnOnce() -> T) -> T {
-    if engine.model().weights().is_settled() {
+    if engine.is_settled() {
         return next();
     }
     let here = AtomicBool::new(false);
