@@ -128,7 +128,7 @@ pub struct Engine {
 
 impl Engine {
     /// For how long a feed brings weights into their layout before it begins.
-    const SLICE: Duration = Duration::from_millis(100);
+    const SLICE: Duration = Duration::from_millis(200);
 
     /// Reserves cache and buffers for `model`.
     ///
@@ -191,7 +191,7 @@ impl Engine {
     }
 
     /// Finishes what loading left undone, until `enough` says that it may wait. The first tokens are computed from the weights as the
-    /// file has them, which is slower; without this call each feed but the first settles some, for a tenth of a second.
+    /// file has them, which is slower; without this call each feed but the first settles some, for a fifth of a second.
     pub fn settle(&mut self, enough: impl Fn() -> bool) {
         let start = Instant::now();
         self.model.settle(&self.compute, enough);
