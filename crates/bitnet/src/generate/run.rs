@@ -94,7 +94,7 @@ fn decode(
             fed => fed?,
         }
         prompt_time.get_or_insert_with(|| watch.elapsed(engine));
-        // What steps take before that says nothing of those to come.
+        // Steps are slower before, and say nothing of those to come.
         if engine.is_settled() {
             text.took(text.tokens.len() - computed, step.elapsed(engine));
         }

@@ -1,4 +1,4 @@
-//! Loading: the tensors of a file are brought into the engine's layout by all threads, each code checked on the way.
+//! The tensors of a file are checked, and brought into the engine's layout, by all threads: at once, or piece by piece later.
 
 use super::config::bad_tensor;
 use super::stored::{arm_layout, row_chunk};
@@ -114,9 +114,23 @@ fn together(
     failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
-/// Refuses the I2_S layout of ARM builds.
-fn check_layout(file: &Gguf) -> Result<(), Error> {
-    arm_layout(file).map_or(Ok(()), |(tensor, problem)| Err(bad_tensor(file, tensor, problem)))
+/// The same of the parts of a file; one thread does `beside`, and one refuses the I2_S layout of ARM builds.
+fn load_together(
+    file: &Gguf,
+    compute: &Compute,
+    beside: &(dyn Fn() + Sync),
+    parts: usize,
+    work: impl Fn(usize) -> Result<(), Error> + Sync,
+) -> Result<(), Error> {
+    // The two tasks that cannot be cut into parts come first.
+    together(compute, 2 + parts, |task| match task {
+        0 => {
+            beside();
+            Ok(())
+        }
+        1 => arm_layout(file).map_or(Ok(()), |(tensor, problem)| Err(bad_tensor(file, tensor, problem))),
+        task => work(task - 2),
+    })
 }
 
 /// Checks every code of tensors in I2_S, and has the pages of the head mapped. One thread does `beside`.
@@ -133,21 +147,13 @@ pub(super) fn check(
         bytes[..all].chunks(PART).enumerate().map(move |(i, part)| (placed, i * PART, part))
     });
     let parts: Vec<_> = parts.collect();
-    // The two tasks that cannot be cut into parts come first.
-    together(compute, 2 + parts.len(), |task| match task {
-        0 => {
-            beside();
-            Ok(())
+    load_together(file, compute, beside, parts.len(), |part| {
+        let (placed, at, bytes) = parts[part];
+        if placed.is_i2s() {
+            return code_three(bytes).map_or(Ok(()), |byte| Err(no_weight(file, placed, at + byte)));
         }
-        1 => check_layout(file),
-        task => {
-            let (placed, at, bytes) = parts[task - 2];
-            if placed.is_i2s() {
-                return code_three(bytes).map_or(Ok(()), |byte| Err(no_weight(file, placed, at + byte)));
-            }
-            bytes.iter().step_by(4096).for_each(|byte| _ = std::hint::black_box(*byte));
-            Ok(())
-        }
+        bytes.iter().step_by(4096).for_each(|byte| _ = std::hint::black_box(*byte));
+        Ok(())
     })
 }
 
@@ -159,16 +165,9 @@ pub(super) fn fill(
     beside: &(dyn Fn() + Sync),
 ) -> Result<(), Error> {
     let parts: Vec<_> = pieces.iter_mut().flat_map(|piece| piece.take(usize::MAX)).collect();
-    together(compute, 2 + parts.len(), |task| match task {
-        0 => {
-            beside();
-            Ok(())
-        }
-        1 => check_layout(file),
-        task => {
-            file.advise_dontneed(fill_part(&parts[task - 2], file, compute)?);
-            Ok(())
-        }
+    load_together(file, compute, beside, parts.len(), |part| {
+        file.advise_dontneed(fill_part(&parts[part], file, compute)?);
+        Ok(())
     })?;
     give_back(file);
     Ok(())
