@@ -180,7 +180,7 @@ impl ModelArgs {
         Ok(Compute::new(kernels, asked.min(allowed)))
     }
 
-    /// How the weights are kept and what a decoded token reads of them; `race` may be held to tell.
+    /// How the weights are kept and what a decoded token reads of them. The `race` is held where its result counts.
     pub fn strategy(&self, sequences: usize, race: impl FnOnce() -> RowRace) -> Strategy {
         let rows = match self.layout {
             RowLayout::Base3 => Layout::Base3,
