@@ -193,6 +193,9 @@ impl Engine {
     /// Finishes what loading left undone, until `enough` says that it may wait. The first tokens are computed from the weights as the
     /// file has them, which is slower; without this call each feed but the first settles some, for a fifth of a second.
     pub fn settle(&mut self, enough: impl Fn() -> bool) {
+        if self.is_settled() {
+            return;
+        }
         let start = Instant::now();
         self.model.settle(&self.compute, enough);
         self.settling += start.elapsed();

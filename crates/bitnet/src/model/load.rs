@@ -14,7 +14,7 @@ use bitnet_kernels::math::sin_cos64;
 use bitnet_kernels::{Compute, MemoryPart, PartBytes};
 use std::sync::{Arc, OnceLock};
 
-/// An immutable model: many sequences share it.
+/// A model, which many sequences share: but for [settling](Self::settle) it does not change.
 pub struct Model {
     name: String,
     file: Option<Arc<Gguf>>,
@@ -78,8 +78,8 @@ impl<'a> ModelInfo<'a> {
         MemoryPlan::default().and(self.plan.bytes()).and(vocabulary).and(options.bytes(&self.config, threads))
     }
 
-    /// Reads the weights with all threads of `compute`. `file` is the one that this was read from. One of the threads hands the
-    /// tokenizer to `beside` while the others still read the weights.
+    /// Checks the weights with all threads of `compute`, and reads those that cannot be used as they lie in the file. `file` is the one that this was read from. One of the threads hands the
+    /// tokenizer to `beside` while the others are still at that.
     ///
     /// # Errors
     /// What only the weights and the vocabulary themselves can show.
@@ -94,7 +94,7 @@ impl<'a> ModelInfo<'a> {
     ) -> Result<Model, Error> {
         assert!(std::ptr::eq(self.gguf, &raw const **file), "another file");
         let Self { config, repairs, special, plan, vocab, template, .. } = self;
-        // The tokenizer is built while the other threads read the weights.
+        // The tokenizer is built meanwhile.
         let tokenizer = OnceLock::new();
         let weights = plan.load(&config, file, compute, || {
             let built = vocab.as_ref().map(|vocab| Tokenizer::new(vocab).map(Arc::new)).transpose();
@@ -165,7 +165,7 @@ impl Model {
     }
 
     /// Brings weights that are still read from the file into the engine's layout until all are or `enough` says so, which is asked
-    /// every few milliseconds. The bits of the results stay the same.
+    /// after every few megabytes. The bits of the results stay the same.
     pub fn settle(&mut self, compute: &Compute, enough: impl Fn() -> bool) {
         self.weights.settle(compute, enough);
     }

@@ -516,7 +516,7 @@ fn whole(buffer: HugeBuffer) -> Bytes {
 
 impl Weights {
     /// Brings what is still read where it lies in the file into the engine's layout, with all threads of `compute`, until all is or
-    /// `enough`, which is asked again every few milliseconds. Results stay the same to the bit; steps become faster.
+    /// `enough`, which is asked again after every few megabytes. Results stay the same to the bit; steps become faster.
     pub(super) fn settle(&mut self, compute: &Compute, enough: impl Fn() -> bool) {
         while let Some(Pending { file, piece, .. }) = self.pending.front_mut()
             && !enough()

@@ -73,9 +73,13 @@ fn verbose_tells_what_was_taken() {
     for words in ["weights", "head copy", "cache of 1024 tokens in f32", "scratch", "vocabulary"] {
         assert!(line("memory planned: ").contains(words), "{stderr}");
     }
+    assert!(line("load ").contains(" s between tokens, "), "{stderr}");
     for words in ["weights", "head copy", "in use", "scratch", "vocabulary", "peak"] {
         assert!(line("memory: ").contains(words), "{stderr}");
     }
+    // Every weight is read for every token as it lies in memory from the start.
+    let (_, stderr, _) = bitnet("", &["run", "-p", "Once", "-n", "4", "--dense"]);
+    assert!(stderr.contains("\nload ") && !stderr.contains("between tokens"), "{stderr}");
     let (_, stderr, _) = bitnet("Once\n", &["chat", "-n", "4", "--verbose"]);
     assert!(stderr.contains("memory planned: ") && stderr.contains("memory: "), "{stderr}");
 }
