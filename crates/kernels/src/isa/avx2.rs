@@ -6,6 +6,7 @@ use super::ask::Ask;
 use super::{GROUP, Isa, LANES, SHORTLY, check_split, column_chunks, lanes, nibble_chunks, row_chunks};
 use crate::attention::FETCH;
 use crate::ternary::lookup::{self, GROUPS, Places, Quads};
+use crate::ternary::{OutPtr, StoredRows};
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX2 and F16C, and AVX-VNNI where `VNNI` is true.
@@ -212,6 +213,60 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         }
     }
     #[inline(always)]
+    unsafe fn row_tiles<const T: usize>(
+        self,
+        w: StoredRows<'_>,
+        count: usize,
+        row: impl Fn(usize) -> usize,
+        a: [&[i8]; T],
+        biases: &[i32],
+        factors: [f32; T],
+        plain: &mut [u8],
+        out: OutPtr,
+    ) -> bool {
+        const ROWS: usize = 8;
+        let chunks = a[0].len() / 256;
+        for a in a {
+            assert_eq!(a.len(), 256 * chunks);
+        }
+        assert!(w.base3 || w.row_bytes == 64 * chunks);
+        let ahead = self.ahead().div_ceil(w.row_bytes).max(2);
+        let codes = a.map(<[i8]>::as_ptr);
+        for first in (0..count).step_by(ROWS) {
+            let some = ROWS.min(count - first);
+            // SAFETY: `self` proves AVX2, and AVX-VNNI where it is used; a row has 64 bytes for each 256 codes.
+            unsafe {
+                let mut sums = [[_mm256_setzero_si256(); ROWS]; T];
+                for r in 0..some {
+                    let mut stored = &w.bytes[row(first + r) * w.row_bytes..][..w.row_bytes];
+                    let mut next = w.bytes.as_ptr().wrapping_add(row(first + r + ahead) * w.row_bytes);
+                    if w.base3 {
+                        // Several tokens share what is unpacked once.
+                        for line in 0..w.row_bytes / 64 {
+                            self.prefetch(next.wrapping_add(64 * line));
+                        }
+                        self.base3_unpack(stored, &mut plain[..64 * chunks]);
+                        (stored, next) = (&plain[..64 * chunks], plain.as_ptr());
+                    }
+                    let row = row_sums::<Self, VNNI, T>(self, stored.as_ptr(), next, codes, chunks);
+                    for t in 0..T {
+                        sums[t][r] = row[t];
+                    }
+                }
+                for t in 0..T {
+                    let dots = _mm256_sub_epi32(sum_eight(sums[t]), _mm256_set1_epi32(biases[t]));
+                    let mut values = [0.0; ROWS];
+                    let y = _mm256_mul_ps(_mm256_cvtepi32_ps(dots), _mm256_set1_ps(factors[t]));
+                    _mm256_storeu_ps(values.as_mut_ptr(), y);
+                    for r in 0..some {
+                        out.write(t, row(first + r), values[r]);
+                    }
+                }
+            }
+        }
+        true
+    }
+    #[inline(always)]
     fn dot_split<const Q: usize, const P: usize>(
         self,
         codes: [&[[u8; 64]]; P],
@@ -297,52 +352,40 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         q: [&[i8]; T],
     ) -> [[i32; R]; T] {
         let chunks = nibble_chunks(w, q);
-        let run = if VNNI { chunks.max(1) } else { 4 };
         // SAFETY: the CPU has the instructions, as `self` proves; chunk c < chunks reads weights below 64 c + 64 and codes
         // below 128 c + 128, the lengths checked above.
         unsafe {
             let (mask, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
-            let zero = _mm256_setzero_si256();
             let mut dots = [[0; R]; T];
             for r in 0..R {
-                let mut sums = [zero; T];
-                let mut start = 0;
-                while start < chunks {
-                    let end = (start + run).min(chunks);
-                    let mut parts = [[zero; 2]; T];
-                    for block in 2 * start..2 * end {
-                        let v = _mm256_loadu_si256(w[r].as_ptr().add(32 * block).cast());
-                        if block % 2 == 0 {
-                            self.prefetch(ahead[r].wrapping_add(32 * block));
-                            // Such rows follow each other; single ones of which more is asked are anywhere.
-                            if R > 1 || T == 1 {
-                                self.prefetch_again(w[r].as_ptr().wrapping_add(32 * block + SHORTLY));
-                            }
-                        }
-                        let codes =
-                            [_mm256_and_si256(v, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask)];
-                        for t in 0..T {
-                            for half in 0..2 {
-                                let at = 128 * (block / 2) + 64 * half + 32 * (block % 2);
-                                let q = _mm256_loadu_si256(q[t].as_ptr().add(at).cast());
-                                let sum = &mut parts[t][half];
-                                // Without VNNI a pair is at most 2 * 15 * 128 = 3840, eight of them below 2^15.
-                                *sum = if VNNI {
-                                    _mm256_dpbusd_avx_epi32(*sum, codes[half], q)
-                                } else {
-                                    _mm256_add_epi16(*sum, _mm256_maddubs_epi16(codes[half], q))
-                                };
-                            }
-                        }
+                let mut sums = [_mm256_setzero_si256(); T];
+                for c in 0..chunks {
+                    self.prefetch(ahead[r].wrapping_add(64 * c));
+                    // Such rows follow each other; single ones of which more is asked are anywhere.
+                    if R > 1 || T == 1 {
+                        self.prefetch_again(w[r].as_ptr().wrapping_add(64 * c + SHORTLY));
                     }
+                    let v = [0, 32].map(|at| _mm256_loadu_si256(w[r].as_ptr().add(64 * c + at).cast()));
+                    let low = v.map(|v| _mm256_and_si256(v, mask));
+                    let high = v.map(|v| _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask));
                     for t in 0..T {
-                        for half in 0..2 {
-                            let part = parts[t][half];
-                            let part = if VNNI { part } else { _mm256_madd_epi16(part, ones) };
-                            sums[t] = _mm256_add_epi32(sums[t], part);
-                        }
+                        let q = |at: usize| _mm256_loadu_si256(q[t].as_ptr().add(128 * c + at).cast());
+                        let parts = [(low[0], q(0)), (low[1], q(32)), (high[0], q(64)), (high[1], q(96))];
+                        let sum = if VNNI {
+                            let [a, b, c, d] = parts;
+                            let dots = |(codes, q), (more, p)| {
+                                let sum = _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), codes, q);
+                                _mm256_dpbusd_avx_epi32(sum, more, p)
+                            };
+                            _mm256_add_epi32(dots(a, b), dots(c, d))
+                        } else {
+                            // A pair is at most 2 * 15 * 128 = 3840, four of them below 2^15.
+                            let [a, b, c, d] = parts.map(|(codes, q)| _mm256_maddubs_epi16(codes, q));
+                            let pairs = _mm256_add_epi16(_mm256_add_epi16(a, b), _mm256_add_epi16(c, d));
+                            _mm256_madd_epi16(pairs, ones)
+                        };
+                        sums[t] = _mm256_add_epi32(sums[t], sum);
                     }
-                    start = end;
                 }
                 for t in 0..T {
                     dots[t][r] = sum_lanes(sums[t]);
@@ -350,6 +393,63 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
             }
             dots
         }
+    }
+}
+
+/// `Σ code · q` of a row in two bits with the codes of T tokens, in eight lanes each; as many bytes as the row has are asked for at
+/// `next`.
+///
+/// # Safety
+/// Needs AVX2, and AVX-VNNI where `VNNI` is true; 64 bytes of the row and 256 codes of each token for a chunk.
+#[inline(always)]
+unsafe fn row_sums<I: Isa, const VNNI: bool, const T: usize>(
+    isa: I,
+    row: *const u8,
+    next: *const u8,
+    codes: [*const i8; T],
+    chunks: usize,
+) -> [__m256i; T] {
+    // SAFETY: chunk c < chunks reads weights below 64 c + 64 and codes below 256 c + 256.
+    unsafe {
+        let (zero, three, ones) = (_mm256_setzero_si256(), _mm256_set1_epi8(3), _mm256_set1_epi16(1));
+        let mut wide = [zero; T];
+        let mut start = 0;
+        while start < chunks {
+            // A product pair is at most 2 * 2 * 128 = 512 and a chunk adds eight of them to a lane: seven chunks stay below 2^15.
+            let end = (start + 7).min(chunks);
+            let mut sums = if VNNI { wide } else { [zero; T] };
+            for c in start..end {
+                isa.prefetch(next.wrapping_add(64 * c));
+                for block in 0..2 {
+                    let v = _mm256_loadu_si256(row.add(64 * c + 32 * block).cast());
+                    let fields = [
+                        _mm256_and_si256(_mm256_srli_epi16::<6>(v), three),
+                        _mm256_and_si256(_mm256_srli_epi16::<4>(v), three),
+                        _mm256_and_si256(_mm256_srli_epi16::<2>(v), three),
+                        _mm256_and_si256(v, three),
+                    ];
+                    for t in 0..T {
+                        let mut sum = sums[t];
+                        for f in 0..4 {
+                            let q = _mm256_loadu_si256(codes[t].add(256 * c + 64 * f + 32 * block).cast());
+                            sum = match VNNI {
+                                true => _mm256_dpbusd_avx_epi32(sum, fields[f], q),
+                                false => _mm256_add_epi16(sum, _mm256_maddubs_epi16(fields[f], q)),
+                            };
+                        }
+                        sums[t] = sum;
+                    }
+                }
+            }
+            for t in 0..T {
+                wide[t] = match VNNI {
+                    true => sums[t],
+                    false => _mm256_add_epi32(wide[t], _mm256_madd_epi16(sums[t], ones)),
+                };
+            }
+            start = end;
+        }
+        wide
     }
 }
 
@@ -505,6 +605,20 @@ unsafe fn interleave([a, b, c, d]: [__m256i; 4]) -> [__m256i; 4] {
             _mm256_unpacklo_epi16(ab2, cd2),
             _mm256_unpackhi_epi16(ab2, cd2),
         ]
+    }
+}
+
+/// The sums of the int32 lanes of eight registers.
+///
+/// # Safety
+/// Needs AVX2.
+#[inline(always)]
+unsafe fn sum_eight(v: [__m256i; 8]) -> __m256i {
+    // SAFETY: the caller has AVX2.
+    unsafe {
+        let four = |a, b, c, d| _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+        let (x, y) = (four(v[0], v[1], v[2], v[3]), four(v[4], v[5], v[6], v[7]));
+        _mm256_add_epi32(_mm256_permute2x128_si256::<0x20>(x, y), _mm256_permute2x128_si256::<0x31>(x, y))
     }
 }
 

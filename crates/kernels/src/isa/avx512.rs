@@ -305,11 +305,12 @@ impl<const VNNI: bool, const AMX: bool> Isa for Avx512<VNNI, AMX> {
         plain: &mut [u8],
         out: OutPtr,
     ) -> bool {
-        if self.fast_base3() {
+        let pays = T > 4 && self.fast_base3();
+        if pays {
             // SAFETY: just detected; the rest is the caller's contract.
             unsafe { super::vbmi::tiles(self.0, w, count, row, a, biases, factors, plain, out) }
         }
-        self.fast_base3()
+        pays
     }
     #[inline(always)]
     fn base3_unpack(self, row: &[u8], out: &mut [u8]) {

@@ -177,7 +177,7 @@ pub(crate) trait Isa: Copy {
     ) {
         unreachable!("not fast")
     }
-    /// Multiplies `count` rows, in two bits or in the layout of [`base3`], with the activations of T tokens, five to eight, as
+    /// Multiplies `count` rows, in two bits or in the layout of [`base3`], with the activations of T tokens, two to eight, as
     /// [`Isa::base3_dots`] does with one's, and returns true; or false where that is no faster than [`Isa::dot_tile`]. `plain` has room
     /// for [`crate::ternary::STEP`] rows in two bits.
     ///

@@ -282,7 +282,7 @@ unsafe fn gemv<I: Isa, const R: usize, const T: usize>(
         return unsafe { isa.base3_dots(w, count, row, listed, codes[0], a.sums[0], factors[0], out) };
     }
     // SAFETY: the caller's contract.
-    if T > 4 && unsafe { isa.row_tiles(w, count, row, codes, a.sums, factors, plain, out) } {
+    if T > 1 && unsafe { isa.row_tiles(w, count, row, codes, a.sums, factors, plain, out) } {
         return;
     }
     let put = |t: usize, i: usize, dot: i32| {
