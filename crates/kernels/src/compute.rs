@@ -4,7 +4,7 @@
 //! result never depends on the number of threads: each element is computed whole by one task.
 
 use crate::memory::{Aligned, Bytes, Counted, MemoryPart, taken};
-use crate::ops::FloatType;
+use crate::ops::{FloatType, LISTED};
 use crate::pool::Pool;
 use crate::table::Kernels;
 use crate::ternary::columns::GROUP;
@@ -120,6 +120,16 @@ enum Way {
     Many,
 }
 
+/// Columns and their codes.
+type Lists = (Vec<u32>, Vec<i8>);
+
+/// Room for so many columns, and its bytes.
+fn lists(columns: usize) -> (Lists, usize) {
+    let lists = (Vec::with_capacity(columns), Vec::with_capacity(columns));
+    let bytes = taken(&lists.0) + taken(&lists.1);
+    (lists, bytes)
+}
+
 /// Int8 activations of up to a fixed number of tokens, as [`Compute::norm_quantize`] leaves them.
 pub struct QuantizedRows {
     codes: Aligned<i8>,
@@ -131,8 +141,10 @@ pub struct QuantizedRows {
     tokens: usize,
     columns: usize,
     layout: Layout,
-    /// Of few tokens for a matrix stored by columns: of each the columns whose code is not 0, and those codes.
-    live: Vec<(Vec<u32>, Vec<i8>)>,
+    /// For a matrix stored by columns: of each token how many codes are not 0.
+    counts: Vec<u32>,
+    /// Of a single token for such a matrix: the columns whose code is not 0, and those codes.
+    live: Lists,
     _counted: Counted,
 }
 
@@ -140,11 +152,9 @@ impl QuantizedRows {
     /// Room for `tokens` rows of at most `columns`.
     pub fn new(tokens: usize, columns: usize) -> Self {
         let width = ternary::row_bytes(columns) * 4;
-        let (scales, sums) = (vec![1.0; tokens], vec![0; tokens]);
-        let few = tokens.min(ROW_TOKENS);
-        let live: Vec<_> = (0..few).map(|_| (Vec::with_capacity(width), Vec::with_capacity(width))).collect();
-        let columns: usize = live.iter().map(|(list, codes)| taken(list) + taken(codes)).sum();
-        let lists = taken(&scales) + taken(&sums) + columns;
+        let (scales, sums, counts) = (vec![1.0; tokens], vec![0; tokens], vec![0; tokens]);
+        let (live, lists) = lists(width);
+        let lists = taken(&scales) + taken(&sums) + taken(&counts) + lists;
         Self {
             codes: Aligned::zeroed(tokens * width),
             tiles: Aligned::zeroed(Self::tiled(tokens) * width),
@@ -154,15 +164,15 @@ impl QuantizedRows {
             tokens: 0,
             columns: 0,
             layout: Layout::Rows,
+            counts,
             live,
             _counted: Counted::new(MemoryPart::Scratch, lists),
         }
     }
     /// Its size in bytes.
     pub const fn bytes(tokens: usize, columns: usize) -> usize {
-        let few = if tokens < ROW_TOKENS { tokens } else { ROW_TOKENS };
         let width = ternary::row_bytes(columns) * 4;
-        tokens * (width + 8) + (4 + 1) * few * width + Self::tiled(tokens) * width
+        tokens * (width + 12) + (4 + 1) * width + Self::tiled(tokens) * width
     }
     /// Tokens in whole tiles, where there can be enough for them.
     const fn tiled(tokens: usize) -> usize {
@@ -175,10 +185,19 @@ impl QuantizedRows {
         let at = |i| if self.layout.by_columns() { i } else { ternary::position(i) };
         ((0..self.columns).map(|i| codes[at(i)]).collect(), self.scales[token])
     }
-    /// Codes that are not 0, of a token on average, where they were counted.
-    pub fn live_columns(&self) -> Option<usize> {
-        let all = || self.live[..self.tokens].iter().map(|(list, _)| list.len()).sum::<usize>();
-        (self.way == Way::LiveColumns).then(|| all() / self.tokens)
+    /// For a matrix stored by columns: the codes of all tokens, and how many of them are not 0.
+    pub fn live_codes(&self) -> Option<[usize; 2]> {
+        let live = self.counts[..self.tokens].iter().map(|&count| count as usize).sum();
+        self.layout.by_columns().then_some([self.tokens * self.columns, live])
+    }
+    /// Whether a product with many tokens reads all columns of a matrix stored so, unless told to leave out those of zeros.
+    pub fn reads_all_columns(&self) -> bool {
+        self.layout.by_columns() && self.way == Way::Many
+    }
+    /// Such a product shall read for each token only the columns whose code is not 0.
+    pub fn leave_out_zeros(&mut self) {
+        assert!(self.layout.by_columns());
+        self.way = Way::LiveColumns;
     }
     fn view(&self) -> Activations<'_> {
         let width = ternary::row_bytes(self.columns) * 4;
@@ -187,14 +206,6 @@ impl QuantizedRows {
             scales: &self.scales[..self.tokens],
             sums: &self.sums[..self.tokens],
         }
-    }
-
-    /// The live columns of a token from the start of a range on, and the codes of those within it.
-    fn live_in(&self, token: usize, range: &Range<usize>) -> (&[u32], &[i8]) {
-        let (list, codes) = &self.live[token];
-        let at = |column: usize| list.partition_point(|&c| (c as usize) < column);
-        let (begin, end) = (at(range.start), at(range.end));
-        (&list[begin..], &codes[begin..end])
     }
 }
 
@@ -208,22 +219,28 @@ pub struct Workspace {
     /// Sums of a product by columns, for each thread and token, and which threads have begun theirs.
     sums: Aligned<i32>,
     begun: Vec<bool>,
+    /// Live columns of a token within a part of them, for each thread.
+    lists: Vec<Lists>,
     /// Rows in two bits for each thread, where they are stored in fewer.
     plain: Aligned<u8>,
     /// A bit for each output.
     marks: Aligned<u8>,
+    _counted: Counted,
 }
 
 impl Workspace {
     /// For rows of at most `columns` on `threads` threads.
     pub fn new(columns: usize, threads: usize) -> Self {
         let width = ternary::row_bytes(columns) * 4;
+        let (lists, bytes): (_, Vec<_>) = (0..threads).map(|_| lists(width)).unzip();
         Self {
             columns: width,
             floats: Aligned::zeroed(threads * 2 * width),
             scratch: Aligned::zeroed(threads * Self::scratch(width)),
             sums: Aligned::zeroed(threads * ROW_TOKENS * width),
             begun: vec![false; threads],
+            lists,
+            _counted: Counted::new(MemoryPart::Scratch, bytes.into_iter().sum()),
             plain: Aligned::zeroed(threads * BLOCK * width / 4),
             marks: Aligned::zeroed(width / 8),
         }
@@ -231,7 +248,8 @@ impl Workspace {
     /// Its size in bytes.
     pub const fn bytes(columns: usize, threads: usize) -> usize {
         let width = ternary::row_bytes(columns) * 4;
-        threads * (width * (2 * 4 + 4 * ROW_TOKENS) + Self::scratch(width) + BLOCK * width / 4) + width / 8
+        let sums_and_lists = 4 * ROW_TOKENS + (4 + 1);
+        threads * (width * (2 * 4 + sums_and_lists) + Self::scratch(width) + BLOCK * width / 4) + width / 8
     }
     const fn scratch(width: usize) -> usize {
         if BLOCK * width > lookup::SCRATCH { BLOCK * width } else { lookup::SCRATCH }
@@ -411,36 +429,37 @@ impl Compute {
         let width = ternary::row_bytes(columns) * 4;
         (q.tokens, q.columns, q.layout) = (tokens, columns, layout);
         let tiles = self.kernels.has_tiles() && tokens >= tiles::FEWEST;
+        let fewest = if self.kernels.looks_up() { lookup::FEWEST } else { ROW_TOKENS + 1 };
         q.way = match layout.by_columns() {
             false if tiles => Way::Tiles,
             true if tiles && tokens <= tiles::COLUMN_TOKENS => Way::Tiles,
-            _ if tokens > ROW_TOKENS => Way::Many,
-            _ if tokens >= lookup::FEWEST && self.kernels.looks_up() => Way::Many,
-            false => Way::Rows,
-            true => Way::LiveColumns,
+            false if tokens < fewest => Way::Rows,
+            true if tokens <= ROW_TOKENS => Way::LiveColumns,
+            _ => Way::Many,
         };
         {
             let codes = Rows::new(&mut q.codes[..tokens * width], width);
             let scales = Rows::new(&mut q.scales[..tokens], 1);
             let sums = Rows::new(&mut q.sums[..tokens], 1);
             let scratch = Rows::new(&mut work.floats, 2 * work.columns);
-            let (way, live) = (q.way, Rows::new(&mut q.live, 1));
+            let counts = Rows::new(&mut q.counts[..tokens], 1);
             self.pool.run(tokens, |token, worker| {
                 // SAFETY: each token is one task, each worker runs one task at a time.
-                let (codes, scale, sum, scratch) =
-                    unsafe { (codes.row(token), scales.row(token), sums.row(token), scratch.row(worker)) };
+                let (codes, scale, sum, count, scratch) = unsafe {
+                    let (codes, scale, sum) = (codes.row(token), scales.row(token), sums.row(token));
+                    (codes, scale, sum, counts.row(token), scratch.row(worker))
+                };
                 let (row, spare) = scratch.split_at_mut(work.columns);
                 let (row, spare) = (&mut row[..columns], &mut spare[..columns]);
                 let top = fill(token, row, spare);
                 (scale[0], sum[0]) = self.kernels.quantize(row, top, layout, codes);
-                if way == Way::LiveColumns {
-                    // SAFETY: each token is one task.
-                    let (list, packed) = unsafe { &mut live.row(token)[0] };
-                    list.clear();
-                    packed.clear();
-                    self.kernels.list_nonzero(codes, list, packed);
+                if layout.by_columns() {
+                    count[0] = self.kernels.count_nonzero(codes);
                 }
             });
+        }
+        if q.way == Way::LiveColumns && tokens == 1 {
+            self.kernels.list_nonzero(&q.codes[..width], &mut q.live.0, &mut q.live.1);
         }
         if q.way == Way::Tiles && !layout.by_columns() {
             let codes = &q.codes[..tokens * width];
@@ -487,7 +506,7 @@ impl Compute {
         jobs: [(&TernaryMatrix, &mut [f32]); N],
     ) {
         if q.layout == Layout::Columns && q.way != Way::Many {
-            jobs.into_iter().for_each(|(matrix, out)| self.few_by_columns(q, work, matrix, out));
+            jobs.into_iter().for_each(|(matrix, out)| self.by_live_columns(q, work, matrix, out));
             return;
         }
         let row_bytes = ternary::row_bytes(q.columns);
@@ -658,9 +677,9 @@ impl Compute {
         self.kernels.pack_base3(row, out);
     }
 
-    /// Few tokens times a matrix stored by columns: each thread adds up some of the columns, for each token those it needs,
-    /// while they are in the cache.
-    fn few_by_columns(
+    /// Tokens times a matrix stored by columns, up to [`ROW_TOKENS`] at a time: each thread adds up some of the columns, for each
+    /// token those it needs, while they are in the cache.
+    fn by_live_columns(
         &self,
         q: &QuantizedRows,
         work: &mut Workspace,
@@ -668,53 +687,67 @@ impl Compute {
         out: &mut [f32],
     ) {
         check(matrix, q, out);
-        let (tokens, column_bytes) = (q.tokens, columns::column_bytes(matrix.rows));
-        let width = column_bytes * 4;
-        let sums = &mut work.sums[..self.pool.threads() * tokens * width];
-        work.begun.fill(false);
-        let (parts, begun) = (Rows::new(sums, width), Rows::new(&mut work.begun, 1));
-        // Each thread clears its own sums, which are in its cache.
-        let own = |worker: usize| {
-            // SAFETY: each worker runs one task at a time.
-            let (own, begun) = unsafe { (parts.rows(worker * tokens, tokens), begun.row(worker)) };
-            if !std::mem::replace(&mut begun[0], true) {
-                own.fill(0);
-            }
-            own
-        };
-        // One token takes whole groups; several share up to 256 KiB, in as many parts for each thread.
+        let column_bytes = columns::column_bytes(matrix.rows);
+        let (width, inputs) = (column_bytes * 4, ternary::row_bytes(matrix.columns) * 4);
+        // Several tokens share up to 256 KiB, in as many parts for each thread.
         let parts = (matrix.columns * column_bytes).div_ceil(256 << 10);
-        let several = matrix.columns.div_ceil(parts.next_multiple_of(self.pool.threads()));
-        let (items, most, least) = match tokens {
-            1 => (q.live[0].0.len(), Self::most_items(column_bytes, GROUP), GROUP),
-            _ if q.way == Way::Tiles => (matrix.columns, ternary::CHUNK, ternary::CHUNK),
-            _ => (matrix.columns, several, several),
-        };
-        self.pool.run_ranges(items, most, least, |range, worker| {
-            let own = own(worker);
-            if q.way == Way::Tiles {
-                self.kernels.tile_columns(&matrix.bytes, column_bytes, range, q.view().codes, tokens, own);
-                return;
-            }
-            for (token, sums) in own.chunks_exact_mut(width).enumerate() {
-                let (list, codes) = match tokens {
-                    1 => (&q.live[0].0[range.start..], &q.live[0].1[range.clone()]),
-                    _ => q.live_in(token, &range),
-                };
-                self.kernels.add_columns(&matrix.bytes, column_bytes, list, codes, sums);
-            }
-        });
-        (0..self.pool.threads()).filter(|&worker| !work.begun[worker]).for_each(|worker| {
-            work.sums[worker * tokens * width..][..tokens * width].fill(0);
-        });
+        let several =
+            matrix.columns.div_ceil(parts.next_multiple_of(self.pool.threads())).next_multiple_of(LISTED);
         let out = Rows::new(out, matrix.rows);
-        self.pool.run(tokens, |token, _| {
-            let sums = &work.sums[token * width..self.pool.threads() * tokens * width];
-            let factor = matrix.scale / q.scales[token];
-            // SAFETY: each token is one task.
-            let out = unsafe { out.row(token) };
-            self.kernels.finish_columns(sums, tokens * width, q.sums[token], factor, out);
-        });
+        for first in (0..q.tokens).step_by(ROW_TOKENS) {
+            let tokens = ROW_TOKENS.min(q.tokens - first);
+            let sums = &mut work.sums[..self.pool.threads() * tokens * width];
+            work.begun.fill(false);
+            let (parts, begun) = (Rows::new(sums, width), Rows::new(&mut work.begun, 1));
+            let lists = Rows::new(&mut work.lists, 1);
+            // Each thread clears its own sums, which are in its cache.
+            let own = |worker: usize| {
+                // SAFETY: each worker runs one task at a time.
+                let (own, begun) = unsafe { (parts.rows(worker * tokens, tokens), begun.row(worker)) };
+                if !std::mem::replace(&mut begun[0], true) {
+                    own.fill(0);
+                }
+                own
+            };
+            // One token takes whole groups.
+            let (items, most, least) = match q.way {
+                Way::Tiles => (matrix.columns, ternary::CHUNK, ternary::CHUNK),
+                _ if q.tokens == 1 => (q.live.0.len(), Self::most_items(column_bytes, GROUP), GROUP),
+                _ => (matrix.columns, several, several),
+            };
+            self.pool.run_ranges(items, most, least, |range, worker| {
+                let (own, w) = (own(worker), &matrix.bytes[..]);
+                if q.way == Way::Tiles {
+                    self.kernels.tile_columns(w, column_bytes, range, q.view().codes, tokens, own);
+                    return;
+                }
+                if q.tokens == 1 {
+                    let (list, codes) = (&q.live.0[range.start..], &q.live.1[range]);
+                    self.kernels.add_columns(w, column_bytes, list, codes, own);
+                    return;
+                }
+                // SAFETY: each worker runs one task at a time.
+                let (list, packed) = unsafe { &mut lists.row(worker)[0] };
+                let w = &w[range.start * column_bytes..];
+                let range = range.start..range.end.next_multiple_of(LISTED);
+                for (token, sums) in own.chunks_exact_mut(width).enumerate() {
+                    let codes = &q.codes[(first + token) * inputs..][range.clone()];
+                    self.kernels.list_nonzero(codes, list, packed);
+                    self.kernels.add_columns(w, column_bytes, list, packed, sums);
+                }
+            });
+            (0..self.pool.threads()).filter(|&worker| !work.begun[worker]).for_each(|worker| {
+                work.sums[worker * tokens * width..][..tokens * width].fill(0);
+            });
+            self.pool.run(tokens, |token, _| {
+                let sums = &work.sums[token * width..self.pool.threads() * tokens * width];
+                let token = first + token;
+                let factor = matrix.scale / q.scales[token];
+                // SAFETY: each token is one task.
+                let out = unsafe { out.row(token) };
+                self.kernels.finish_columns(sums, tokens * width, q.sums[token], factor, out);
+            });
+        }
     }
 
     /// Rotates every head of every row of x (`[tokens][heads * head_dim]`). `cos`, `sin`: `[tokens][half]`.

@@ -224,15 +224,25 @@ pub(crate) fn list_bits<I: Isa>(isa: I, bits: &[u8], list: &mut Vec<u32>) {
     });
 }
 
-/// Appends the places of the codes that are not 0, of a multiple of 64, to `list`, and those codes to `packed`.
+/// Codes of which [`list_nonzero`] takes a multiple.
+pub(crate) const LISTED: usize = 64;
+
+/// How many codes are not 0.
+#[inline(always)]
+pub(crate) fn count_nonzero<I: Isa>(isa: I, codes: &[i8]) -> u32 {
+    codes.as_chunks().0.iter().map(|codes| isa.nonzero(codes).count_ones()).sum()
+}
+
+/// Makes `list` the places of the codes that are not 0, of a multiple of [`LISTED`], and `packed` those codes.
 #[inline(always)]
 pub(crate) fn list_nonzero<I: Isa>(isa: I, codes: &[i8], list: &mut Vec<u32>, packed: &mut Vec<i8>) {
-    let begun = list.len();
+    list.clear();
+    packed.clear();
     list_lanes(isa, codes.len(), 0, list, |at| {
         let four = codes[at..].as_chunks().0;
         (0..4).fold(0, |mask, part| mask | u64::from(isa.nonzero(&four[part])) << (16 * part))
     });
-    packed.extend(list[begun..].iter().map(|&i| codes[i as usize]));
+    packed.extend(list.iter().map(|&i| codes[i as usize]));
 }
 
 /// Appends `first` + i to `list` for every i below `n` whose bit `mask` sets, which is asked for 64 of them at a time.

@@ -24,6 +24,7 @@ macro_rules! kernels {
         list_within: fn(x: &[f32], within: [f32; 2], first: u32, list: &mut Vec<u32>) = ops::list_within;
         mark_positive: fn(x: &[f32], bits: &mut [u8]) = ops::mark_positive;
         list_bits: fn(bits: &[u8], list: &mut Vec<u32>) = ops::list_bits;
+        count_nonzero: fn(codes: &[i8]) -> u32 = ops::count_nonzero;
         list_nonzero: fn(codes: &[i8], list: &mut Vec<u32>, packed: &mut Vec<i8>) = ops::list_nonzero;
         add: fn(x: &mut [f32], y: &[f32]) = ops::add;
         relu2_mul: fn(gate: &[f32], up: &[f32], out: &mut [f32]) -> f32 = ops::relu2_mul;

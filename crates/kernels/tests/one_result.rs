@@ -158,6 +158,8 @@ fn columns_and_listed_rows_equal_rows() {
         (8, 640, 257, 0.7),
         (9, 640, 257, 0.1),
         (31, 700, 70, 1.0),
+        (37, 1000, 300, 0.2),
+        (50, 256, 70, 0.0),
     ] {
         let trits = random.trits(rows * columns);
         let (by_rows, by_columns) = (matrix(&trits, columns, 0.7), by_columns(&trits, columns, 0.7));
@@ -191,8 +193,17 @@ fn columns_and_listed_rows_equal_rows() {
                 compute.norm_quantize(&x, &norm, 1e-5, Layout::Columns, &mut work, &mut q);
             }
             assert_eq!((0..tokens).map(|t| q.row(t).0).collect::<Vec<_>>(), codes);
+            let live = codes.iter().flatten().filter(|&&code| code != 0).count();
+            assert_eq!(q.live_codes(), Some([tokens * columns, live]));
             compute.linear(&q, &mut work, [(&by_columns, &mut out2)]);
             assert_eq!(bits(&out), bits(&out2));
+            assert_eq!(q.reads_all_columns(), tokens > 16);
+            if q.reads_all_columns() {
+                q.leave_out_zeros();
+                out2.fill(f32::NAN);
+                compute.linear(&q, &mut work, [(&by_columns, &mut out2)]);
+                assert_eq!(bits(&out), bits(&out2), "without the zeros");
+            }
             bits(&out)
         });
     }
@@ -206,7 +217,7 @@ fn extreme_codes_do_not_overflow() {
         let (w, v) = (matrix(&ones, columns, 1.0), by_columns(&ones, columns, 1.0));
         let norm = vec![1.0; columns];
         for sign in [1.0, -1.0] {
-            let x = vec![sign; 17 * columns];
+            let x = vec![sign; 49 * columns];
             let out = everywhere(|compute| {
                 let mut work = Workspace::new(columns, compute.pool().threads());
                 let mut product = |tokens, layout, matrix: &TernaryMatrix| {
@@ -217,9 +228,9 @@ fn extreme_codes_do_not_overflow() {
                     bits(&out)
                 };
                 // So many that they are multiplied by rows, by columns, or with weights unpacked.
-                let out = product(17, Layout::Rows, &w);
+                let out = product(49, Layout::Rows, &w);
                 let packed = packed(&ones, columns, 1.0, compute);
-                for tokens in [1, 9, 17] {
+                for tokens in [1, 9, 17, 49] {
                     assert_eq!(out[..2 * tokens], product(tokens, Layout::Rows, &w));
                     assert_eq!(out[..2 * tokens], product(tokens, Layout::Rows, &packed), "base 3");
                     assert_eq!(out[..2 * tokens], product(tokens, Layout::Columns, &v));

@@ -5,7 +5,7 @@ use std::time::Duration;
 /// What a row costs in either way, as far as it is known: it is measured while tokens are decoded, and now and then the way that
 /// seems the dearer is taken to look again. The outputs that are needed are the same.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct UpCost {
+pub(super) struct SparseCost {
     /// Nanoseconds a row, read with all others and one by one.
     all: Option<f32>,
     listed: Option<f32>,
@@ -13,7 +13,7 @@ pub(super) struct UpCost {
     turn: u32,
 }
 
-impl UpCost {
+impl SparseCost {
     /// How many choices lead to one that looks at the other way.
     const LOOK: u32 = 61;
     /// Fewer rows tell nothing about one.
@@ -47,7 +47,7 @@ mod tests {
     use super::*;
 
     /// Of 100 choices those that listed, where a row takes so many nanoseconds in either way.
-    fn listed(cost: &mut UpCost, live: usize, [all, listed]: [u64; 2]) -> usize {
+    fn listed(cost: &mut SparseCost, live: usize, [all, listed]: [u64; 2]) -> usize {
         let mut count = 0;
         for _ in 0..100 {
             let one_by_one = cost.lists(live, 1000);
@@ -60,7 +60,7 @@ mod tests {
 
     #[test]
     fn the_cheaper_way_is_taken_and_found_again_when_the_machine_changes() {
-        let mut cost = UpCost::default();
+        let mut cost = SparseCost::default();
         assert!(listed(&mut cost, 400, [10, 15]) >= 97);
         assert!(listed(&mut cost, 800, [10, 15]) <= 3);
         for _ in 0..30 {

@@ -1,7 +1,7 @@
 //! The forward pass of BitNet b1.58 (arXiv:2402.17764; the shapes are those of Hugging Face's `BitNetForCausalLM`, or of
 //! `LlamaForCausalLM`, which has no sub-norms).
 
-use super::cost::UpCost;
+use super::cost::SparseCost;
 use super::{Model, Phase, Profile};
 use bitnet_kernels::ternary::Layout;
 use bitnet_kernels::{Aligned, Compute, HeadScratch, KvStore, Logits, QuantizedRows, Workspace};
@@ -51,7 +51,9 @@ pub struct Scratch {
     /// Rows of the up projection that squared ReLU leaves alive.
     live: Vec<u32>,
     /// What reading them costs, in steps of 1, 2 and 3 rows.
-    up_costs: [UpCost; Model::SPARSE_ROWS],
+    up_costs: [SparseCost; Model::SPARSE_ROWS],
+    /// The same of columns of the down projection, in steps of many rows.
+    down_cost: SparseCost,
     work: Workspace,
     head: HeadScratch,
     profile: Profile,
@@ -79,6 +81,7 @@ impl Scratch {
             codes: QuantizedRows::new(max_rows, widest),
             live: Vec::with_capacity(config.intermediate_size.next_multiple_of(64)),
             up_costs: Default::default(),
+            down_cost: SparseCost::default(),
             work: Workspace::new(widest, compute.pool().threads()),
             head: HeadScratch::new(config.vocab_size, config.hidden_size, compute.pool().threads()),
             profile: Profile::default(),
@@ -145,7 +148,7 @@ impl Model {
         let delta = &mut scratch.delta[..n * config.hidden_size];
         let half = config.rope_dim / 2;
         let (cos, sin) = (&mut scratch.cos[..n * half], &mut scratch.sin[..n * half]);
-        let Scratch { ids, codes, live, up_costs, work, head, profile, .. } = scratch;
+        let Scratch { ids, codes, live, up_costs, down_cost, work, head, profile, .. } = scratch;
 
         profile.begin();
         ids.clear();
@@ -214,10 +217,19 @@ impl Model {
                 Some(next) => compute.soon([&next.attn_q, &next.attn_k, &next.attn_v]),
                 None => compute.head_soon(&weights.head),
             }
+            let choice = codes.reads_all_columns();
+            let [all, live] = codes.live_codes().unwrap_or([n * width; 2]);
+            let sparse = choice && down_cost.lists(live, all);
+            if sparse {
+                codes.leave_out_zeros();
+            }
             compute.linear(codes, work, [(&layer.ffn_down, &mut *delta)]);
             compute.add(x, delta);
-            let columns = codes.live_columns().unwrap_or(config.intermediate_size);
-            profile.lap(Phase::Down, layer.ffn_down.byte_len() / config.intermediate_size * columns);
+            let read = if choice && !sparse { all } else { live };
+            let time = profile.lap(Phase::Down, layer.ffn_down.byte_len() / width * read / n);
+            if choice {
+                down_cost.learn(sparse, read, time);
+            }
         }
         let mut wanted = 0;
         for (i, _) in rows.iter().enumerate().filter(|(_, row)| row.wants_logits) {

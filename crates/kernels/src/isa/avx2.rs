@@ -365,22 +365,26 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
                     if R > 1 || T == 1 {
                         self.prefetch_again(w[r].as_ptr().wrapping_add(64 * c + SHORTLY));
                     }
-                    let v = [0, 32].map(|at| _mm256_loadu_si256(w[r].as_ptr().add(64 * c + at).cast()));
-                    let low = v.map(|v| _mm256_and_si256(v, mask));
-                    let high = v.map(|v| _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask));
+                    let (mut codes, zero) = ([mask; 4], _mm256_setzero_si256());
+                    for block in 0..2 {
+                        let v = _mm256_loadu_si256(w[r].as_ptr().add(64 * c + 32 * block).cast());
+                        codes[block] = _mm256_and_si256(v, mask);
+                        codes[2 + block] = _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask);
+                    }
                     for t in 0..T {
-                        let q = |at: usize| _mm256_loadu_si256(q[t].as_ptr().add(128 * c + at).cast());
-                        let parts = [(low[0], q(0)), (low[1], q(32)), (high[0], q(64)), (high[1], q(96))];
-                        let sum = if VNNI {
-                            let [a, b, c, d] = parts;
-                            let dots = |(codes, q), (more, p)| {
-                                let sum = _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), codes, q);
-                                _mm256_dpbusd_avx_epi32(sum, more, p)
+                        let mut parts = [zero; 4];
+                        for i in 0..4 {
+                            let q = _mm256_loadu_si256(q[t].as_ptr().add(128 * c + 32 * i).cast());
+                            parts[i] = match VNNI {
+                                true => _mm256_dpbusd_avx_epi32(zero, codes[i], q),
+                                false => _mm256_maddubs_epi16(codes[i], q),
                             };
-                            _mm256_add_epi32(dots(a, b), dots(c, d))
+                        }
+                        let [a, b, c, d] = parts;
+                        let sum = if VNNI {
+                            _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d))
                         } else {
                             // A pair is at most 2 * 15 * 128 = 3840, four of them below 2^15.
-                            let [a, b, c, d] = parts.map(|(codes, q)| _mm256_maddubs_epi16(codes, q));
                             let pairs = _mm256_add_epi16(_mm256_add_epi16(a, b), _mm256_add_epi16(c, d));
                             _mm256_madd_epi16(pairs, ones)
                         };
@@ -616,8 +620,8 @@ unsafe fn interleave([a, b, c, d]: [__m256i; 4]) -> [__m256i; 4] {
 unsafe fn sum_eight(v: [__m256i; 8]) -> __m256i {
     // SAFETY: the caller has AVX2.
     unsafe {
-        let four = |a, b, c, d| _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
-        let (x, y) = (four(v[0], v[1], v[2], v[3]), four(v[4], v[5], v[6], v[7]));
+        let x = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
+        let y = _mm256_hadd_epi32(_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
         _mm256_add_epi32(_mm256_permute2x128_si256::<0x20>(x, y), _mm256_permute2x128_si256::<0x31>(x, y))
     }
 }

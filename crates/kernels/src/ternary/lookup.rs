@@ -10,8 +10,8 @@ use super::{Activations, CHUNK, columns::COLUMN_ORDER};
 use crate::isa::Isa;
 use crate::memory::cast_mut;
 
-/// Tokens from which on looking up beats going row by row: with fewer most lanes of a table are idle.
-pub(crate) const FEWEST: usize = 12;
+/// Tokens from which on looking up beats going row by row with eight at a time: of fewer too many lanes of the last table are idle.
+pub(crate) const FEWEST: usize = 49;
 
 /// Tokens side by side.
 pub(crate) const LANES: usize = 16;
