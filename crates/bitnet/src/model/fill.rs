@@ -114,31 +114,44 @@ fn together(
     failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
-/// The same of the parts of a file; one thread does `beside`, and one refuses the I2_S layout of ARM builds.
+/// What is done beside the parts of a file.
+pub(super) trait Beside: Sync {
+    /// What one thread does, from the beginning on.
+    fn begin(&self);
+    /// Takes part in that on another, as far as it can be done by now, or with `wait` as soon as it can.
+    fn help(&self, wait: bool);
+}
+
+/// The same of the parts of a file; one thread begins with what is done beside them, all help with that, and one refuses the I2_S layout of
+/// ARM builds.
 fn load_together(
     file: &Gguf,
     compute: &Compute,
-    beside: &(dyn Fn() + Sync),
+    beside: &dyn Beside,
     parts: usize,
     work: impl Fn(usize) -> Result<(), Error> + Sync,
 ) -> Result<(), Error> {
-    // The two tasks that cannot be cut into parts come first.
-    together(compute, 2 + parts, |task| match task {
+    // The two tasks that cannot be cut into parts come first, and last those of threads that have nothing else left.
+    together(compute, 2 + parts + compute.pool().threads() - 1, |task| match task {
         0 => {
-            beside();
+            beside.begin();
             Ok(())
         }
         1 => arm_layout(file).map_or(Ok(()), |(tensor, problem)| Err(bad_tensor(file, tensor, problem))),
-        task => work(task - 2),
+        task => {
+            let part = task - 2;
+            beside.help(part >= parts);
+            if part < parts { work(part) } else { Ok(()) }
+        }
     })
 }
 
-/// Checks every code of tensors in I2_S, and has the pages of the head mapped. One thread does `beside`.
+/// Checks every code of tensors in I2_S, and has the pages of the head mapped, with something `beside`.
 pub(super) fn check(
     pieces: &[Piece],
     file: &Gguf,
     compute: &Compute,
-    beside: &(dyn Fn() + Sync),
+    beside: &dyn Beside,
 ) -> Result<(), Error> {
     let placed = pieces.iter().flat_map(|piece| &piece.placed);
     let parts = placed.flat_map(|placed| {
@@ -157,12 +170,12 @@ pub(super) fn check(
     })
 }
 
-/// Fills pieces whole, giving the file's mapped pages back on the way. One thread does `beside`.
+/// Fills pieces whole, giving the file's mapped pages back on the way, with something `beside`.
 pub(super) fn fill(
     pieces: &mut [Piece],
     file: &Arc<Gguf>,
     compute: &Compute,
-    beside: &(dyn Fn() + Sync),
+    beside: &dyn Beside,
 ) -> Result<(), Error> {
     let parts: Vec<_> = pieces.iter_mut().flat_map(|piece| piece.take(usize::MAX)).collect();
     load_together(file, compute, beside, parts.len(), |part| {

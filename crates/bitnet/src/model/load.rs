@@ -1,12 +1,13 @@
 //! From a file to a model: everything is checked here, once.
 
 use super::config::{Keys, Repair};
+use super::fill::Beside;
 use super::rope::inverse_frequencies;
 use super::weights::WeightPlan;
 use super::{Config, Strategy, Weights, identity};
 use crate::text::{
-    AT_SPACES, ChatTemplate, Key, NUMERALS, PREFIX, Prefix, Specials, Split, TemplateError, TemplateModel,
-    Tokenizer, Vocab,
+    AT_SPACES, Building, ChatTemplate, Key, NUMERALS, PREFIX, Prefix, Specials, Split, TemplateError,
+    TemplateModel, Tokenizer, TokenizerError, Vocab,
 };
 use crate::{EngineOptions, Error, MemoryPlan};
 use bitnet_gguf::Gguf;
@@ -95,15 +96,10 @@ impl<'a> ModelInfo<'a> {
         assert!(std::ptr::eq(self.gguf, &raw const **file), "another file");
         let Self { config, repairs, special, plan, vocab, template, .. } = self;
         // The tokenizer is built meanwhile.
-        let tokenizer = OnceLock::new();
-        let weights = plan.load(&config, file, compute, || {
-            let built = vocab.as_ref().map(|vocab| Tokenizer::new(vocab).map(Arc::new)).transpose();
-            if let Ok(Some(tokenizer)) = &built {
-                beside(tokenizer);
-            }
-            let _ = tokenizer.set(built);
-        });
-        let tokenizer = tokenizer.into_inner().unwrap_or(Ok(None));
+        let building = vocab.as_ref().map(Building::new);
+        let making = Making { building, built: OnceLock::new(), then: beside };
+        let weights = plan.load(&config, file, compute, &making);
+        let tokenizer = making.built.into_inner().transpose();
         let name = file.name().to_owned();
         let tokenizer = tokenizer.map_err(|error| Error::Tokenizer { file: name.clone(), error })?;
         Ok(Model {
@@ -128,6 +124,27 @@ impl<'a> ModelInfo<'a> {
         let file = || self.gguf.name().to_owned();
         let vocab = self.vocab.as_ref().ok_or_else(|| Error::NoTokenizer(file()))?;
         Tokenizer::new(vocab).map_err(|error| Error::Tokenizer { file: file(), error })
+    }
+}
+
+/// A tokenizer that all threads build while they load weights, and what one of them then does with it.
+struct Making<'a, F> {
+    building: Option<Building<'a, &'a str>>,
+    built: OnceLock<Result<Arc<Tokenizer>, TokenizerError>>,
+    then: F,
+}
+
+impl<F: Fn(&Arc<Tokenizer>) + Sync> Beside for Making<'_, F> {
+    fn begin(&self) {
+        let Some(building) = &self.building else { return };
+        let built = building.build().map(Arc::new);
+        if let Ok(tokenizer) = &built {
+            (self.then)(tokenizer);
+        }
+        let _ = self.built.set(built);
+    }
+    fn help(&self, wait: bool) {
+        self.building.iter().for_each(|building| building.help(wait));
     }
 }
 

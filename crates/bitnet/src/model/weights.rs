@@ -1,7 +1,7 @@
 //! The tensors of a model, mapped layer by layer and brought into the engine's layout.
 
 use super::config::{Config, Keys, bad_tensor, require};
-use super::fill::{Piece, check, fill, give_back};
+use super::fill::{Beside, Piece, check, fill, give_back};
 use super::stored::{ExactScales, Pairs, floats, row_format, scale_of};
 use crate::Error;
 use bitnet_gguf::{Gguf, TensorInfo, TensorType};
@@ -434,14 +434,14 @@ impl<'a> WeightPlan<'a> {
     }
 
     /// Checks every code with all threads of `compute`, and brings the weights into the engine's layout where the file does not have
-    /// them in a form that can be used as it is; where it does, [`Weights::settle`] does that later. One of the threads does `beside`
+    /// them in a form that can be used as it is; where it does, [`Weights::settle`] does that later. The threads do what is `beside`
     /// meanwhile.
     pub(crate) fn load(
         self,
         config: &Config,
         file: &Arc<Gguf>,
         compute: &Compute,
-        beside: impl Fn() + Sync,
+        beside: &dyn Beside,
     ) -> Result<Weights, Error> {
         let parts: Vec<_> = (0..self.planner.pieces.len()).map(|piece| self.part(piece)).collect();
         let Self { planner, embedding, head, screens, output_norm, layers, strategy } = self;
@@ -454,8 +454,8 @@ impl<'a> WeightPlan<'a> {
         let stored = layers.iter().flat_map(|layer| &layer.matrices).all(|place| place.stored.is_some());
         let later = screens && stored;
         match later {
-            true => check(&pieces, file, compute, &beside)?,
-            false => fill(&mut pieces, file, compute, &beside)?,
+            true => check(&pieces, file, compute, beside)?,
+            false => fill(&mut pieces, file, compute, beside)?,
         }
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let mut pieces = VecDeque::from(pieces);

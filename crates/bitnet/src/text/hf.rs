@@ -6,7 +6,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::split::{Numerals, PATTERN, PREFIX, Prefix, Split};
-use super::tokenizer::{TokenizerError, Vocab, byte_of, shortened};
+use super::tokenizer::{TokenizerError, Vocab};
+use super::words::{byte_of, shortened};
 
 /// The vocabulary of a `tokenizer.json` or `tokenizer.model`.
 pub type HfVocab = Vocab<String>;

@@ -9,10 +9,12 @@ mod split;
 mod stream;
 mod template;
 mod tokenizer;
+mod words;
 
 pub use hf::HfVocab;
 pub(crate) use split::{AT_SPACES, Key, NUMERALS, PREFIX};
 pub use split::{Numerals, Prefix, Split};
 pub use stream::{StopStrings, TextStream};
 pub use template::{ChatTemplate, Message, Role, TemplateError, TemplateModel};
+pub(crate) use tokenizer::Building;
 pub use tokenizer::{Specials, Tokenizer, TokenizerError, Vocab};

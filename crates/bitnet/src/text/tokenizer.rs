@@ -5,14 +5,14 @@
 //! merge, ordered by the score of the result, unless the vocabulary lists its merges. Characters that are no token become bytes.
 
 use std::borrow::Cow;
-use std::hash::BuildHasher;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 
 use bitnet_kernels::{Counted, MemoryPart};
-use hashbrown::hash_table::Entry;
-use hashbrown::{DefaultHashBuilder, HashTable};
 
 use super::bpe::{Merge, Merger, Merges};
 use super::split::{Prefix, SPACE_MARK, Split};
+use super::words::{Kind, Texts, Words, same_as, wrong_merge};
 
 /// What a tokenizer is made of, in the form of GGUF's `tokenizer.ggml` arrays.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -38,17 +38,18 @@ impl<S: AsRef<str>> Vocab<S> {
         // A hash table has a power of two of places, at most seven eighths of them taken, and a byte for each.
         let table = |n: usize| (n * 8 / 7 + 1).next_power_of_two() * (size_of::<u32>() + 1) + 64;
         let token = size_of::<u32>() + size_of::<Kind>();
-        self.text_bytes() + tokens * token + table(tokens) + merges * size_of::<Merge>() + table(merges)
+        let tables = tokens * token + table(tokens) + merges * size_of::<Merge>() + table(merges);
+        size_of::<Words>() + self.text_bytes() + tables
     }
 
     /// Merges that there may be: made of scores, each cuts a token in two.
-    fn most_merges(&self) -> usize {
+    pub(super) fn most_merges(&self) -> usize {
         let scored = matches!(self.split, Split::Sentence { .. }) && self.merges.is_empty();
         let cuts = |token: &S| token.as_ref().chars().count().saturating_sub(1);
         if scored { self.tokens.iter().map(cuts).sum() } else { self.merges.len() }
     }
 
-    fn text_bytes(&self) -> usize {
+    pub(super) fn text_bytes(&self) -> usize {
         self.tokens.iter().map(|token| token.as_ref().len()).sum()
     }
 }
@@ -99,13 +100,7 @@ pub enum TokenizerError {
 
 /// Text to token ids and back.
 pub struct Tokenizer {
-    texts: Texts,
-    kinds: Vec<Kind>,
-    /// Normal tokens by their bytes.
-    index: HashTable<u32>,
-    hasher: DefaultHashBuilder,
-    /// Tokens of one byte; `u32::MAX` for bytes that have none.
-    byte_ids: [u32; 256],
+    words: Arc<Words>,
     merges: Merges,
     ignore_merges: bool,
     split: Split,
@@ -115,187 +110,111 @@ pub struct Tokenizer {
     _counted: Counted,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Normal,
-    Control,
-    UserDefined,
-    Unused,
-    /// A byte of a character that is no token.
-    Byte,
+/// A tokenizer that several threads may build.
+pub(crate) struct Building<'a, S> {
+    vocab: &'a Vocab<S>,
+    /// None where they are wrong.
+    words: OnceLock<Option<Arc<Words>>>,
+    /// The next part of the merges that nobody has taken, and what is known of each; None where something is wrong.
+    next: AtomicUsize,
+    parts: Vec<OnceLock<Option<Vec<Merge>>>>,
 }
 
-/// The byte that a token such as `<0x0A>` stands for.
-pub(super) fn byte_of(token: &str) -> Option<u8> {
-    let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
-    u8::from_str_radix(digits, 16).ok().filter(|_| digits.len() == 2)
+impl<'a, S: AsRef<str>> Building<'a, S> {
+    /// Merges of a part.
+    const PART: usize = 1 << 10;
+
+    pub(crate) fn new(vocab: &'a Vocab<S>) -> Self {
+        let parts = vocab.merges.chunks(Self::PART).map(|_| OnceLock::new()).collect();
+        Self { vocab, words: OnceLock::new(), next: AtomicUsize::new(0), parts }
+    }
+
+    /// Takes part in what [`Building::build`] does on another thread, as far as it can be done by now, or with `wait` as soon as it can.
+    pub(crate) fn help(&self, wait: bool) {
+        let words = if wait { Some(self.words.wait()) } else { self.words.get() };
+        let Some(Some(words)) = words else { return };
+        loop {
+            let next = self.next.fetch_add(1, Relaxed);
+            let Some(part) = self.parts.get(next) else { return };
+            let _ = part.set(self.resolve(words, next).ok());
+        }
+    }
+
+    fn resolve(&self, words: &Words, part: usize) -> Result<Vec<Merge>, TokenizerError> {
+        let first = part * Self::PART;
+        let end = (first + Self::PART).min(self.vocab.merges.len());
+        words.resolve(&self.vocab.merges[first..end], first)
+    }
+
+    /// Builds it, on one thread.
+    pub(crate) fn build(&self) -> Result<Tokenizer, TokenizerError> {
+        let vocab = self.vocab;
+        let words = Words::new(vocab).map(Arc::new).inspect_err(|_| _ = self.words.set(None))?;
+        let _ = self.words.set(Some(words.clone()));
+        let mut merges = Merges::with_capacity(vocab.most_merges());
+        self.help(false);
+        for (i, part) in self.parts.iter().enumerate() {
+            let Some(part) = part.wait() else {
+                self.resolve(&words, i)?;
+                unreachable!("a part that was wrong is right");
+            };
+            for (rank, &merge) in (i * Self::PART..).zip(part) {
+                let same = |first| {
+                    let problem = format!("is the same as merge {first}");
+                    wrong_merge(rank, vocab.merges[rank].as_ref(), &problem)
+                };
+                merges.push(merge).map_err(same)?;
+            }
+        }
+        let specials = |kinds: &[Kind]| SpecialSet::new(&words.texts, &words.kinds, kinds);
+        let mut tokenizer = Tokenizer {
+            _counted: Counted::new(
+                MemoryPart::Vocabulary,
+                words.allocation_size() + merges.allocation_size(),
+            ),
+            user_defined: specials(&[Kind::UserDefined])?,
+            specials: specials(&[Kind::UserDefined, Kind::Control])?,
+            words,
+            merges,
+            ignore_merges: vocab.ignore_merges,
+            split: vocab.split,
+        };
+        if tokenizer.words.is_sentence() && vocab.merges.is_empty() {
+            tokenizer.push_scored(&vocab.scores);
+        }
+        Ok(tokenizer)
+    }
 }
 
 impl Tokenizer {
     /// Builds a tokenizer. Nothing in `vocab` is trusted.
     pub fn new<S: AsRef<str>>(vocab: &Vocab<S>) -> Result<Self, TokenizerError> {
-        let n_vocab = vocab.tokens.len();
-        let sentence = matches!(vocab.split, Split::Sentence { .. });
-        if let Some(types) = [vocab.token_types.len(), if sentence { vocab.scores.len() } else { n_vocab }]
-            .into_iter()
-            .find(|n| *n != n_vocab)
-        {
-            return Err(TokenizerError::Lengths { tokens: n_vocab, types });
-        }
-        let n_bytes = vocab.text_bytes();
-        let most_merges = vocab.most_merges();
-        if n_vocab.max(n_bytes).max(most_merges) >= u32::MAX as usize {
-            return Err(TokenizerError::TooLarge);
-        }
-
-        let hasher = DefaultHashBuilder::default();
-        let mut texts = Texts { bytes: Vec::with_capacity(n_bytes), ends: Vec::with_capacity(n_vocab) };
-        let mut kinds = Vec::with_capacity(n_vocab);
-        let mut index = HashTable::with_capacity(n_vocab);
-        let mut byte_ids = [u32::MAX; 256];
-        for (id, (token, &token_type)) in vocab.tokens.iter().zip(&vocab.token_types).enumerate() {
-            let token = token.as_ref();
-            let kind = match token_type {
-                1 => Kind::Normal,
-                2 | 3 => Kind::Control,
-                // What templates write to mark turns: a message must not make it, whatever type it has.
-                4 if token.starts_with("<|") && token.ends_with("|>") => Kind::Control,
-                4 => Kind::UserDefined,
-                5 => Kind::Unused,
-                6 if sentence && byte_of(token).is_some() => Kind::Byte,
-                other => {
-                    let problem =
-                        format!("is of type {other}; expected 1 to 5, or 6 for a byte of SentencePiece's");
-                    return Err(TokenizerError::Token { id, problem });
-                }
-            };
-            if token.is_empty() && kind != Kind::Unused {
-                return Err(TokenizerError::Token { id, problem: "is empty".into() });
-            }
-            kinds.push(kind);
-            if let Some(byte) = byte_of(token).filter(|_| kind == Kind::Byte) {
-                texts.bytes.push(byte);
-                byte_ids[usize::from(byte)] = id as u32;
-            } else if sentence {
-                texts.bytes.extend(token.replace(SPACE_MARK, " ").as_bytes());
-            } else if kind == Kind::Normal {
-                push_decoded(token, &mut texts.bytes).map_err(|found| {
-                    let problem =
-                        format!("has the character {found:?}, which is not in GPT-2's byte alphabet");
-                    TokenizerError::Token { id, problem }
-                })?;
-            } else {
-                texts.bytes.extend(token.as_bytes());
-            }
-            texts.ends.push(texts.bytes.len() as u32);
-            if kind == Kind::Normal {
-                let bytes = texts.get(id as u32);
-                let same = |&other: &u32| texts.get(other) == bytes;
-                match index.entry(hasher.hash_one(bytes), same, |&other| hasher.hash_one(texts.get(other))) {
-                    Entry::Occupied(first) => return Err(same_as(*first.get(), id)),
-                    Entry::Vacant(slot) => slot.insert(id as u32),
-                };
-                if let (&[byte], false) = (bytes, sentence) {
-                    byte_ids[usize::from(byte)] = id as u32;
-                }
-            }
-        }
-        // Other bytes never occur in UTF-8.
-        let mut bytes_of_text = (0..=0xf4).filter(|byte| !matches!(byte, 0xc0 | 0xc1));
-        if let Some(byte) = bytes_of_text.find(|&byte| byte_ids[usize::from(byte)] == u32::MAX) {
-            return Err(TokenizerError::MissingByte { byte });
-        }
-
-        let merges = Merges::with_capacity(most_merges);
-        let lists = texts.bytes.capacity() + 4 * texts.ends.capacity() + kinds.capacity();
-        let tables = lists + index.allocation_size() + merges.allocation_size();
-        let mut tokenizer = Self {
-            _counted: Counted::new(MemoryPart::Vocabulary, tables),
-            user_defined: SpecialSet::new(&texts, &kinds, &[Kind::UserDefined])?,
-            specials: SpecialSet::new(&texts, &kinds, &[Kind::UserDefined, Kind::Control])?,
-            texts,
-            kinds,
-            index,
-            hasher,
-            byte_ids,
-            merges,
-            ignore_merges: vocab.ignore_merges,
-            split: vocab.split,
-        };
-        if sentence && vocab.merges.is_empty() {
-            tokenizer.push_scored(&vocab.scores)?;
-        } else {
-            tokenizer.push_merges(&vocab.merges)?;
-        }
-        Ok(tokenizer)
-    }
-
-    fn push_merges<S: AsRef<str>>(&mut self, merges: &[S]) -> Result<(), TokenizerError> {
-        let mut pair = Vec::new();
-        let mut previous = None;
-        for (rank, merge) in merges.iter().enumerate() {
-            let text = merge.as_ref();
-            let wrong = |problem: &str| {
-                let problem = problem.to_owned();
-                TokenizerError::Merge { rank, text: shortened(text), problem }
-            };
-            let form = || wrong("is not of the form \"left right\" in GPT-2's byte alphabet");
-            let (left, right) = text.split_once(' ').ok_or_else(form)?;
-            pair.clear();
-            let decode = |part: &str, pair: &mut Vec<u8>| {
-                if self.is_sentence() {
-                    pair.extend(part.replace(SPACE_MARK, " ").as_bytes());
-                    return Ok(());
-                }
-                push_decoded(part, pair).map_err(|_| form())
-            };
-            decode(left, &mut pair)?;
-            let middle = pair.len();
-            decode(right, &mut pair)?;
-            if left.is_empty() || right.is_empty() {
-                return Err(form());
-            }
-            let token = |bytes: &[u8], part| {
-                let lacks = || wrong(&format!("needs a token that the vocabulary lacks: its {part}"));
-                self.normal_id(bytes).ok_or_else(lacks)
-            };
-            let left = token(&pair[..middle], "left part")?;
-            let right = token(&pair[middle..], "right part")?;
-            // Lists often hold all the ways to one token in a row.
-            let merged = match previous.filter(|&id| self.texts.get(id) == pair) {
-                Some(id) => id,
-                None => token(&pair, "result")?,
-            };
-            previous = Some(merged);
-            let merge = Merge { left, right, merged, order: rank as u32 };
-            self.merges.push(merge).map_err(|first| wrong(&format!("is the same as merge {first}")))?;
-        }
-        Ok(())
+        Building::new(vocab).build()
     }
 
     /// Makes each way to put a normal token together a merge, of the order of its score.
-    fn push_scored(&mut self, scores: &[f32]) -> Result<(), TokenizerError> {
+    fn push_scored(&mut self, scores: &[f32]) {
         // Far more than any has; of longer ones there might be more ways than time.
         const LONGEST: usize = 1024;
-        let usable =
-            |&id: &u32| self.kinds[id as usize] == Kind::Normal && self.texts.get(id).len() <= LONGEST;
+        let usable = |&id: &u32| {
+            self.words.kinds[id as usize] == Kind::Normal && self.words.texts.get(id).len() <= LONGEST
+        };
         let mut tokens: Vec<u32> = (0..self.n_vocab() as u32).filter(usable).collect();
         tokens.sort_by(|&a, &b| scores[b as usize].total_cmp(&scores[a as usize]));
         let (mut order, mut last) = (0, None);
         for merged in tokens {
             let score = scores[merged as usize].to_bits();
             order += u32::from(last.replace(score).is_some_and(|last| last != score));
-            let text = self.texts.get(merged);
+            let text = self.words.texts.get(merged);
             let ways = (1..text.len()).filter_map(|at| {
-                let left = self.normal_id(&text[..at])?;
-                Some(Merge { left, right: self.normal_id(&text[at..])?, merged, order })
+                let left = self.words.normal_id(&text[..at])?;
+                Some(Merge { left, right: self.words.normal_id(&text[at..])?, merged, order })
             });
             for merge in ways.collect::<Vec<_>>() {
                 // No other token has this text, so no other way these two parts.
                 let _ = self.merges.push(merge);
             }
         }
-        Ok(())
     }
 
     /// The tokens of a part of a text without special ones; the text may begin with it.
@@ -305,15 +224,15 @@ impl Tokenizer {
             let space = if prefix.adds(plain, begins) { " " } else { "" };
             text = Cow::Owned(format!("{space}{}", plain.replace(SPACE_MARK, " ")));
         }
-        let byte_id = |&byte: &u8| self.byte_ids[usize::from(byte)];
+        let byte_id = |&byte: &u8| self.words.byte_ids[usize::from(byte)];
         self.split.pieces(&text, |piece| {
-            let whole = if self.ignore_merges { self.normal_id(piece) } else { None };
+            let whole = if self.ignore_merges { self.words.normal_id(piece) } else { None };
             if let Some(id) = whole {
                 ids.push(id);
-            } else if self.is_sentence() {
+            } else if self.words.is_sentence() {
                 let chars = piece.utf8_chunks().flat_map(|chunk| chunk.valid().split_inclusive(|_| true));
                 let symbols = chars.flat_map(|c| {
-                    let whole = self.normal_id(c.as_bytes());
+                    let whole = self.words.normal_id(c.as_bytes());
                     let bytes = if whole.is_some() { &[] } else { c.as_bytes() };
                     whole.into_iter().chain(bytes.iter().map(byte_id))
                 });
@@ -340,12 +259,12 @@ impl Tokenizer {
         let mut merger = Merger::default();
         let mut rest = text;
         loop {
-            let special = set.find(&self.texts, rest.as_bytes());
+            let special = set.find(&self.words.texts, rest.as_bytes());
             let plain = &rest[..special.map_or(rest.len(), |(at, _)| at)];
             self.encode_plain(plain, ids.is_empty(), &mut merger, ids);
             let Some((at, id)) = special else { return };
             ids.push(id);
-            rest = &rest[at + self.texts.get(id).len()..];
+            rest = &rest[at + self.words.texts.get(id).len()..];
         }
     }
 
@@ -370,62 +289,32 @@ impl Tokenizer {
 
     /// The bytes of a token, which may be part of a character; a control token gives its text.
     pub fn token_bytes(&self, id: u32) -> Option<&[u8]> {
-        ((id as usize) < self.n_vocab()).then(|| self.texts.get(id))
+        ((id as usize) < self.n_vocab()).then(|| self.words.texts.get(id))
     }
 
     /// Whether a token is no text: a control token or an unused one.
     pub fn is_control(&self, id: u32) -> bool {
-        matches!(self.kinds.get(id as usize), Some(Kind::Control | Kind::Unused))
+        matches!(self.words.kinds.get(id as usize), Some(Kind::Control | Kind::Unused))
     }
 
     /// The token with this text, such as `<|eot_id|>` or ` the` (with a plain space).
     pub fn token_id(&self, text: &str) -> Option<u32> {
-        self.specials.id(&self.texts, text.as_bytes()).or_else(|| self.normal_id(text.as_bytes()))
+        self.specials.id(&self.words.texts, text.as_bytes()).or_else(|| self.words.normal_id(text.as_bytes()))
     }
 
     /// The leftmost control or user-defined token in a text, the longest of those that start there: (where, id).
     pub fn find_special(&self, text: &str) -> Option<(usize, u32)> {
-        self.specials.find(&self.texts, text.as_bytes())
+        self.specials.find(&self.words.texts, text.as_bytes())
     }
 
     /// The texts of all control tokens.
     pub fn control_tokens(&self) -> impl Iterator<Item = &[u8]> {
-        self.specials.sorted.iter().filter(|&&id| self.is_control(id)).map(|&id| self.texts.get(id))
+        self.specials.sorted.iter().filter(|&&id| self.is_control(id)).map(|&id| self.words.texts.get(id))
     }
 
     /// Number of token ids.
     pub fn n_vocab(&self) -> usize {
-        self.kinds.len()
-    }
-
-    fn is_sentence(&self) -> bool {
-        matches!(self.split, Split::Sentence { .. })
-    }
-
-    fn normal_id(&self, bytes: &[u8]) -> Option<u32> {
-        if let (&[byte], false) = (bytes, self.is_sentence()) {
-            return Some(self.byte_ids[usize::from(byte)]).filter(|&id| id != u32::MAX);
-        }
-        self.index.find(self.hasher.hash_one(bytes), |&id| self.texts.get(id) == bytes).copied()
-    }
-}
-
-fn same_as(first: u32, id: usize) -> TokenizerError {
-    TokenizerError::Token { id, problem: format!("is the same as token {first}") }
-}
-
-/// The bytes of all tokens in one block.
-struct Texts {
-    bytes: Vec<u8>,
-    /// Where each token ends in `bytes`.
-    ends: Vec<u32>,
-}
-
-impl Texts {
-    fn get(&self, id: u32) -> &[u8] {
-        let id = id as usize;
-        let start = if id == 0 { 0 } else { self.ends[id - 1] };
-        &self.bytes[start as usize..self.ends[id] as usize]
+        self.words.kinds.len()
     }
 }
 
@@ -478,35 +367,36 @@ impl SpecialSet {
     }
 }
 
-/// The start of a text, for a message: a hostile file's texts may be long.
-pub(super) fn shortened(text: &str) -> String {
-    text.chars().take(400).collect()
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::HfVocab;
 
-/// Appends the bytes that a text in GPT-2's byte alphabet stands for, or returns its first other character.
-fn push_decoded(text: &str, bytes: &mut Vec<u8>) -> Result<(), char> {
-    for c in text.chars() {
-        match ALPHABET.get(c as usize) {
-            Some(&Some(byte)) => bytes.push(byte),
-            _ => return Err(c),
-        }
+    fn built_by_three(vocab: &HfVocab) -> Result<Tokenizer, TokenizerError> {
+        let building = Building::new(vocab);
+        std::thread::scope(|scope| {
+            (0..2).for_each(|_| _ = scope.spawn(|| building.help(true)));
+            building.build()
+        })
     }
-    Ok(())
-}
 
-/// Character to byte: printable Latin-1 characters stand for themselves, those from U+0100 on for the other bytes in order.
-const ALPHABET: [Option<u8>; 0x144] = {
-    let mut table = [None; 0x144];
-    let mut others = 0x100;
-    let mut byte = 0;
-    while byte < 256 {
-        if matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff) {
-            table[byte] = Some(byte as u8);
-        } else {
-            table[others] = Some(byte as u8);
-            others += 1;
+    #[test]
+    fn several_threads_build_what_one_does() {
+        let json = include_bytes!("../../tests/fixtures/tokenizer/demo-tokenizer.json");
+        let mut vocab = HfVocab::parse(json).unwrap();
+        assert!(vocab.merges.len() > 3 * Building::<String>::PART);
+        let text = "Once upon a time there was a tokenizer, built by several threads: äöü 12345";
+        let [one, three] = [Tokenizer::new(&vocab), built_by_three(&vocab)].map(Result::unwrap);
+        assert_eq!(one.encode(text, Specials::AsText), three.encode(text, Specials::AsText));
+        assert!(one.encode(text, Specials::AsText).len() < text.len());
+        for (rank, problem) in [(3000, "is the same as merge 7"), (2, "is not of the form")] {
+            vocab.merges[rank] = if rank == 2 { String::new() } else { vocab.merges[7].clone() };
+            for error in [Tokenizer::new(&vocab).err(), built_by_three(&vocab).err()] {
+                let error = error.unwrap().to_string();
+                assert!(error.contains(&format!("merge {rank} ")) && error.contains(problem), "{error}");
+            }
         }
-        byte += 1;
+        vocab.tokens[300].clear();
+        assert!(matches!(built_by_three(&vocab), Err(TokenizerError::Token { id: 300, .. })));
     }
-    table
-};
+}
