@@ -1,8 +1,8 @@
-//! Whether the rows of the up projection that are needed are read one by one, or all of them.
+//! Whether the rows of the up projection that are needed, or columns of the down projection, are read one by one, or all of them.
 
 use std::time::Duration;
 
-/// What a row costs in either way, as far as it is known: it is measured while tokens are decoded, and now and then the way that
+/// What a row, or a column with a token, costs in either way, as far as it is known: it is measured while tokens are decoded, and now and then the way that
 /// seems the dearer is taken to look again. The outputs that are needed are the same.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct SparseCost {
