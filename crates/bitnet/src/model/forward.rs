@@ -217,17 +217,17 @@ impl Model {
                 Some(next) => compute.soon([&next.attn_q, &next.attn_k, &next.attn_v]),
                 None => compute.head_soon(&weights.head),
             }
-            let choice = codes.reads_all_columns();
+            let either = codes.reads_all_columns();
             let [all, live] = codes.live_codes().unwrap_or([n * width; 2]);
-            let sparse = choice && down_cost.lists(live, all);
+            let sparse = either && down_cost.lists(live, all);
             if sparse {
                 codes.leave_out_zeros();
             }
             compute.linear(codes, work, [(&layer.ffn_down, &mut *delta)]);
             compute.add(x, delta);
-            let read = if choice && !sparse { all } else { live };
+            let read = if either && !sparse { all } else { live };
             let time = profile.lap(Phase::Down, layer.ffn_down.byte_len() / width * read / n);
-            if choice {
+            if either {
                 down_cost.learn(sparse, read, time);
             }
         }

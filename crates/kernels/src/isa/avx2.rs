@@ -248,9 +248,9 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
                         self.base3_unpack(stored, &mut plain[..64 * chunks]);
                         (stored, next) = (&plain[..64 * chunks], plain.as_ptr());
                     }
-                    let row = row_sums::<Self, VNNI, T>(self, stored.as_ptr(), next, codes, chunks);
+                    let lanes = row_sums::<Self, VNNI, T>(self, stored.as_ptr(), next, codes, chunks);
                     for t in 0..T {
-                        sums[t][r] = row[t];
+                        sums[t][r] = lanes[t];
                     }
                 }
                 for t in 0..T {

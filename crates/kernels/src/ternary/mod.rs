@@ -143,7 +143,8 @@ pub(crate) enum Which<'a> {
     Listed { list: &'a [u32], count: usize },
 }
 
-/// Most tokens that are multiplied row by row; more are worth unpacking the weights for.
+/// Most tokens that are multiplied row by row, and that share columns while these are in the cache; more are worth unpacking the weights
+/// for, where products are not looked up ([`lookup::FEWEST`]).
 pub(crate) const ROW_TOKENS: usize = 16;
 
 /// Rows that are multiplied at a time, at most.
