@@ -153,8 +153,8 @@ impl QuantizedRows {
     pub fn new(tokens: usize, columns: usize) -> Self {
         let width = ternary::row_bytes(columns) * 4;
         let (scales, sums, counts) = (vec![1.0; tokens], vec![0; tokens], vec![0; tokens]);
-        let (live, lists) = lists(width);
-        let lists = taken(&scales) + taken(&sums) + taken(&counts) + lists;
+        let (live, live_bytes) = lists(width);
+        let lists = taken(&scales) + taken(&sums) + taken(&counts) + live_bytes;
         Self {
             codes: Aligned::zeroed(tokens * width),
             tiles: Aligned::zeroed(Self::tiled(tokens) * width),
@@ -185,10 +185,14 @@ impl QuantizedRows {
         let at = |i| if self.layout.by_columns() { i } else { ternary::position(i) };
         ((0..self.columns).map(|i| codes[at(i)]).collect(), self.scales[token])
     }
-    /// For a matrix stored by columns: the codes of all tokens, and how many of them are not 0.
-    pub fn live_codes(&self) -> Option<[usize; 2]> {
-        let live = self.counts[..self.tokens].iter().map(|&count| count as usize).sum();
-        self.layout.by_columns().then_some([self.tokens * self.columns, live])
+    /// For a matrix stored by columns: how many codes of all tokens are not 0.
+    pub fn live_codes(&self) -> usize {
+        assert!(self.layout.by_columns());
+        self.counts[..self.tokens].iter().map(|&count| count as usize).sum()
+    }
+    /// Whether a product reads for each token only the columns whose code is not 0.
+    pub fn leaves_out_zeros(&self) -> bool {
+        self.way == Way::LiveColumns
     }
     /// Whether a product with many tokens reads all columns of a matrix stored so, unless told to leave out those of zeros.
     pub fn reads_all_columns(&self) -> bool {
@@ -453,13 +457,14 @@ impl Compute {
                 let (row, spare) = (&mut row[..columns], &mut spare[..columns]);
                 let top = fill(token, row, spare);
                 (scale[0], sum[0]) = self.kernels.quantize(row, top, layout, codes);
-                if layout.by_columns() {
+                if layout.by_columns() && tokens > 1 {
                     count[0] = self.kernels.count_nonzero(codes);
                 }
             });
         }
         if q.way == Way::LiveColumns && tokens == 1 {
             self.kernels.list_nonzero(&q.codes[..width], &mut q.live.0, &mut q.live.1);
+            q.counts[0] = q.live.0.len() as u32;
         }
         if q.way == Way::Tiles && !layout.by_columns() {
             let codes = &q.codes[..tokens * width];

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-/// What a row, or a column with a token, costs in either way, as far as it is known: it is measured while tokens are decoded, and now and then the way that
-/// seems the dearer is taken to look again. The outputs that are needed are the same.
+/// What a row, or a column with a token, costs in either way, as far as it is known: it is measured in use, and now and then the
+/// way that seems the dearer is taken to look again. The outputs that are needed are the same.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct SparseCost {
     /// Nanoseconds a row, read with all others and one by one.

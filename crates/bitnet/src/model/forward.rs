@@ -217,15 +217,14 @@ impl Model {
                 Some(next) => compute.soon([&next.attn_q, &next.attn_k, &next.attn_v]),
                 None => compute.head_soon(&weights.head),
             }
-            let either = codes.reads_all_columns();
-            let [all, live] = codes.live_codes().unwrap_or([n * width; 2]);
-            let sparse = either && down_cost.lists(live, all);
-            if sparse {
+            let (either, all) = (codes.reads_all_columns(), n * width);
+            if either && down_cost.lists(codes.live_codes(), all) {
                 codes.leave_out_zeros();
             }
             compute.linear(codes, work, [(&layer.ffn_down, &mut *delta)]);
             compute.add(x, delta);
-            let read = if either && !sparse { all } else { live };
+            let sparse = codes.leaves_out_zeros();
+            let read = if sparse { codes.live_codes() } else { all };
             let time = profile.lap(Phase::Down, layer.ffn_down.byte_len() / width * read / n);
             if either {
                 down_cost.learn(sparse, read, time);

@@ -79,8 +79,8 @@ impl<'a> ModelInfo<'a> {
         MemoryPlan::default().and(self.plan.bytes()).and(vocabulary).and(options.bytes(&self.config, threads))
     }
 
-    /// Checks the weights with all threads of `compute`, and reads those that cannot be used as they lie in the file. `file` is the one that this was read from. One of the threads hands the
-    /// tokenizer to `beside` while the others are still at that.
+    /// Checks the weights with all threads of `compute`, and reads those that cannot be used as they lie in the file. `file` is the one
+    /// that this was read from. The threads build the tokenizer meanwhile, and one hands it to `beside`.
     ///
     /// # Errors
     /// What only the weights and the vocabulary themselves can show.
